@@ -9,14 +9,47 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # Test workers share the cores between them.
 THREADS := OMP_NUM_THREADS=1
 
-.PHONY: demo test lint format clean
+# Where a benchmark run goes: its JSON, tables and plots.
+ifndef OUT
+OUT := .benchmarks/$(shell date +%Y-%m-%d-%H%M%S)
+endif
+# glibc moves these limits by itself as a process goes on, up to here: whether a tensor's memory is new or used again, which can be
+# most of a small op's time, would depend on what ran before.
+MALLOC := env MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=67108864
+SUITE = -m pytest -q benchmarks/suite -p no:xdist --benchmark-quiet --benchmark-json=$(OUT)/run.json
+REPORT = -m benchmarks report $(OUT)
+ifeq ($(filter bench-compare,$(MAKECMDGOALS))$(BASE),bench-compare)
+$(error bench-compare: say which earlier run to compare with, BASE=folder)
+endif
+
+.PHONY: demo test bench bench-full bench-compare gpu lint format clean
 
 demo: $(READY)  ## answer about a shipped picture, and draw the answer
 	$(BIN)/pg-kernels run $(SAMPLE) "caption en"
 	$(BIN)/pg-kernels run $(SAMPLE) "detect owl" --draw docs/demo.png
 
 test: lint  ## all tests that run on this machine
-	$(THREADS) $(BIN)/pytest -q -n 2 --durations=10
+	$(THREADS) $(BIN)/pytest -q -n 2 --durations=10 -p no:benchmark
+
+bench: $(READY)  ## the quick cases of the benchmark suite, in a few minutes, into $(OUT)
+	mkdir -p $(OUT)
+	$(MALLOC) $(BIN)/python $(SUITE); status=$$?; $(BIN)/python $(REPORT) && exit $$status
+
+bench-full: .venv/peers  ## all cases, beside all other packages
+	mkdir -p $(OUT)
+	$(MALLOC) $(BIN)/python $(SUITE) --full; status=$$?; $(BIN)/python $(REPORT) && exit $$status
+
+bench-compare: bench  ## BASE=folder of an earlier run: what became slower since? Fails when something did
+	$(BIN)/python -m benchmarks compare $(BASE) $(OUT)
+
+# In $(PYTHON)'s own environment, where the package is installed: a machine with a GPU brings the torch that fits it.
+gpu:  ## CUDA tests, the suite and whole models on a GPU within 8 minutes, into $(OUT)
+	@$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch finds no CUDA GPU')"
+	mkdir -p $(OUT)
+	timeout 180 $(PYTHON) -m pytest -q tests -m cuda -p no:benchmark -p no:xdist > $(OUT)/tests.log 2>&1; tests=$$?; \
+	  tail -n 15 $(OUT)/tests.log; \
+	  $(PYTHON) $(SUITE) --on cuda --full --deadline 240; suite=$$?; \
+	  $(PYTHON) $(REPORT) && exit $$((tests + suite))
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -33,6 +66,10 @@ clean:
 	rm -rf .venv build *.egg-info pg_kernels/_C*.so
 
 # torch first and alone: where the index offers a CPU build of the pinned version, nothing after it may replace it.
+.venv/peers: $(READY) constraints.txt
+	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e '.[peers]'
+	touch $@
+
 $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	@$(PYTHON) -c "import venv, ensurepip" || { echo "make: $(PYTHON) lacks venv; on Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv

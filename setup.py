@@ -21,9 +21,9 @@ extension = Pybind11Extension(
 )
 
 setup(
-    # The folder model/ is installed as pg_kernels.model.
-    packages=[*find_packages(include=["pg_kernels", "pg_kernels.*"]), "pg_kernels.model"]
+    # The folders model/ and benchmarks/ are installed as pg_kernels.model and pg_kernels.benchmarks.
+    packages=[*find_packages(include=["pg_kernels", "pg_kernels.*"]), "pg_kernels.model", "pg_kernels.benchmarks"]
     + [f"pg_kernels.model.{name}" for name in find_packages("model")],
-    package_dir={"pg_kernels.model": "model"},
+    package_dir={"pg_kernels.model": "model", "pg_kernels.benchmarks": "benchmarks"},
     ext_modules=[extension],
 )

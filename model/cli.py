@@ -1,4 +1,4 @@
-"""The command line: `pg-kernels run`, `info` and `convert`."""
+"""The command line: `pg-kernels run`, `bench`, `info` and `convert`."""
 
 from __future__ import annotations
 
@@ -102,6 +102,19 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--json", action="store_true", help="print one JSON object: text, objects, tokens, seconds")
     run.set_defaults(command=_run)
 
+    bench = commands.add_parser(
+        "bench",
+        help="time the ops beside plain PyTorch and what else is installed",
+        description="Time ops on this machine, beside plain PyTorch, torch.compile and the other packages that are installed. "
+        "Results whose values are wrong are said to be wrong. Nothing is stored.",
+    )
+    bench.add_argument(
+        "ops", nargs="*", metavar="OP", help="e.g. rms_norm, or a whole model's decode_step (default: all but those)"
+    )
+    bench.add_argument("--full", action="store_true", help="all shapes instead of the model's usual ones; takes long")
+    bench.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    bench.set_defaults(command=_bench)
+
     info = commands.add_parser("info", help="versions, devices, and the backend each op uses and why")
     info.set_defaults(command=_info)
 
@@ -122,7 +135,7 @@ def _run(options: argparse.Namespace) -> None:
     if not -(2**63) <= options.seed < 2**64:
         raise ValueError(f"--seed: expected an integer of 64 bits, got {options.seed}")
     images = [load_image(path) for path in options.images]
-    device = _device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(options.device or _default_device())
     started = time.perf_counter()
     checkpoint = options.checkpoint or EMBEDDED_CHECKPOINT
     model = load(checkpoint, dtype=DTYPES.get(options.dtype), device=device)
@@ -168,6 +181,10 @@ def _run(options: argparse.Namespace) -> None:
             os.replace(temporary, options.draw)
         _note(f"wrote {options.draw}")
     _note(_speed(arrivals, ids.shape[1], seconds))
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _device(name: str) -> torch.device:
@@ -246,6 +263,12 @@ def _info(options: argparse.Namespace) -> None:
         print(f"\nBackend of each op on {device_type}, and why no other:")
         for op, (backend, reasons) in explain(device_type).items():
             print(f"  {op:22} {backend:10} {'; '.join(reasons.values())}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from pg_kernels.benchmarks.bench import bench  # only this command needs the suite
+
+    bench(options.ops, _device(options.device or _default_device()), full=options.full)
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -75,7 +75,7 @@ def generate(
         )
     end_ids = model.config.eos_token_id if eos_token_id is None else eos_token_id
     ends = torch.tensor([end_ids] if isinstance(end_ids, int) else list(end_ids), device=input_ids.device)
-    decoder = _Decoder(model, max_new_tokens)
+    decoder = Decoder(model, max_new_tokens)
     logits = decoder.prefill(input_ids, pixel_values, attention_mask, token_type_ids, image_features)
     if num_beams > 1:
         return _beam_search(decoder, logits, max_new_tokens, ends, num_beams)
@@ -94,7 +94,7 @@ def generate(
         logits = decoder.step(token)
 
 
-class _Decoder:
+class Decoder:
     """A batch of sequences with their cache: each step feeds one token a row and gives the next token's logits."""
 
     cache: KVCache
@@ -166,7 +166,7 @@ class _Finished:
     tokens: Tensor
 
 
-def _beam_search(decoder: _Decoder, logits: Tensor, max_new_tokens: int, ends: Tensor, beams: int) -> Tensor:
+def _beam_search(decoder: Decoder, logits: Tensor, max_new_tokens: int, ends: Tensor, beams: int) -> Tensor:
     """Keep the `beams` best unfinished sequences; at every step each of them may also end, and the best ended one is kept.
 
     A prompt is done once no live beam scores above its best ended sequence: more tokens only lower a score.

@@ -48,6 +48,11 @@ def select(op: str, device_type: str) -> str:
     return _requested
 
 
+def available(op: str, device_type: str) -> list[str]:
+    """The backends that can run `op` on tensors of a device type here, in the order in which "auto" prefers them."""
+    return [name for name in BACKENDS if _obstacle(op, name, device_type) is None]
+
+
 def explain(device_type: str) -> dict[str, tuple[str, dict[str, str]]]:
     """For every op: the backend that "auto" takes on a device type, and why each preferred one is not taken."""
     table = {}

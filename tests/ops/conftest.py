@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import pg_kernels
+from pg_kernels.backends import available
 
 # With --import-mode=importlib pytest leaves sys.path alone, and the tests here share `helpers`.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from helpers import DEVICES, backends_of, dtypes_of  # noqa: E402
+from helpers import DEVICES, dtypes_of  # noqa: E402
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -24,7 +25,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = []
     for device in DEVICES:
         marks = [pytest.mark.cuda] if device == "cuda" else []
-        for backend in backends_of(metafunc.module.OP, device):
+        for backend in available(metafunc.module.OP, device):
             if "dtype" in names:
                 dtypes = dtypes_of(backend, device)
                 cases += [

@@ -7,16 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pg_kernels import backends
-
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-
-
-def backends_of(op: str, device: str) -> list[str]:
-    """The backends on which an op runs for a device's tensors on this machine."""
-    return [name for name in backends.BACKENDS if backends._obstacle(op, name, device) is None]
 
 
 def dtypes_of(backend: str, device: str) -> list[torch.dtype]:

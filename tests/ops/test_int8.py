@@ -19,7 +19,6 @@ from helpers import (
     assert_compiles,
     assert_frozen_inputs,
     assert_pure,
-    backends_of,
     leaves,
     randn,
     shifted,
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from pg_kernels import PackedInt8Weight, int8_linear, pack_int8, quantize_int8
 from pg_kernels import backend as use_backend
+from pg_kernels.backends import available
 
 OP = "int8_linear"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -36,7 +36,7 @@ COLUMNS = [1, 3, 4, 63, 70, 588, 1152, 4304]
 ROWS = [1, 15, 16, 65, 1152]
 GROUPS = [None, 1, 32, 128]
 needs_extension = pytest.mark.skipif(
-    "native" not in backends_of(OP, "cpu"), reason="the C++ extension is not built, which the installation allows"
+    "native" not in available(OP, "cpu"), reason="the C++ extension is not built, which the installation allows"
 )
 # A cached graph is found by the names of the ops in it, and would keep an older backward pass of theirs.
 WITHOUT_CACHES = torch._inductor.config.patch(force_disable_caches=True)

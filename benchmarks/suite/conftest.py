@@ -1,0 +1,118 @@
+"""Options of the suite, and what a stored run says beyond pytest-benchmark's own JSON."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import torch
+
+from pg_kernels.benchmarks.cases import Case, select
+from pg_kernels.benchmarks.machine import ceilings, device_name, versions
+from pg_kernels.benchmarks.results import Row
+from pg_kernels.benchmarks.runner import FULL, QUICK, Plan, Suite, contenders_of
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("pg_kernels benchmarks")
+    group.addoption("--full", action="store_true", help="all cases instead of the quick ones")
+    group.addoption("--op", action="append", default=[], help="only the cases of this op; may be given several times")
+    group.addoption(
+        "--on", default="cuda" if torch.cuda.is_available() else "cpu", help="device (default: %(default)s)"
+    )
+    group.addoption("--deadline", type=float, metavar="S", help="skip the cases that come after so many seconds")
+
+
+class Session:
+    """The suite of one pytest session. All contenders of a case run at the first test that asks for one of them."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.device = torch.device(config.getoption("--on"))
+        self.cases = {case.name: case for case in _selected(config)}
+        self.suite = Suite(self.device, _plan(config), ceilings(self.device))
+        self.rows: dict[str, dict[str, Row]] = {}
+
+    def row(self, case: str, contender: str) -> Row:
+        if case not in self.rows:
+            self.rows[case] = {row.contender: row for row in self.suite.run(self.cases[case])}
+        return self.rows[case][contender]
+
+    def content(self) -> dict[str, Any]:
+        """What `results.Run` reads."""
+        rows = [row for table in self.rows.values() for row in table.values()]
+        return {
+            "device": device_name(self.device),
+            "device_type": self.device.type,
+            "versions": versions(),
+            "command": shlex.join(["pytest", *sys.argv[1:]]),
+            "ceilings": asdict(self.suite.ceilings),
+            "cases": list(self.rows),
+            "not_timed": [row.extra_info() for row in rows if row.status != "timed"],
+        }
+
+
+_SESSION = pytest.StashKey[Session]()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    config = metafunc.config
+    device, plan = torch.device(config.getoption("--on")), _plan(config)
+    metafunc.parametrize(
+        ("case", "contender"),
+        [
+            pytest.param(case.name, name, id=f"{case.name}/{name}", marks=_marks(case))
+            for case in _selected(config)
+            for name in contenders_of(case, device, plan)
+        ],
+    )
+
+
+def _marks(case: Case) -> list[pytest.MarkDecorator]:
+    return [getattr(pytest.mark, name) for name in ("quick", "sweep") if getattr(case, name)]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick: the cases of `make bench`")
+    config.addinivalue_line("markers", "sweep: cases that show how cost grows with one size")
+
+
+def _plan(config: pytest.Config) -> Plan:
+    return replace(FULL if config.getoption("--full") else QUICK, deadline_s=config.getoption("--deadline"))
+
+
+def _selected(config: pytest.Config) -> list[Case]:
+    return select(full=config.getoption("--full"), ops=tuple(config.getoption("--op")))
+
+
+@pytest.fixture
+def row(request: pytest.FixtureRequest, case: str, contender: str) -> Row:
+    """One contender's result on a case."""
+    stash = request.config.stash
+    if _SESSION not in stash:
+        stash[_SESSION] = Session(request.config)
+    found = stash[_SESSION].row(case, contender)
+    if found.status == "timed":
+        # pytest-benchmark times one function after the other. Ours took turns, so it gets their times to store.
+        request.node.add_marker(pytest.mark.benchmark(timer=_Replay(found.samples), group=case))
+    return found
+
+
+class _Replay:
+    """A clock that shows recorded times, one between each two readings."""
+
+    def __init__(self, samples: tuple[float, ...]) -> None:
+        self.readings = iter([reading for sample in samples for reading in (0.0, sample)])
+
+    def __call__(self) -> float:
+        return next(self.readings)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    del machine_info["node"]  # stored runs are published, host names are not
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    output_json["pg_kernels"] = config.stash[_SESSION].content()
