@@ -77,6 +77,12 @@ class ModelTrial:
     def work(self) -> tuple[int, int]:
         return _WORK[self.case.op](self)
 
+    def setup(self) -> tuple[int, int]:
+        if self.case.op != "decode_step":
+            return 0, 0
+        prompt = self.config.vision_config.num_image_tokens + PROMPT
+        return _weights(self, self.shapes), _vision_flops(self, 1) + _decoder_flops(self, 1, prompt, prompt, prompt, 1)
+
     def needed_bytes(self) -> int:
         weights = 0 if _holds(self.case, self.device) else _parameters(self.shapes) * self.dtype.itemsize
         gradients = _parameters(self.shapes) * self.dtype.itemsize if self.case.op == "finetune_step" else 0
@@ -427,17 +433,17 @@ def _regret(inputs: Inputs, tokens: Tensor) -> float:
 # --- arithmetic of the definition
 
 
-def _vision_flops(trial: ModelTrial) -> int:
+def _vision_flops(trial: ModelTrial, batch: int) -> int:
     vision, width = trial.config.vision_config, trial.config.text_config.hidden_size
     n, d = vision.num_image_tokens, vision.hidden_size
     layer = 2 * n * (4 * d * d + 2 * d * vision.intermediate_size) + 4 * n * n * d
     patches = 2 * n * 3 * vision.patch_size**2 * d
-    return trial.case.sizes["batch"] * (patches + vision.num_hidden_layers * layer + 2 * n * d * width)
+    return batch * (patches + vision.num_hidden_layers * layer + 2 * n * d * width)
 
 
-def _decoder_flops(trial: ModelTrial, queries: int, tokens: int, prefix: int, scored: int) -> int:
-    """Of `queries` new tokens, the last of `tokens`, of which `scored` go through the output head."""
-    text, batch = trial.config.text_config, trial.case.sizes["batch"]
+def _decoder_flops(trial: ModelTrial, batch: int, queries: int, tokens: int, prefix: int, scored: int) -> int:
+    """Of each example's `queries` new tokens, the last of `tokens`, of which `scored` go through the output head."""
+    text = trial.config.text_config
     q, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
     projections = text.hidden_size * (2 * q + 2 * kv + 3 * text.intermediate_size)
     pairs = visible_pairs({"queries": queries, "tokens": tokens, "prefix": prefix})
@@ -457,19 +463,21 @@ def _cache_bytes(trial: ModelTrial) -> int:
 
 def _siglip_work(trial: ModelTrial) -> tuple[int, int]:
     model = trial.shapes.model
-    return _weights(trial, model.vision_tower, model.multi_modal_projector), _vision_flops(trial)
+    flops = _vision_flops(trial, trial.case.sizes["batch"])
+    return _weights(trial, model.vision_tower, model.multi_modal_projector), flops
 
 
 def _prefill_work(trial: ModelTrial) -> tuple[int, int]:
     prompt = trial.config.vision_config.num_image_tokens + PROMPT
-    flops = _vision_flops(trial) + _decoder_flops(trial, prompt, prompt, prompt, 1)
+    batch = trial.case.sizes["batch"]
+    flops = _vision_flops(trial, batch) + _decoder_flops(trial, batch, prompt, prompt, prompt, 1)
     return _weights(trial, trial.shapes) + _cache_bytes(trial), flops
 
 
 def _decode_work(trial: ModelTrial) -> tuple[int, int]:
     prompt = trial.config.vision_config.num_image_tokens + PROMPT
     bytes_ = _weights(trial, trial.shapes.model.language_model) + _cache_bytes(trial)
-    return bytes_, _decoder_flops(trial, 1, prompt + 1, prompt, 1)
+    return bytes_, _decoder_flops(trial, trial.case.sizes["batch"], 1, prompt + 1, prompt, 1)
 
 
 def _generate_work(trial: ModelTrial) -> tuple[int, int]:
@@ -480,7 +488,8 @@ def _generate_work(trial: ModelTrial) -> tuple[int, int]:
 def _finetune_work(trial: ModelTrial) -> tuple[int, int]:
     """Weights are read forward and backward, and gradients written; a backward has twice the products of a forward."""
     prompt = trial.config.vision_config.num_image_tokens + PROMPT
-    flops = _vision_flops(trial) + _decoder_flops(trial, prompt + ANSWER, prompt + ANSWER, prompt, ANSWER)
+    batch, tokens = trial.case.sizes["batch"], prompt + ANSWER
+    flops = _vision_flops(trial, batch) + _decoder_flops(trial, batch, tokens, tokens, prompt, ANSWER)
     return 3 * _weights(trial, trial.shapes), 3 * flops
 
 

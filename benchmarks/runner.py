@@ -51,7 +51,7 @@ class Suite:
         trial = _trial(case, self.device, self.plan)
         bytes_, flops = trial.work()
         rows = [_row(case, contender, bytes_, flops) for contender in trial.contenders()]
-        reason = self._obstacle(case, trial, max(self.ceilings.bound_s(row) for row in rows))
+        reason = self._obstacle(trial, rows[0])
         if reason is None:
             try:
                 trial.draw()
@@ -70,7 +70,7 @@ class Suite:
             for contender, (row, candidates) in zip(trial.contenders(), rows_and_candidates, strict=True)
         ]
 
-    def _obstacle(self, case: Case, trial: Trial, bound_s: float) -> str | None:
+    def _obstacle(self, trial: Trial, row: Row) -> str | None:
         """Why a case is not even tried."""
         if self.plan.deadline_s is not None and time.monotonic() - self.start > self.plan.deadline_s:
             return f"the run's {self.plan.deadline_s:.0f} s were over"
@@ -78,8 +78,11 @@ class Suite:
         if needed > 0.9 * free:
             return f"needs about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
         longest = self.plan.longest_s * (10 if trial.wall else 1)
-        if bound_s > longest:
-            return f"takes {bound_s:.1f} s or more for each call on this machine, the limit is {longest:g} s"
+        bytes_, flops = trial.setup()
+        for what, work in (("each call", row), ("what comes before it", replace(row, bytes=bytes_, flops=flops))):
+            bound_s = self.ceilings.bound_s(work)
+            if bound_s > longest:
+                return f"{what} takes {bound_s:.1f} s or more on this machine, the limit is {longest:g} s"
         return None
 
     def _check(self, trial: Trial, contender: Contender, row: Row) -> tuple[Row, list[Candidate]]:

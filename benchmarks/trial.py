@@ -44,6 +44,9 @@ class Trial(Protocol):
     def work(self) -> tuple[int, int]:
         """Bytes and FLOPs of the definition."""
 
+    def setup(self) -> tuple[int, int]:
+        """Bytes and FLOPs of what every contender does once before it is timed."""
+
     def needed_bytes(self) -> int:
         """Memory that drawing and judging will take, roughly."""
 
@@ -88,6 +91,9 @@ class OpTrial:
             "backward": (backward, 2 * flops),
             "both": (forward + backward, 3 * flops),
         }[self.case.mode]
+
+    def setup(self) -> tuple[int, int]:
+        return 0, 0
 
     def needed_bytes(self) -> int:
         # The truth is twice as wide, and gradients exist of it, of what it is compared with, and once more while they are summed.
