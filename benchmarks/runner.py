@@ -32,7 +32,7 @@ class Plan:
 
 
 QUICK = Plan(ops=Effort(0.4, 5, 40), models=Effort(0.5, 3, 10), longest_s=0.5, full=False)
-FULL = Plan(ops=Effort(1.0, 10, 100), models=Effort(3.0, 3, 50), longest_s=1.0)
+FULL = Plan(ops=Effort(1.0, 10, 100), models=Effort(3.0, 3, 50), longest_s=2.0)
 
 
 class Suite:
