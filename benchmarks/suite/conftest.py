@@ -48,7 +48,7 @@ class Session:
             "device": device_name(self.device),
             "device_type": self.device.type,
             "versions": versions(),
-            "command": shlex.join([*_allocator(), "pytest", *sys.argv[1:]]),
+            "command": shlex.join([*_allocator(), "pytest", *filter(_is_about_the_run, sys.argv[1:])]),
             "ceilings": asdict(self.suite.ceilings),
             "cases": list(self.rows),
             "not_timed": [row.extra_info() for row in rows if row.status != "timed"],
@@ -58,6 +58,11 @@ class Session:
 def _allocator() -> list[str]:
     """The C library's limits where they were set: a small op's time depends on them."""
     return [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
+
+
+def _is_about_the_run(argument: str) -> bool:
+    """Not where it is stored and what is printed."""
+    return not argument.startswith(("--benchmark-json", "--benchmark-quiet", "--durations", "-r"))
 
 
 _SESSION = pytest.StashKey[Session]()
