@@ -82,12 +82,19 @@ def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Wheel:
 
 
 def installed_name(path: str) -> str:
-    return f"pg_kernels/{path}" if path.startswith("model/") else path
+    return f"pg_kernels/{path}" if path.startswith(("model/", "benchmarks/")) else path
+
+
+def _is_benchmark_module(path: str) -> bool:
+    return Path(path).parent == Path("benchmarks") and path.endswith(".py")
 
 
 def test_a_wheel_holds_the_whole_package(wheel: Wheel) -> None:
-    """Every tracked file of both folders, the shipped checkpoint's too, where it is imported from; and the extension."""
-    wanted = [path for path in TRACKED if path.startswith(("pg_kernels/", "model/"))]
+    """Every tracked file, the shipped checkpoint's too, where it is imported from; and the extension.
+
+    Of the benchmarks that is their modules, without the stored runs and without what only pytest reads.
+    """
+    wanted = [path for path in TRACKED if path.startswith(("pg_kernels/", "model/")) or _is_benchmark_module(path)]
     assert {"pg_kernels/py.typed", "model/cli.py", "model/checkpoints/huggingface.py"} <= set(wanted)
     missing = [path for path in wanted if installed_name(path) not in wheel.files]
     assert not missing
@@ -97,7 +104,8 @@ def test_a_wheel_holds_the_whole_package(wheel: Wheel) -> None:
 
 
 def test_a_wheel_holds_nothing_else(wheel: Wheel) -> None:
-    expected = {installed_name(path) for path in TRACKED} | set(wheel.extensions)
+    wanted = [path for path in TRACKED if not path.startswith("benchmarks/") or _is_benchmark_module(path)]
+    expected = {installed_name(path) for path in wanted} | set(wheel.extensions)
     strange = [name for name in wheel.files if name not in expected and ".dist-info/" not in name]
     assert not strange
 
