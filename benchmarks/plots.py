@@ -429,7 +429,7 @@ def _points(group: Sequence[Series]) -> tuple[int, int]:
 
 
 def _scaling(run: Run, panels: Sequence[Sequence[Series]], what: str) -> Figure:
-    columns = 3
+    columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     most = max(len(group) for group in panels)
     figure = _figure(1.0 + lines * (3.0 + 0.17 * most))
