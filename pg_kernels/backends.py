@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 BACKENDS = ("triton", "native", "reference")
@@ -38,19 +38,34 @@ def backend(name: str) -> Iterator[None]:
         _requested = previous
 
 
-def select(op: str, device_type: str) -> str:
-    """Give the backend that `op` runs on for tensors of a device type; RuntimeError when the one asked for cannot."""
+def select(
+    op: str, device_type: str, obstacles: Mapping[str, str | None] | None = None, avoid: tuple[str, ...] = ()
+) -> str:
+    """Give the backend that `op` runs on for tensors of a device type; RuntimeError when the one asked for cannot.
+
+    `obstacles` are reasons in this call's arguments why a backend cannot take it, by backend; those in `avoid` can, but "auto"
+    passes over them because another is faster.
+    """
+    obstacles = obstacles or {}
     if _requested == "auto":
-        return next(name for name in BACKENDS if _obstacle(op, name, device_type) is None)
-    reason = _obstacle(op, _requested, device_type)
+        return next(
+            name
+            for name in BACKENDS
+            if name not in avoid and _passed_over(op, name, device_type) is None and obstacles.get(name) is None
+        )
+    reason = _obstacle(op, _requested, device_type) or obstacles.get(_requested)
     if reason is not None:
         raise RuntimeError(f"{op} cannot run on backend {_requested!r} with {device_type} tensors: {reason}")
     return _requested
 
 
-def available(op: str, device_type: str) -> list[str]:
-    """The backends that can run `op` on tensors of a device type here, in the order in which "auto" prefers them."""
-    return [name for name in BACKENDS if _obstacle(op, name, device_type) is None]
+def available(op: str, device_type: str, *, interpreted: bool = False) -> list[str]:
+    """The backends that can run `op` on tensors of a device type here, in the order in which "auto" prefers them.
+
+    `interpreted` includes Triton's interpreter where it is switched on, for which speed says nothing.
+    """
+    obstacle = _obstacle if interpreted else _passed_over
+    return [name for name in BACKENDS if obstacle(op, name, device_type) is None]
 
 
 def explain(device_type: str) -> dict[str, tuple[str, dict[str, str]]]:
@@ -59,12 +74,20 @@ def explain(device_type: str) -> dict[str, tuple[str, dict[str, str]]]:
     for op in sorted(_offers):
         reasons: dict[str, str] = {}
         for name in BACKENDS:
-            reason = _obstacle(op, name, device_type)
+            reason = _passed_over(op, name, device_type)
             if reason is None:
                 table[op] = (name, reasons)
                 break
             reasons[name] = reason
     return table
+
+
+def _passed_over(op: str, backend: str, device_type: str) -> str | None:
+    """Why "auto" does not take a backend, or None when it does."""
+    reason = _obstacle(op, backend, device_type)
+    if reason is None and (backend, device_type) == ("triton", "cpu"):
+        return "on the CPU it is Triton's interpreter, which must be asked for"
+    return reason
 
 
 def _obstacle(op: str, backend: str, device_type: str) -> str | None:

@@ -39,6 +39,28 @@ def test_auto_takes_the_first_that_can_run(triton_needs_cuda: str) -> None:
         assert backends.select(triton_needs_cuda, "cpu") == "native"
 
 
+def test_the_interpreter_must_be_asked_for(triton_needs_cuda: str) -> None:
+    backends.offer(triton_needs_cuda, "triton", lambda device_type: None)
+    assert backends.select(triton_needs_cuda, "cpu") == "reference"
+    with backend("triton"):
+        assert backends.select(triton_needs_cuda, "cpu") == "triton"
+    assert backends.available(triton_needs_cuda, "cpu") == ["reference"]
+    assert backends.available(triton_needs_cuda, "cpu", interpreted=True) == ["triton", "reference"]
+    _, reasons = backends.explain("cpu")[triton_needs_cuda]
+    assert reasons["triton"] == "on the CPU it is Triton's interpreter, which must be asked for"
+
+
+def test_obstacles_and_slower_backends(triton_needs_cuda: str) -> None:
+    """What this call's arguments rule out, and what another backend does faster."""
+    obstacle = {"triton": "too long"}
+    assert backends.select(triton_needs_cuda, "cuda", obstacle) == "reference"
+    assert backends.select(triton_needs_cuda, "cuda", avoid=("triton",)) == "reference"
+    with backend("triton"):
+        assert backends.select(triton_needs_cuda, "cuda", avoid=("triton",)) == "triton"
+        with pytest.raises(RuntimeError, match="made_up cannot run on backend 'triton' with cuda tensors: too long"):
+            backends.select(triton_needs_cuda, "cuda", obstacle)
+
+
 def test_a_named_backend_is_strict(triton_needs_cuda: str) -> None:
     with backend("triton"):
         assert backends.select(triton_needs_cuda, "cuda") == "triton"

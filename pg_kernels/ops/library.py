@@ -29,3 +29,12 @@ def define_opaque(
     torch.library.register_fake(f"pg_kernels::{name}", fake, lib=LIBRARY)
     if autograd is not None:
         LIBRARY.impl(name, autograd, "Autograd")
+
+
+def refuse_second_derivative(op: str) -> None:
+    """Raise in a backward pass that is itself recorded: the op below has no autograd, and would leave out terms without a word.
+
+    `once_differentiable` would not do: it looks at the incoming gradients alone.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: it has no second derivative (create_graph=True)")

@@ -15,7 +15,7 @@ from pg_kernels.backends import available
 # With --import-mode=importlib pytest leaves sys.path alone, and the tests here share `helpers`.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from helpers import DEVICES, dtypes_of  # noqa: E402
+from helpers import DEVICES, DTYPES  # noqa: E402
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -25,12 +25,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = []
     for device in DEVICES:
         marks = [pytest.mark.cuda] if device == "cuda" else []
-        for backend in available(metafunc.module.OP, device):
+        only = metafunc.definition.get_closest_marker("backends")
+        for backend in available(metafunc.module.OP, device, interpreted=True):
+            if only is not None and backend not in only.args:
+                continue
             if "dtype" in names:
-                dtypes = dtypes_of(backend, device)
                 cases += [
                     pytest.param(device, backend, dtype, marks=marks, id=_id(device, backend, dtype))
-                    for dtype in dtypes
+                    for dtype in DTYPES
                 ]
             else:
                 cases.append(pytest.param(device, backend, marks=marks, id=_id(device, backend)))

@@ -9,7 +9,7 @@ from torch import Tensor
 from pg_kernels.backends import offer, select
 from pg_kernels.ops import checks
 from pg_kernels.ops.int8_linear import reference
-from pg_kernels.ops.library import define_opaque
+from pg_kernels.ops.library import define_opaque, refuse_second_derivative
 
 try:
     from pg_kernels import _C
@@ -105,9 +105,7 @@ class _Int8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # The op below has no autograd of its own: with create_graph it would leave out terms without a word.
-        if torch.is_grad_enabled():
-            raise RuntimeError("int8_linear: it has no second derivative (create_graph=True)")
+        refuse_second_derivative("int8_linear")
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.ops.pg_kernels.int8_linear_backward(grad, *ctx.saved_tensors, ctx.group_size)
