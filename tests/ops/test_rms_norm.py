@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import (
+    DEVICES,
     assert_accurate,
     assert_any_layout,
     assert_compiles,
@@ -10,6 +11,7 @@ from helpers import (
     assert_pure,
     assert_same,
     leaves,
+    one_rounding,
     randn,
     run,
 )
@@ -53,16 +55,12 @@ def test_residual_is_the_same_as_two_steps(
         randn(shape[-1], device=device, dtype=dtype)
     ]
 
-    def two_steps(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        total = x + residual
-        return rms_norm(total, weight), total
-
     def plain(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return definition(x + residual, weight), x + residual
 
-    one, two = run(with_residual, inputs)[0], run(two_steps, inputs)[0]
-    torch.testing.assert_close(one[1], two[1], rtol=0, atol=0)
-    torch.testing.assert_close(one[0], two[0])
+    y, total = with_residual(*inputs)
+    torch.testing.assert_close(total, inputs[0] + inputs[1], **one_rounding(backend, device, dtype))
+    torch.testing.assert_close(y, rms_norm(total, inputs[2]))
     assert_accurate(with_residual, plain, inputs, dtype)
 
 
@@ -100,6 +98,42 @@ def test_eps_dominates_for_tiny_rows(device: str, backend: str) -> None:
     weight = torch.zeros(8, device=device)
     torch.testing.assert_close(rms_norm(x, weight, 1e-6), x * 1e3, rtol=1e-5, atol=0)
     torch.testing.assert_close(rms_norm(torch.zeros_like(x), weight), torch.zeros_like(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("columns", [8192, 8193, 32768])
+def test_long_rows(device: str, backend: str, columns: int) -> None:
+    """Beyond 8192 columns the kernels read a row in blocks."""
+    inputs = [randn(3, columns, device=device) for _ in range(2)] + [randn(columns, device=device)]
+    assert_accurate(
+        with_residual, lambda x, residual, w: (definition(x + residual, w), x + residual), inputs, torch.float32
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_too_long_for_registers(device: str) -> None:
+    x, weight = torch.ones(1, 32769, device=device), torch.zeros(32769, device=device)
+    torch.testing.assert_close(rms_norm(x, weight), x)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="rows of 32769 are longer than 32768"):
+        rms_norm(x, weight)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_float64_is_the_definitions_alone(device: str) -> None:
+    x, weight = torch.ones(1, 8, device=device, dtype=torch.float64), torch.zeros(8, device=device)
+    assert rms_norm(x, weight).dtype == torch.float64
+    with use_backend("triton"), pytest.raises(RuntimeError, match="float64 runs on backend 'reference' only"):
+        rms_norm(x, weight)
+
+
+def test_weight_gradient_is_deterministic(device: str, backend: str) -> None:
+    """More rows than programs share, so that the order of sums matters."""
+    x, weight, grad = (
+        randn(700, 48, device=device),
+        randn(48, device=device).requires_grad_(),
+        randn(700, 48, device=device),
+    )
+    first, second = (torch.autograd.grad(rms_norm(x, weight), weight, grad)[0] for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
@@ -179,6 +213,16 @@ def test_opcheck(device: str, backend: str, shape: tuple[int, ...]) -> None:
     x, residual, weight = leaves(randn(*shape, device=device), randn(*shape, device=device), randn(16, device=device))
     torch.library.opcheck(torch.ops.pg_kernels.rms_norm.default, (x, weight, 1e-6, 1.0))
     torch.library.opcheck(torch.ops.pg_kernels.add_rms_norm.default, (x, residual, weight, 1e-6, 0.0))
+    if backend == "triton":
+        ops = torch.ops.pg_kernels
+        torch.library.opcheck(ops.rms_norm_triton.default, (x, residual, weight, 1e-6, 0.0))
+        torch.library.opcheck(ops.rms_norm_triton.default, (x, None, weight, 1e-6, 1.0))
+        rstd = torch.ones(shape[:-1], device=device)
+        x, residual, weight = (tensor.detach() for tensor in (x, residual, weight))
+        for total, needs_weight in ((residual, True), (None, False)):
+            torch.library.opcheck(
+                ops.rms_norm_triton_backward.default, (x, total, residual, weight, rstd, 1.0, needs_weight)
+            )
 
 
 def test_gradcheck_of_the_reference() -> None:

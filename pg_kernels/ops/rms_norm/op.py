@@ -1,18 +1,150 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pg_kernels.backends import offer, select
-from pg_kernels.ops import checks
-from pg_kernels.ops.library import define_composite
-from pg_kernels.ops.rms_norm import reference
+from pg_kernels.ops import checks, launch
+from pg_kernels.ops.library import define_composite, define_opaque, refuse_second_derivative
+from pg_kernels.ops.rms_norm import reference, tiles
 
-offer("rms_norm", "reference", lambda device_type: None)
+
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from pg_kernels.ops.rms_norm import kernels
+
+    rows, other = launch.rows_of(x), launch.rows_of(x if residual is None else residual)
+    y, total, rstd = _fake_forward(x, residual)
+    if x.numel():
+        chosen = tiles.forward(x.shape[-1], x.element_size(), launch.device_of(x))
+        with launch.on_device_of(x):
+            kernels.forward[(-(-rows.count // chosen.rows),)](
+                x_ptr=rows.tensor,
+                residual_ptr=None if residual is None else other.tensor,
+                weight_ptr=weight.contiguous(),
+                y_ptr=y,
+                total_ptr=None if residual is None else total,
+                rstd_ptr=rstd,
+                rows=rows.count,
+                x_strides=rows.strides,
+                residual_strides=other.strides,
+                eps=eps,
+                weight_offset=weight_offset,
+                COLUMNS=x.shape[-1],
+                BLOCK=chosen.block,
+                ROWS=chosen.rows,
+                num_warps=chosen.warps,
+                enable_fp_fusion=True,
+            )
+    return y, total, rstd
+
+
+def _fake_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y = x.new_empty(x.shape)
+    total = x.new_empty(0 if residual is None else x.shape)
+    return y, total, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _backward(
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    weight_offset: float,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    from pg_kernels.ops.rms_norm import kernels
+
+    columns = x.shape[-1]
+    grad_x, grad_weight = _fake_backward(grad_y, grad_total, x, weight, rstd, weight_offset, needs_weight)
+    if not x.numel():
+        return grad_x, grad_weight.zero_()
+    y_rows, x_rows = launch.rows_of(grad_y), launch.rows_of(x)
+    total_rows = y_rows if grad_total is None else launch.rows_of(grad_total)
+    device = launch.device_of(x)
+    chosen, programs = tiles.backward(columns, x.element_size(), device), tiles.programs(x_rows.count, device)
+    kernel = kernels.backward if chosen.block >= columns else kernels.backward_wide
+    partial = x.new_zeros(programs, columns, dtype=torch.float32) if needs_weight else None
+    with launch.on_device_of(x):
+        kernel[(programs,)](
+            grad_y_ptr=y_rows.tensor,
+            grad_total_ptr=None if grad_total is None else total_rows.tensor,
+            x_ptr=x_rows.tensor,
+            weight_ptr=weight.contiguous(),
+            rstd_ptr=rstd,
+            grad_x_ptr=grad_x,
+            partial_ptr=partial,
+            rows=x_rows.count,
+            y_strides=y_rows.strides,
+            total_strides=total_rows.strides,
+            x_strides=x_rows.strides,
+            weight_offset=weight_offset,
+            COLUMNS=columns,
+            BLOCK=chosen.block,
+            num_warps=chosen.warps,
+            enable_fp_fusion=True,
+        )
+    return grad_x, grad_weight if partial is None else partial.sum(0).to(weight.dtype)
+
+
+def _fake_backward(
+    grad_y: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape if rest[-1] else 0)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
+    ) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, total, rstd = torch.ops.pg_kernels.rms_norm_triton(x, residual, weight, eps, weight_offset)
+        ctx.save_for_backward(x if residual is None else total, weight, rstd)
+        ctx.weight_offset = weight_offset
+        ctx.mark_non_differentiable(*((total, rstd) if residual is None else (rstd,)))
+        ctx.set_materialize_grads(False)
+        return y, total, rstd
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("rms_norm")
+        needs_x, needs_residual, needs_weight = ctx.needs_input_grad[:3]
+        if grad_y is None:  # only the sum was used
+            return grad_total, grad_total if needs_residual else None, None, None, None
+        grad_x, grad_weight = torch.ops.pg_kernels.rms_norm_triton_backward(
+            grad_y, grad_total, *ctx.saved_tensors, ctx.weight_offset, needs_weight
+        )
+        return (
+            grad_x if needs_x else None,
+            grad_x if needs_residual else None,
+            grad_weight if needs_weight else None,
+            None,
+            None,
+        )
+
+
+offer("rms_norm", "triton", launch.obstacle)
 define_composite("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset) -> Tensor", reference.rms_norm)
 define_composite(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset) -> (Tensor, Tensor)",
     reference.add_rms_norm,
+)
+define_opaque(
+    "rms_norm_triton(Tensor x, Tensor? residual, Tensor weight, float eps, float weight_offset) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    _RMSNorm.apply,
+)
+define_opaque(
+    "rms_norm_triton_backward(Tensor grad_y, Tensor? grad_total, Tensor x, Tensor weight, Tensor rstd, float weight_offset, "
+    "bool needs_weight) -> (Tensor, Tensor)",
+    _backward,
+    _fake_backward,
 )
 
 
@@ -42,8 +174,16 @@ def rms_norm(
     checks.check_shape("weight", weight, [x.shape[-1]], " (x's last dimension)")
     checks.check_device(x=x, weight=weight, residual=residual)
     checks.check_positive(eps=eps)
-    select("rms_norm", x.device.type)
+    if residual is not None:
+        checks.check_shape("residual", residual, list(x.shape), " (x's)")
+    obstacle = launch.unfit(x, weight, residual)
+    if x.shape[-1] > tiles.MAX_COLUMNS:
+        obstacle = f"rows of {x.shape[-1]} are longer than {tiles.MAX_COLUMNS}"
+    if select("rms_norm", x.device.type, {"triton": obstacle}) == "triton":
+        if residual is None:
+            return torch.ops.pg_kernels.rms_norm_triton(x, None, weight, eps, weight_offset)[0]
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        return torch.ops.pg_kernels.rms_norm_triton(x.to(dtype), residual.to(dtype), weight, eps, weight_offset)[:2]
     if residual is None:
         return torch.ops.pg_kernels.rms_norm(x, weight, eps, weight_offset)
-    checks.check_shape("residual", residual, list(x.shape), " (x's)")
     return torch.ops.pg_kernels.add_rms_norm(x, residual, weight, eps, weight_offset)
