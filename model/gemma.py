@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pg_kernels import apply_rotary, prefix_lm_attention
+from pg_kernels import apply_rotary, apply_rotary_to_cache, prefix_lm_attention
 from pg_kernels.nn import GeGLUMLP, RMSNorm
 
 from .config import TextConfig
@@ -32,14 +32,6 @@ class KVCache:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k, v [B, Hkv, S, D] at slots [B, S] (int64) of a layer and give the whole buffers [B, Hkv, capacity, D]."""
-        rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
-        # Under autocast keys and values come in its dtype.
-        self.keys[layer][rows, :, slots] = k.transpose(1, 2).to(self.keys.dtype)
-        self.values[layer][rows, :, slots] = v.transpose(1, 2).to(self.values.dtype)
-        return self.keys[layer], self.values[layer]
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace the batch by these rows (int64 [B']) of it, some perhaps repeated."""
@@ -69,9 +61,12 @@ class GemmaAttention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = apply_rotary(q, k, positions, theta=self.theta)
-        if cache is not None and slots is not None:
-            k, v = cache.write(self.layer, slots, k, v)
+        if cache is None or slots is None:
+            q, k = apply_rotary(q, k, positions, theta=self.theta)
+        else:
+            keys, values = cache.keys[self.layer], cache.values[self.layer]
+            q = apply_rotary_to_cache(q, k, v, positions, keys, values, slots, theta=self.theta)
+            k, v = keys, values
         out = prefix_lm_attention(
             q,
             k,

@@ -1,7 +1,7 @@
 """Fused kernels for PaliGemma in PyTorch; the model assembled from them is `pg_kernels.model`."""
 
 from pg_kernels.backends import backend
-from pg_kernels.ops.apply_rotary import apply_rotary
+from pg_kernels.ops.apply_rotary import apply_rotary, apply_rotary_to_cache
 from pg_kernels.ops.geglu import geglu
 from pg_kernels.ops.geglu_mlp import geglu_mlp
 from pg_kernels.ops.int8_linear import PackedInt8Weight, int8_linear, pack_int8
@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PackedInt8Weight",
     "apply_rotary",
+    "apply_rotary_to_cache",
     "backend",
     "geglu",
     "geglu_mlp",

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from helpers import (
@@ -10,12 +12,13 @@ from helpers import (
     assert_pure,
     assert_same,
     leaves,
+    one_rounding,
     randn,
     run,
 )
 from torch import Tensor
 
-from pg_kernels import apply_rotary
+from pg_kernels import apply_rotary, apply_rotary_to_cache
 from pg_kernels import backend as use_backend
 
 OP = "apply_rotary"
@@ -195,6 +198,11 @@ def test_opcheck(device: str, backend: str, sizes: dict[str, int]) -> None:
     for batch in {1, q.shape[0]}:
         positions = torch.arange(q.shape[2], device=device).expand(batch, -1).contiguous()
         torch.library.opcheck(torch.ops.pg_kernels.apply_rotary.default, (q, k, positions, 10_000.0))
+        if backend == "triton":
+            for inverse in (False, True):
+                torch.library.opcheck(
+                    torch.ops.pg_kernels.apply_rotary_triton.default, (q, k, positions, 10_000.0, inverse)
+                )
 
 
 def test_gradcheck_of_the_reference() -> None:
@@ -232,3 +240,126 @@ Q, K, POSITIONS = torch.ones(2, 4, 3, 8), torch.ones(2, 1, 3, 8), torch.arange(3
 def test_errors(change: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         apply_rotary(**{"q": Q, "k": K, "positions": POSITIONS, **change})
+
+
+# --- into a cache
+
+
+def cache_inputs(device: str, dtype: torch.dtype = torch.float32, **sizes: int) -> list[Tensor]:
+    """q, k, v, positions, two caches of 9 slots, filled, and other slots for each example."""
+    q, k = (tensor.to(dtype) for tensor in queries_and_keys(device, **sizes))
+    batch, kv_heads, length, dim = k.shape
+    positions = torch.randint(0, 300, (batch, length), device=device)
+    caches = [randn(batch, kv_heads, 9, dim, device=device, dtype=dtype) for _ in range(2)]
+    slots = torch.stack([torch.randperm(9)[:length] for _ in range(batch)]).to(device)
+    return [q, k, randn(*k.shape, device=device, dtype=dtype), positions, *caches, slots]
+
+
+def written(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+    """The cache after one token at a time."""
+    cache = cache.clone()
+    for row in range(len(slots)):
+        for token in range(slots.shape[1]):
+            cache[row, :, slots[row, token]] = new[row, :, token].to(cache.dtype)
+    return cache
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"dim": 72, "heads": 3, "kv_heads": 3}, {"dim": 256, "heads": 8, "kv_heads": 1}, {"length": 1}],
+    ids=str,
+)
+def test_cache_takes_keys_and_values(device: str, backend: str, dtype: torch.dtype, sizes: dict[str, int]) -> None:
+    q, k, v, positions, k_cache, v_cache, slots = cache_inputs(device, dtype, **sizes)
+    turned_q, turned_k = apply_rotary(q, k, positions)
+    expected = written(k_cache, turned_k, slots), written(v_cache, v, slots)
+    out = apply_rotary_to_cache(q, k, v, positions, k_cache, v_cache, slots)
+    torch.testing.assert_close((out, k_cache, v_cache), (turned_q, *expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float16, torch.bfloat16])
+def test_cache_of_another_dtype_and_layout(device: str, backend: str, cache_dtype: torch.dtype) -> None:
+    q, k, v, positions, k_cache, v_cache, slots = cache_inputs(device)
+    q, k, v = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (q, k, v))
+    buffers = [cache.to(cache_dtype).transpose(1, 2).contiguous().transpose(1, 2) for cache in (k_cache, v_cache)]
+    turned_q, turned_k = apply_rotary(q, k, positions)
+    expected = [written(cache, new, slots) for cache, new in zip(buffers, (turned_k, v), strict=True)]
+    torch.testing.assert_close(apply_rotary_to_cache(q, k, v, positions, *buffers, slots.int()), turned_q)
+    for actual, wanted in zip(buffers, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, **one_rounding(backend, device, cache_dtype))
+
+
+def test_cache_with_slots_shared_by_all(device: str, backend: str) -> None:
+    q, k, v, positions, k_cache, v_cache, slots = cache_inputs(device)
+    copies = k_cache.clone(), v_cache.clone()
+    apply_rotary_to_cache(q, k, v, positions[0], k_cache, v_cache, slots[0])
+    apply_rotary_to_cache(q, k, v, positions[:1].expand(2, -1), *copies, slots[:1].expand(2, -1))
+    torch.testing.assert_close((k_cache, v_cache), copies, rtol=0, atol=0)
+
+
+def test_cache_compiles(device: str, backend: str) -> None:
+    inputs = cache_inputs(device)
+    expected = [tensor.clone() for tensor in inputs]
+    out = apply_rotary_to_cache(*expected)
+    compiled = torch.compile(apply_rotary_to_cache, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close((compiled(*inputs), inputs), (out, expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("batch", [2, 0])
+def test_cache_opcheck(device: str, backend: str, batch: int) -> None:
+    q, k, v, positions, k_cache, v_cache, slots = cache_inputs(device)
+    inputs = [tensor[:batch] for tensor in (q, k, v, positions, k_cache, v_cache, slots)]
+    inputs.insert(4, 10_000.0)
+    ops = torch.ops.pg_kernels
+    torch.library.opcheck(ops.apply_rotary_to_cache.default, inputs)
+    if backend == "triton":
+        torch.library.opcheck(ops.apply_rotary_to_cache_triton.default, inputs)
+
+
+@pytest.mark.parametrize("slot", [-1, 9])
+def test_slots_outside_the_cache(device: str, backend: str, slot: int) -> None:
+    q, k, v, positions, k_cache, v_cache, slots = cache_inputs(device)
+    slots[1, 2] = slot
+    before = k_cache.clone(), v_cache.clone()
+    if device == "cpu":
+        with pytest.raises(ValueError, match=rf"slots: {slot} is outside the cache's \[0, 9\)"):
+            apply_rotary_to_cache(q, k, v, positions, k_cache, v_cache, slots)
+        torch.testing.assert_close((k_cache, v_cache), before, rtol=0, atol=0)
+    if backend == "triton":  # as on a GPU, where the values are not looked at beforehand
+        out = torch.ops.pg_kernels.apply_rotary_to_cache_triton(q, k, v, positions, 1e4, k_cache, v_cache, slots)
+        assert out[1, :, 2].isnan().all() and out.isnan().sum() == out[1, :, 2].numel()
+        keep = slots[1] != slot
+        kept = [
+            written(cache[1:], new[1:, :, keep], slots[1:, keep]) for cache, new in zip(before, (k, v), strict=True)
+        ]
+        torch.testing.assert_close(v_cache[1:], kept[1], rtol=0, atol=0)
+        assert k_cache.isfinite().all()
+
+
+def test_cache_takes_no_gradients() -> None:
+    inputs = cache_inputs("cpu")
+    inputs[1].requires_grad_()
+    with pytest.raises(RuntimeError, match="gradients do not flow through a cache"):
+        apply_rotary_to_cache(*inputs)
+    with torch.no_grad():
+        assert not apply_rotary_to_cache(*inputs).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "error", "message"),
+    [
+        (2, lambda v: v[:, :1], ValueError, "v: expected shape"),
+        (4, lambda cache: cache[..., :8], ValueError, "k_cache: expected shape"),
+        (5, lambda cache: cache[:, :, :4], ValueError, "v_cache: expected shape"),
+        (5, lambda cache: cache.half(), TypeError, "v_cache: has dtype"),
+        (4, lambda cache: cache.int(), TypeError, "k_cache: expected float32"),
+        (6, lambda slots: slots.float(), TypeError, "slots: expected int32 or int64"),
+        (6, lambda slots: slots[:, :2], ValueError, "slots: expected shape"),
+        (6, lambda slots: slots[0, :2], ValueError, "slots: expected shape"),
+    ],
+)
+def test_cache_errors(index: int, change: Callable[[Tensor], Tensor], error: type[Exception], message: str) -> None:
+    inputs = cache_inputs("cpu")
+    inputs[index] = change(inputs[index])
+    with pytest.raises(error, match=message):
+        apply_rotary_to_cache(*inputs)

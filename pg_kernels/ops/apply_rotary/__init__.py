@@ -1,3 +1,3 @@
-from pg_kernels.ops.apply_rotary.op import apply_rotary
+from pg_kernels.ops.apply_rotary.op import apply_rotary, apply_rotary_to_cache
 
-__all__ = ["apply_rotary"]
+__all__ = ["apply_rotary", "apply_rotary_to_cache"]

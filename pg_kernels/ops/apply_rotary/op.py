@@ -1,17 +1,138 @@
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pg_kernels.backends import offer, select
-from pg_kernels.ops import checks
-from pg_kernels.ops.apply_rotary import reference
-from pg_kernels.ops.library import define_composite
+from pg_kernels.ops import checks, launch
+from pg_kernels.ops.apply_rotary import reference, tiles
+from pg_kernels.ops.library import define_composite, define_opaque, refuse_second_derivative
 
-offer("apply_rotary", "reference", lambda device_type: None)
+
+def _rotate(q: Tensor, k: Tensor, positions: Tensor, theta: float, inverse: bool) -> tuple[Tensor, Tensor]:
+    q_out, k_out = _fake_rotate(q, k)
+    _launch((q, k, None), positions, theta, (q_out, k_out, None), None, inverse=inverse)
+    return q_out, k_out
+
+
+def _fake_rotate(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+def _to_cache(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, theta: float, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+) -> Tensor:
+    q_out = torch.empty_like(q)
+    _launch((q, k, v), positions, theta, (q_out, k_cache, v_cache), slots, inverse=False)
+    return q_out
+
+
+def _launch(
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    positions: Tensor,
+    theta: float,
+    outputs: tuple[Tensor, Tensor, Tensor | None],
+    slots: Tensor | None,
+    *,
+    inverse: bool,
+) -> None:
+    from pg_kernels.ops.apply_rotary import kernels
+
+    (q, k, v), (q_out, k_out, v_out) = inputs, outputs
+    batch, heads, length, dim = q.shape
+    tokens, heads_in_all = batch * length, heads + k.shape[1]
+    if not tokens or not heads_in_all:
+        return
+    step = _short(-2.0 / dim * math.log2(theta))
+    device = launch.device_of(q)
+    chosen = tiles.choose(dim, device)
+    blocks = -(-tokens // chosen.tokens)
+    heads_per_program = tiles.heads_per_program(blocks, heads_in_all, device)
+    with launch.on_device_of(q):
+        kernels.rotate[(blocks, -(-heads_in_all // heads_per_program))](
+            q_ptr=q,
+            k_ptr=k,
+            v_ptr=v,
+            positions_ptr=positions,
+            slots_ptr=slots,
+            q_out_ptr=q_out,
+            k_out_ptr=k_out,
+            v_out_ptr=v_out,
+            tokens=tokens,
+            length=length,
+            capacity=k_out.shape[2],
+            heads_per_program=heads_per_program,
+            q_strides=q.stride(),
+            k_strides=k.stride(),
+            v_strides=(k if v is None else v).stride(),
+            positions_strides=_shared(positions, batch),
+            slots_strides=(0, 0) if slots is None else _shared(slots, batch),
+            q_out_strides=q_out.stride(),
+            k_out_strides=k_out.stride(),
+            v_out_strides=(k_out if v_out is None else v_out).stride(),
+            step=step,
+            step_rest=-2.0 / dim * math.log2(theta) - step,
+            Q_HEADS=heads,
+            K_HEADS=k.shape[1],
+            DIM=dim,
+            HALF=chosen.half,
+            TOKENS=chosen.tokens,
+            INVERSE=inverse,
+            num_warps=chosen.warps,
+            enable_fp_fusion=True,
+        )
+
+
+def _short(number: float) -> float:
+    """The number to 12 bits, whose product with an integer of up to 12 bits is exact in fp32."""
+    mantissa, exponent = math.frexp(number)
+    return math.ldexp(round(mantissa * 4096), exponent - 12)
+
+
+def _shared(numbers: Tensor, batch: int) -> tuple[int, int]:
+    """Strides of numbers [B or 1, S] over B and S."""
+    return numbers.expand(batch, -1).stride()  # type: ignore[return-value]
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, positions: Tensor, theta: float, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(positions)
+        ctx.theta, ctx.inverse = theta, inverse
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.pg_kernels.apply_rotary_triton(q, k, positions, theta, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("apply_rotary")
+        (positions,) = ctx.saved_tensors
+        grads = torch.ops.pg_kernels.apply_rotary_triton(grad_q, grad_k, positions, ctx.theta, not ctx.inverse)
+        return *grads, None, None, None
+
+
+offer("apply_rotary", "triton", launch.obstacle)
 define_composite(
     "apply_rotary(Tensor q, Tensor k, Tensor positions, float theta) -> (Tensor, Tensor)", reference.apply_rotary
 )
+define_opaque(
+    "apply_rotary_triton(Tensor q, Tensor k, Tensor positions, float theta, bool inverse) -> (Tensor, Tensor)",
+    _rotate,
+    _fake_rotate,
+    _Rotate.apply,
+)
+_TO_CACHE = (
+    "(Tensor q, Tensor k, Tensor v, Tensor positions, float theta, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) "
+    "-> Tensor"
+)
+define_opaque(
+    f"apply_rotary_to_cache{_TO_CACHE}", reference.apply_rotary_to_cache, lambda q, *rest: torch.empty_like(q)
+)
+define_opaque(f"apply_rotary_to_cache_triton{_TO_CACHE}", _to_cache, lambda q, *rest: torch.empty_like(q))
 
 
 def apply_rotary(q: Tensor, k: Tensor, positions: Tensor, *, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
@@ -32,6 +153,68 @@ def apply_rotary(q: Tensor, k: Tensor, positions: Tensor, *, theta: float = 10_0
 
     Source: Su et al., https://arxiv.org/abs/2104.09864; the half-split form as in Gemma's original code.
     """
+    positions = _checked(q, k, positions, theta)
+    if select("apply_rotary", q.device.type, {"triton": launch.unfit(q)}) == "triton":
+        return torch.ops.pg_kernels.apply_rotary_triton(q, k, positions, theta, False)
+    return torch.ops.pg_kernels.apply_rotary(q, k, positions, theta)
+
+
+def apply_rotary_to_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    theta: float = 10_000.0,
+) -> Tensor:
+    """Rotate queries and keys as `apply_rotary` does, and write keys and values into a cache: for generation, without gradients.
+
+    Args:
+        q: [B, H, S, D], fp32, fp16 or bf16, D even.
+        k, v: [B, Hkv, S, D], q's dtype.
+        positions: [S] or [B, S], int32 or int64.
+        k_cache, v_cache: [B, Hkv, capacity, D], of one floating-point dtype; written in place.
+        slots: [S] or [B, S], int32 or int64: where in the cache each token goes, in [0, capacity).
+        theta: base of the angles' geometric series.
+
+    Returns:
+        The rotated q, a new tensor.
+
+    Raises:
+        TypeError: dtypes that do not fit.
+        ValueError: shapes or devices that do not fit, an odd D, theta not positive; a slot outside the cache (looked at on the
+            CPU only; on a GPU nothing is written there, and the token's q becomes NaN).
+        RuntimeError: gradients would have to flow through the cache.
+    """
+    positions = _checked(q, k, positions, theta)
+    checks.check_shape("v", v, list(k.shape), " (k's)")
+    checks.check_same(q=q, v=v)
+    checks.check_float(k_cache=k_cache, v_cache=v_cache)
+    checks.check_shape("k_cache", k_cache, [*k.shape[:2], "capacity", k.shape[3]], " (k's but for the capacity)")
+    checks.check_shape("v_cache", v_cache, list(k_cache.shape), " (k_cache's)")
+    checks.check_same(k_cache=k_cache, v_cache=v_cache)
+    checks.check_integer(slots=slots)
+    checks.check_device(q=q, k_cache=k_cache, slots=slots)
+    slots = _per_token("slots", slots, q)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, k_cache, v_cache)):
+        raise RuntimeError(
+            "apply_rotary_to_cache: gradients do not flow through a cache; call it under torch.no_grad()"
+        )
+    if checks.values_are_free(slots):
+        wrong = slots[(slots < 0) | (slots >= k_cache.shape[2])]
+        if len(wrong):
+            raise ValueError(f"slots: {int(wrong[0])} is outside the cache's [0, {k_cache.shape[2]})")
+    obstacle = launch.unfit(q, k_cache)
+    triton = select("apply_rotary", q.device.type, {"triton": obstacle}) == "triton"
+    op = torch.ops.pg_kernels.apply_rotary_to_cache_triton if triton else torch.ops.pg_kernels.apply_rotary_to_cache
+    return op(q, k, v, positions, theta, k_cache, v_cache, slots)
+
+
+def _checked(q: Tensor, k: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Check what both functions take, and give the positions as [B or 1, S]."""
     checks.check_float(q=q, k=k)
     checks.check_integer(positions=positions)
     checks.check_shape("q", q, ["B", "H", "S", "D"])
@@ -42,10 +225,14 @@ def apply_rotary(q: Tensor, k: Tensor, positions: Tensor, *, theta: float = 10_0
     checks.check_same(q=q, k=k)
     checks.check_device(q=q, k=k, positions=positions)
     checks.check_positive(theta=theta)
-    if positions.dim() == 1:
-        positions = positions[None]
-        checks.check_shape("positions", positions[0], [length], " (q's S) or [B, S]")
-    else:
-        checks.check_shape("positions", positions, [batch, length], " (q's B and S) or [S]")
-    select("apply_rotary", q.device.type)
-    return torch.ops.pg_kernels.apply_rotary(q, k, positions, theta)
+    return _per_token("positions", positions, q)
+
+
+def _per_token(name: str, numbers: Tensor, q: Tensor) -> Tensor:
+    """Check numbers [S] or [B, S], and give them as [1 or B, S]."""
+    batch, _, length, _ = q.shape
+    if numbers.dim() == 1:
+        checks.check_shape(name, numbers, [length], " (q's S) or [B, S]")
+        return numbers[None]
+    checks.check_shape(name, numbers, [batch, length], " (q's B and S) or [S]")
+    return numbers

@@ -19,3 +19,21 @@ def apply_rotary(q: Tensor, k: Tensor, positions: Tensor, theta: float) -> tuple
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def apply_rotary_to_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    theta: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """Turn q and k; put k and v [B, Hkv, S, D] at slots [B or 1, S] of the caches [B, Hkv, capacity, D], in their dtype."""
+    q, k = apply_rotary(q, k, positions, theta)
+    batch = torch.arange(k.shape[0], device=k.device)[:, None]
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache[batch, :, slots.long()] = new.transpose(1, 2).to(cache.dtype)
+    return q
