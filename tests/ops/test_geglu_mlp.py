@@ -10,6 +10,7 @@ from helpers import (
     assert_frozen_inputs,
     assert_pure,
     assert_same,
+    assert_within,
     gelu_tanh,
     leaves,
     randn,
@@ -20,6 +21,9 @@ from torch import Tensor
 from pg_kernels import backend as use_backend
 from pg_kernels import geglu_mlp
 from pg_kernels.nn import GeGLUMLP
+from pg_kernels.ops import launch
+from pg_kernels.ops.geglu_mlp import tiles
+from pg_kernels.ops.geglu_mlp.tiles import Tiles
 
 OP = "geglu_mlp"
 NAMES = ("x", "gate_weight", "up_weight", "down_weight")
@@ -46,6 +50,31 @@ def test_values_and_gradients(
     device: str, backend: str, dtype: torch.dtype, rows: tuple[int, ...], sizes: tuple[int, int, int]
 ) -> None:
     assert_accurate(geglu_mlp, definition, inputs_of(rows, device, sizes), dtype)
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize(
+    "chosen",
+    [Tiles(16, 32, 32, 1, 4, 2), Tiles(32, 16, 64, 8, 4, 2), *tiles.candidates(9, launch.INTERPRETER)],
+    ids=lambda chosen: f"{chosen.rows}x{chosen.features}x{chosen.inner}",
+)
+@pytest.mark.parametrize("sizes", [(64, 128, 64), (40, 72, 24), (1, 3, 2), (130, 257, 66)], ids=str)
+@pytest.mark.parametrize("rows", [1, 16, 17, 70])
+def test_both_projections_in_one_kernel(
+    device: str,
+    dtype: torch.dtype,
+    backend: str,
+    rows: int,
+    sizes: tuple[int, int, int],
+    chosen: Tiles,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where it was measured to be the faster way, around the boundaries of its tiles."""
+    monkeypatch.setattr(tiles, "choose", lambda *_: chosen)
+    inputs = [tensor.to(dtype) for tensor in inputs_of((rows,), device, sizes)]
+    with torch.no_grad():
+        ours, plain, exact = geglu_mlp(*inputs), definition(*inputs), definition(*(t.double() for t in inputs))
+    assert_within(ours, plain, exact)
 
 
 def test_no_hidden_units(device: str, backend: str) -> None:
@@ -102,7 +131,12 @@ def test_compiles_under_autocast(device: str, backend: str) -> None:
 
 @pytest.mark.parametrize("rows", [(3,), (0,), (2, 3)], ids=str)
 def test_opcheck(device: str, backend: str, rows: tuple[int, ...]) -> None:
-    torch.library.opcheck(torch.ops.pg_kernels.geglu_mlp.default, leaves(*inputs_of(rows, device)))
+    inputs = inputs_of(rows, device)
+    torch.library.opcheck(torch.ops.pg_kernels.geglu_mlp.default, leaves(*inputs))
+    if backend == "triton":
+        inputs[0] = inputs[0].reshape(-1, inputs[0].shape[-1])
+        torch.library.opcheck(torch.ops.pg_kernels.geglu_mlp_triton.default, (*leaves(*inputs), True))
+        torch.library.opcheck(torch.ops.pg_kernels.geglu_mlp_triton.default, (*inputs, False))
 
 
 def test_gradcheck_of_the_reference() -> None:
