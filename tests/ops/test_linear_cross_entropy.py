@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pg_kernels import backend as use_backend
 from pg_kernels import linear_cross_entropy
-from pg_kernels.ops.linear_cross_entropy import reference
+from pg_kernels.ops.linear_cross_entropy import reference, tiles
 
 OP = "linear_cross_entropy"
 VOCABULARY = 33
@@ -74,6 +74,7 @@ def inputs_of(
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param is not None:
         monkeypatch.setattr(reference, "CHUNK_ELEMENTS", request.param)
+        monkeypatch.setattr(tiles, "CHUNK_BYTES", request.param)
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -210,6 +211,7 @@ def largest_allocation(device: str, step: Callable[[], None]) -> int:
 def test_logits_are_never_held(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, vocabulary, dim = 256, 4096, 8
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 16 * vocabulary)
+    monkeypatch.setattr(tiles, "CHUNK_BYTES", 16 * vocabulary * 4)
     (hidden, weight), labels = inputs_of((tokens,), device, dim=dim, vocabulary=vocabulary)
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -342,6 +344,7 @@ def test_bad_labels_give_nan_where_they_cannot(device: str, backend: str, label:
 def test_opcheck(device: str, backend: str, tokens: int, options: tuple[Any, ...]) -> None:
     inputs, labels = inputs_of((tokens,), device)
     hidden, weight = inputs
+    options = (*options, backend)
     ops = torch.ops.pg_kernels
     _, lses = ops.linear_cross_entropy(hidden, weight, labels, *options)
     gradients = torch.ones(tokens, device=device)

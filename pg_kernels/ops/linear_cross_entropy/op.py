@@ -6,15 +6,147 @@ import torch
 from torch import Tensor
 
 from pg_kernels.backends import offer, select
-from pg_kernels.ops import checks
-from pg_kernels.ops.library import define_opaque
-from pg_kernels.ops.linear_cross_entropy import reference
+from pg_kernels.ops import checks, launch
+from pg_kernels.ops.library import define_opaque, refuse_second_derivative
+from pg_kernels.ops.linear_cross_entropy import reference, tiles
 
-_FORWARD = "Tensor hidden, Tensor weight, Tensor labels, int ignore_index, float? softcap, float label_smoothing"
+_FORWARD = (
+    "Tensor hidden, Tensor weight, Tensor labels, int ignore_index, float? softcap, float label_smoothing, str backend"
+)
 _BACKWARD = (
     "Tensor grad_losses, Tensor hidden, Tensor weight, Tensor labels, Tensor lses, int ignore_index, float? softcap, "
-    "float label_smoothing, bool needs_hidden, bool needs_weight"
+    "float label_smoothing, str backend, bool needs_hidden, bool needs_weight"
 )
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    label_smoothing: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Losses [T] and log-sum-exps [T], both fp32; 0 for tokens that do not count."""
+    if backend == "reference":
+        return reference.forward(hidden, weight, labels, ignore_index, softcap, label_smoothing)
+    from pg_kernels.ops.linear_cross_entropy import kernels
+
+    losses, lses = (tensor.zero_() for tensor in _fake_forward(hidden, weight, labels))
+    counted = _counted(labels, ignore_index)
+    if not len(counted):
+        return losses, lses
+    rows, weight, targets = hidden[counted], _adjacent(weight), labels[counted]
+    (tokens, inner), vocabulary, device = rows.shape, weight.shape[0], launch.device_of(hidden)
+    chosen = tiles.choose(tokens, rows.dtype, device)
+    token_blocks, word_blocks = -(-tokens // chosen.tokens), -(-vocabulary // chosen.words)
+    words_per_split = -(-word_blocks // tiles.splits(token_blocks, word_blocks, device)) * chosen.words
+    splits = -(-vocabulary // words_per_split)
+    lse_of_splits = losses.new_empty(splits, tokens)
+    sum_of_splits = losses.new_empty(splits, tokens) if label_smoothing else None
+    picked = losses.new_full((tokens,), float("nan"))
+    with launch.on_device_of(hidden):
+        kernels.forward[(token_blocks, splits)](
+            hidden_ptr=rows,
+            weight_ptr=weight,
+            labels_ptr=targets,
+            lse_ptr=lse_of_splits,
+            sum_ptr=sum_of_splits,
+            picked_ptr=picked,
+            tokens=tokens,
+            vocabulary=vocabulary,
+            words_per_split=words_per_split,
+            inner=inner,
+            hidden_stride=rows.stride(0),
+            weight_stride=weight.stride(0),
+            softcap=softcap,
+            TOKENS=chosen.tokens,
+            WORDS=chosen.words,
+            BLOCK=chosen.inner,
+            EVEN=inner % chosen.inner == 0,
+            WIDEN=launch.widens_products(rows),
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
+            enable_fp_fusion=True,
+        )
+    lse = lse_of_splits.logsumexp(0)
+    loss = lse - (1.0 - label_smoothing) * picked
+    if sum_of_splits is not None:
+        loss -= label_smoothing / vocabulary * sum_of_splits.sum(0)
+    loss = loss.where(targets != ignore_index, 0.0)
+    return losses.index_copy_(0, counted, loss), lses.index_copy_(0, counted, lse)
+
+
+def _backward(
+    grad_losses: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lses: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    label_smoothing: float,
+    backend: str,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden [T, D] and weight [V, D]; an unneeded one is empty."""
+    if backend == "reference":
+        options = (ignore_index, softcap, label_smoothing, needs_hidden, needs_weight)
+        return reference.backward(grad_losses, hidden, weight, labels, lses, *options)
+    from pg_kernels.ops.linear_cross_entropy import kernels
+
+    counted = _counted(labels, ignore_index)
+    rows, weight, targets, lse = hidden[counted], _adjacent(weight), labels[counted], lses[counted]
+    scale = reference.label_scale(grad_losses[counted], targets, weight.shape[0]).where(targets != ignore_index, 0.0)
+    tokens, inner = rows.shape
+    chosen = tiles.choose(tokens, rows.dtype, launch.device_of(hidden))
+
+    def logit_gradients(first: int, last: int) -> Tensor:
+        grad = rows.new_empty(tokens, last - first)
+        if tokens:
+            with launch.on_device_of(rows):
+                kernels.logit_gradients[(-(-tokens // chosen.tokens), -(-(last - first) // chosen.words))](
+                    hidden_ptr=rows,
+                    weight_ptr=weight[first:],
+                    labels_ptr=targets,
+                    lse_ptr=lse,
+                    scale_ptr=scale,
+                    grad_ptr=grad,
+                    tokens=tokens,
+                    words=last - first,
+                    first_word=first,
+                    inner=inner,
+                    hidden_stride=rows.stride(0),
+                    weight_stride=weight.stride(0),
+                    softcap=softcap,
+                    label_smoothing=label_smoothing,
+                    smoothing_per_word=label_smoothing / weight.shape[0],
+                    TOKENS=chosen.tokens,
+                    WORDS=chosen.words,
+                    BLOCK=chosen.inner,
+                    EVEN=inner % chosen.inner == 0,
+                    WIDEN=launch.widens_products(rows),
+                    num_warps=chosen.warps,
+                    num_stages=chosen.stages,
+                    enable_fp_fusion=True,
+                )
+        return grad
+
+    words = tiles.words_per_chunk(tokens, rows.element_size())
+    return reference.gradients_by_words(logit_gradients, words, hidden, counted, weight, needs_hidden, needs_weight)
+
+
+def _counted(labels: Tensor, ignore_index: int) -> Tensor:
+    """Indices of the tokens that count. Their number must be waited for; a CUDA graph, which cannot, takes all tokens."""
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.arange(len(labels), device=labels.device)
+    return (labels != ignore_index).nonzero()[:, 0]
+
+
+def _adjacent(weight: Tensor) -> Tensor:
+    return weight if weight.stride(1) == 1 else weight.contiguous()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -29,14 +161,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable looks at grad_losses alone: with create_graph it would leave out terms without a word.
-        if torch.is_grad_enabled():
-            raise RuntimeError("linear_cross_entropy: it has no second derivative (create_graph=True)")
+        refuse_second_derivative("linear_cross_entropy")
         needs = ctx.needs_input_grad[:2]
         grads = torch.ops.pg_kernels.linear_cross_entropy_backward(
             grad_losses, *ctx.saved_tensors, *ctx.options, *needs
         )
-        return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None, None, None
+        return (
+            *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _fake_forward(hidden: Tensor, weight: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -52,11 +189,11 @@ def _fake_backward(grad_losses: Tensor, hidden: Tensor, weight: Tensor, *rest: A
     )
 
 
-offer("linear_cross_entropy", "reference", lambda device_type: None)
+offer("linear_cross_entropy", "triton", launch.obstacle)
 define_opaque(
-    f"linear_cross_entropy({_FORWARD}) -> (Tensor, Tensor)", reference.forward, _fake_forward, _LinearCrossEntropy.apply
+    f"linear_cross_entropy({_FORWARD}) -> (Tensor, Tensor)", _forward, _fake_forward, _LinearCrossEntropy.apply
 )
-define_opaque(f"linear_cross_entropy_backward({_BACKWARD}) -> (Tensor, Tensor)", reference.backward, _fake_backward)
+define_opaque(f"linear_cross_entropy_backward({_BACKWARD}) -> (Tensor, Tensor)", _backward, _fake_backward)
 
 
 def linear_cross_entropy(
@@ -114,9 +251,15 @@ def linear_cross_entropy(
             )
     hidden, weight = checks.autocast(hidden, weight)
     checks.check_same(hidden=hidden, weight=weight)
-    select("linear_cross_entropy", hidden.device.type)
+    backend = select("linear_cross_entropy", hidden.device.type, {"triton": launch.unfit(hidden)})
     losses, _ = torch.ops.pg_kernels.linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), ignore_index, softcap, label_smoothing
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        labels.reshape(-1),
+        ignore_index,
+        softcap,
+        label_smoothing,
+        backend,
     )
     if reduction == "none":
         return losses.reshape(labels.shape)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,27 +59,66 @@ def backward(
     needs_hidden: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden [T, D] and weight [V, D] from recomputed chunks of logits; an unneeded one is empty.
-
-    The weight's gradient is summed over chunks in fp32.
-    """
+    """Gradients of hidden [T, D] and weight [V, D] from recomputed chunks of logits; an unneeded one is empty."""
     vocabulary = weight.shape[0]
-    grad_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
-    grad_weight = torch.zeros_like(weight, dtype=_wide(weight)) if needs_weight else weight.new_empty(0)
-    for rows in _chunks(labels, ignore_index, vocabulary):
-        logits, target, scale = _logits(hidden[rows], weight, softcap), labels[rows], grad_losses[rows][:, None]
-        inside = ((target >= 0) & (target < vocabulary))[:, None]
-        grad = (logits - lses[rows][:, None]).exp_().sub_(label_smoothing / vocabulary)
-        grad.scatter_add_(1, target[:, None].where(inside, 0), torch.full_like(scale, label_smoothing - 1.0))
-        grad.mul_(scale.where(inside, float("nan")))
+    counted = (labels != ignore_index).nonzero()[:, 0]
+    rows, targets, lse = hidden[counted], labels[counted], lses[counted][:, None]
+    scale = label_scale(grad_losses[counted], targets, vocabulary)[:, None]
+
+    def logit_gradients(first: int, last: int) -> Tensor:
+        logits = _logits(rows, weight[first:last], softcap)
+        grad = (logits - lse).exp_().sub_(label_smoothing / vocabulary)
+        here = (targets >= first) & (targets < last)
+        index = (targets - first).where(here, 0)[:, None]
+        grad.scatter_add_(1, index, (here * (label_smoothing - 1.0)).to(grad.dtype)[:, None])
+        grad.mul_(scale)
         if softcap is not None:
             grad.mul_(1.0 - (logits / softcap).square())
-        low = grad.to(hidden.dtype)
-        if needs_hidden:
-            grad_hidden[rows] = low @ weight
+        return grad.to(hidden.dtype)
+
+    words = max(1, CHUNK_ELEMENTS // max(len(counted), 1))
+    return gradients_by_words(logit_gradients, words, hidden, counted, weight, needs_hidden, needs_weight)
+
+
+def label_scale(grad_losses: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    """What the gradients of each token's logits are multiplied by: NaN where the label is outside the vocabulary."""
+    return grad_losses.where((targets >= 0) & (targets < vocabulary), float("nan"))
+
+
+def gradients_by_words(
+    logit_gradients: Callable[[int, int], Tensor],
+    words: int,
+    hidden: Tensor,
+    counted: Tensor,
+    weight: Tensor,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden and weight from those of the logits, [counted, last − first] for `words` rows of the vocabulary each.
+
+    In chunks of the vocabulary each row of the weight's gradient is one product, written once in its own dtype. Chunks of tokens
+    would add to all of it again and again, in fp32: the largest tensor of a training step.
+    """
+    rows = hidden[counted]
+    grad_rows = torch.zeros_like(rows, dtype=_wide(hidden))
+    grad_weight = (
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else weight.new_empty(0)
+    )
+    for first in range(0, weight.shape[0], words):
+        last = min(first + words, weight.shape[0])
+        grad = logit_gradients(first, last)
         if needs_weight:
-            grad_weight += low.T @ hidden[rows]
-    return grad_hidden, grad_weight.to(weight.dtype)
+            torch.mm(grad.T, rows, out=grad_weight[first:last])
+        if needs_hidden:
+            grad_rows += _product(grad, weight[first:last])
+    if not needs_hidden:
+        return hidden.new_empty(0), grad_weight
+    return torch.zeros_like(hidden).index_copy_(0, counted, grad_rows.to(hidden.dtype)), grad_weight
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a · b, on GPUs without rounding the sum down to the inputs' dtype."""
+    return torch.mm(a, b, out_dtype=_wide(a)) if a.is_cuda and a.dtype != _wide(a) else a @ b
 
 
 def _logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
