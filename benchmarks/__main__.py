@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: reports, comparisons and the README's numbers from stored runs."""
+"""`python -m benchmarks`: reports, comparisons and the README's numbers from stored runs, and what kernels take of a GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from .compare import compare, markdown
 from .readme import update
 from .report import write
+from .resources import DEVICES, DTYPES, TABLE_HEAD, compile_all
 from .results import Run
 
 
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return 1
 
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Make something of stored runs. Runs are made by `make bench`, `make bench-full` and `make gpu`.",
+        description="Make something of stored runs, which `make bench`, `make bench-full` and `make gpu` store; "
+        "or compile the kernels for GPUs that need not be here.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -46,6 +48,17 @@ def _parser() -> argparse.ArgumentParser:
     readme.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="a run's folder or JSON file")
     readme.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="default: %(default)s")
     readme.set_defaults(command=_readme)
+
+    resources = commands.add_parser(
+        "resources",
+        help="compile the Triton kernels for GPUs: a Markdown table of registers, spills, shared memory and tensor cores",
+        description="Compile every launch that the Triton kernels can choose, and print what each takes, as a Markdown table. "
+        "No GPU is needed. Exits with 1 if a kernel spills registers or exceeds the shared memory.",
+    )
+    resources.add_argument("ops", nargs="*", metavar="OP", help="e.g. rms_norm (default: all)")
+    resources.add_argument("--target", choices=DEVICES, action="append", help="may be repeated (default: all of them)")
+    resources.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated (default: all of them)")
+    resources.set_defaults(command=_resources)
     return parser
 
 
@@ -67,6 +80,19 @@ def _readme(options: argparse.Namespace) -> int:
     changed = update(options.readme, [Run.load(path) for path in options.results])
     print(f"{options.readme} {'rewritten' if changed else 'was up to date'}")
     return 0
+
+
+def _resources(options: argparse.Namespace) -> int:
+    dtypes = [DTYPES[name] for name in options.dtype or DTYPES]
+    faulty = 0
+    print(TABLE_HEAD)
+    for target in options.target or DEVICES:
+        for kernel in compile_all(target, dtypes, options.ops):
+            print(kernel.table_row, flush=True)
+            for fault in kernel.faults:
+                print(f"{kernel.op} {kernel.name} for {target} ({kernel.launch}): {fault}", file=sys.stderr)
+            faulty += bool(kernel.faults)
+    return 1 if faulty else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: `pg-kernels run`, `bench`, `info` and `convert`."""
+"""The command line: `pg-kernels run`, `bench`, `tune`, `info` and `convert`."""
 
 from __future__ import annotations
 
@@ -114,6 +114,16 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--full", action="store_true", help="all shapes instead of the model's usual ones; takes long")
     bench.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     bench.set_defaults(command=_bench)
+
+    tune = commands.add_parser(
+        "tune",
+        help="find this GPU's fastest tile sizes",
+        description="Time the tile sizes that each Triton kernel may use, at the models' shapes, on this GPU, and keep those "
+        "that beat the usual ones: every later process uses them. Run it on an otherwise idle GPU.",
+    )
+    tune.add_argument("ops", nargs="*", metavar="OP", help="e.g. geglu_mlp (default: all that have a choice)")
+    tune.add_argument("--device", default="cuda", help="cuda, cuda:1, … (default: %(default)s)")
+    tune.set_defaults(command=_tune)
 
     info = commands.add_parser("info", help="versions, devices, and the backend each op uses and why")
     info.set_defaults(command=_info)
@@ -269,6 +279,13 @@ def _bench(options: argparse.Namespace) -> None:
     from pg_kernels.benchmarks.bench import bench  # only this command needs the suite
 
     bench(options.ops, _device(options.device or _default_device()), full=options.full)
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from pg_kernels.benchmarks.tuning import tune
+
+    command = " ".join(["pg-kernels tune", *options.ops])
+    _note(f"wrote {tune(options.ops, _device(options.device), command)}")
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -1,0 +1,229 @@
+"""What every Triton kernel takes of a GPU, found by compiling it here: no GPU is needed, and none of the kernels runs."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pg_kernels
+from pg_kernels import backend
+from pg_kernels.ops import launch
+from pg_kernels.ops.launch import Device
+
+from .tuning import OPS, Place, Site, choosing, sites
+
+DEVICES = {
+    "sm_80": Device("NVIDIA A100-SXM4-80GB", (8, 0), 108),
+    "sm_90": Device("NVIDIA H100 80GB HBM3", (9, 0), 132),
+    "sm_100": Device("NVIDIA B200", (10, 0), 148),
+}
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+TABLE_HEAD = """\
+| op | kernel | launch | target | registers | spilled bytes | shared memory | limit | products |
+| --- | --- | --- | --- | --: | --: | --: | --: | --- |"""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel."""
+
+    op: str
+    name: str
+    launch: str
+    """Dtype, block sizes and options that tell it from its other compilations."""
+    target: str
+    registers: int
+    """Of each thread."""
+    spills: int
+    """Bytes that each thread stores to local memory for want of registers."""
+    shared: int
+    """Bytes of shared memory of a program."""
+    shared_limit: int
+    products: str
+    """The instruction that multiplies matrices: wgmma, tcgen05, mma, or fma, which is not a tensor core's; empty for none."""
+
+    @property
+    def faults(self) -> list[str]:
+        """Why it should not be shipped."""
+        found = [f"spills {self.spills} bytes"] if self.spills else []
+        if self.shared > self.shared_limit:
+            found.append(f"{self.shared} bytes of shared memory, the limit is {self.shared_limit}")
+        return found
+
+    @property
+    def table_row(self) -> str:
+        """A row of the Markdown table that begins with `TABLE_HEAD`."""
+        return (
+            f"| {self.op} | {self.name} | {self.launch} | {self.target} | {self.registers} | {self.spills} | "
+            f"{self.shared:,} | {self.shared_limit:,} | {self.products} |"
+        )
+
+
+def compile_all(target: str, dtypes: Sequence[torch.dtype], ops: Sequence[str] = ()) -> Iterator[Kernel]:
+    """Compile for a target, once each, the launches that some ops, or all, can choose at the models' shapes and extreme ones.
+
+    Raises ValueError for an op without Triton kernels, RuntimeError where Triton cannot compile.
+    """
+    for op in ops:
+        if op not in OPS:
+            raise ValueError(f"no Triton kernels in {op!r}; there are {', '.join(OPS)}")
+    if find_spec("triton") is None:
+        raise RuntimeError("triton is not installed")
+    device = DEVICES[target]
+    with launch.pretend(device), backend("triton"), _compiling_instead_of_running(device) as compiled:
+        for dtype in dtypes:
+            place = Place(torch.device("cpu"), device, dtype, small=True)
+            for site in itertools.chain(sites(place), _extremes(place)):
+                if ops and site.op not in ops:
+                    continue
+                call = site.prepare()
+                for choice in (None, *site.candidates):
+                    with choosing(site, choice):
+                        call()
+                yield from (_examined(site.op, target, device, dtype, *launched) for launched in compiled)
+                compiled.clear()
+
+
+def _extremes(place: Place) -> Iterator[Site]:
+    """What `sites` leaves out because there is nothing to choose: other shapes and other arguments."""
+
+    def site(op: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Site:
+        return Site(op, "", (), lambda: partial(_forward_and_backward, function, *args, **kwargs))
+
+    draw = place.draw
+    for columns in (1, 100, 8192, 8193, 32768):
+        x, weight, residual = draw(16, columns, grad=True), draw(columns, grad=True), draw(16, columns, grad=True)
+        yield site("rms_norm", pg_kernels.rms_norm, x, weight)
+        yield site("rms_norm", pg_kernels.rms_norm, x, weight.detach(), residual=residual)
+        if columns <= 8192:
+            yield site("layer_norm", pg_kernels.layer_norm, x, weight, draw(columns, grad=True))
+    for dim in (2, 72, 256):
+        q, k, v = draw(2, 8, 16, dim, grad=True), draw(2, 2, 16, dim), draw(2, 2, 16, dim)
+        positions = torch.arange(16)
+        yield site("apply_rotary", pg_kernels.apply_rotary, q, k, positions)
+        for length in (1, 16):
+            now = (tensor.detach()[:, :, :length] for tensor in (q, k, v))
+            caches = (torch.zeros_like(k), torch.zeros_like(v), positions[:length])
+            yield site("apply_rotary", pg_kernels.apply_rotary_to_cache, *now, positions[:length], *caches)
+    for columns in (1, 300, 2048):
+        yield site("geglu", pg_kernels.geglu, *draw(16, 2 * columns, grad=True).chunk(2, dim=-1))
+    yield site("geglu_mlp", pg_kernels.geglu_mlp, draw(16, 64, grad=True), *(draw(64, 64, grad=True) for _ in range(3)))
+    for tokens, width in ((16, 100), (512, 2304)):
+        loss = partial(pg_kernels.linear_cross_entropy, softcap=30.0, label_smoothing=0.1)
+        labels = torch.randint(0, 300, (tokens,))
+        yield site("linear_cross_entropy", loss, draw(tokens, width, grad=True), draw(300, width), labels)
+
+
+def _forward_and_backward(function: Callable[..., Tensor | tuple[Tensor, ...]], *args: Any, **kwargs: Any) -> None:
+    outputs = function(*args, **kwargs)
+    recorded = [out for out in (outputs if isinstance(outputs, tuple) else [outputs]) if out.requires_grad]
+    if recorded:
+        torch.autograd.backward(recorded, [torch.ones_like(out) for out in recorded])
+
+
+@contextmanager
+def _compiling_instead_of_running(device: Device) -> Iterator[list[tuple[Any, dict[str, Any], str]]]:
+    """Have launches only compile, for `device`; list each new kernel, its launch's arguments and the assembler's log."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: the interpreter compiles nothing")
+    target = GPUTarget("cuda", device.capability[0] * 10 + device.capability[1], 32)
+
+    class NoGPU:
+        """What Triton asks of a driver before it compiles."""
+
+        def get_current_target(self) -> GPUTarget:
+            return target
+
+        def get_current_device(self) -> str:
+            return device.name  # the key of Triton's own cache: compilations for several targets live side by side
+
+        def get_current_stream(self, device: object) -> int:
+            return 0
+
+    compiled: list[tuple[Any, dict[str, Any], str]] = []
+    run, active = JITFunction.run, driver._active
+
+    def compile_only(self: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> Any:
+        log = io.StringIO()
+        with redirect_stdout(log):
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if log.getvalue():  # else it was compiled before
+            compiled.append((kernel, kwargs, log.getvalue()))
+        return kernel
+
+    knobs = triton.knobs
+    before = knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile
+    knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True  # a kernel from the disk's cache has no log
+    JITFunction.run = compile_only
+    driver.set_active(NoGPU())
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile = before
+        driver._active = active  # `reset_active` would look for a GPU
+
+
+def _examined(
+    op: str,
+    target: str,
+    device: Device,
+    dtype: torch.dtype,
+    kernel: Any,
+    constants: Mapping[str, Any],
+    assembler_log: str,
+) -> Kernel:
+    blocks = [f"{name}={value}" for name, value in constants.items() if name.isupper()]
+    given = sorted(name for name, value in constants.items() if name.endswith("_ptr") and value is None)
+    options = [f"without {name.removesuffix('_ptr')}" for name in given]
+    return Kernel(
+        op=op,
+        name=kernel.name,
+        launch=", ".join(
+            [
+                str(dtype).removeprefix("torch."),
+                *blocks,
+                *options,
+                f"warps={kernel.metadata.num_warps}",
+                f"stages={kernel.metadata.num_stages}",
+                # Triton compiles anew for other strides and alignments.
+                kernel.hash[:6],
+            ]
+        ),
+        target=target,
+        registers=_number(r"Used (\d+) registers", assembler_log),
+        spills=_number(r"(\d+) bytes spill stores", assembler_log),
+        shared=kernel.metadata.shared,
+        shared_limit=device.shared_memory,
+        products=_products(kernel.asm["ptx"], kernel.asm["ttgir"]),
+    )
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None, f"no {pattern!r} in the assembler's log: {text}"
+    return int(found[1])
+
+
+def _products(ptx: str, ttgir: str) -> str:
+    for name, pattern in (("wgmma", "wgmma.mma_async"), ("tcgen05", "tcgen05.mma"), ("mma", "mma.sync")):
+        if pattern in ptx:
+            return name
+    return "fma" if "tt.dot" in ttgir else ""

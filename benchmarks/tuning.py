@@ -1,0 +1,201 @@
+"""Where a kernel's launch can be chosen: the models' shapes, what may be tried there, and a call that launches it.
+
+`pg-kernels tune` times the choices on a GPU; `python -m benchmarks resources` compiles them for GPUs that are not there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import pg_kernels
+from pg_kernels import backend
+from pg_kernels.model.files import json_bytes, read_json_object, write_atomically
+from pg_kernels.ops import launch
+from pg_kernels.ops.apply_rotary import tiles as rotary_tiles
+from pg_kernels.ops.geglu import tiles as geglu_tiles
+from pg_kernels.ops.geglu_mlp import tiles as mlp_tiles
+from pg_kernels.ops.launch import Device
+from pg_kernels.ops.layer_norm import tiles as layer_norm_tiles
+from pg_kernels.ops.linear_cross_entropy import tiles as loss_tiles
+from pg_kernels.ops.rms_norm import tiles as rms_norm_tiles
+
+from .machine import versions
+from .measure import Effort, Task, interleave
+from .text import duration
+
+OPS = ("rms_norm", "layer_norm", "apply_rotary", "geglu", "geglu_mlp", "linear_cross_entropy")
+WIDTHS = (2048, 2304, 3584, 4608)
+"""Hidden sizes of PaliGemma 1 and 2; each with its MLP's."""
+MLP_WIDTHS = {2048: 16384, 2304: 9216, 3584: 14336, 4608: 36864}
+SMALLEST_GAIN = 0.02
+"""What a choice must save to be taken over the usual one: less is noise."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One launch that can be chosen."""
+
+    op: str
+    key: str
+    candidates: Sequence[Any]
+    prepare: Callable[[], Callable[[], object]]
+    """Draws inputs, and gives a call that launches it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where inputs lie and how large they are: `small` keeps what tiles depend on and shrinks the rest."""
+
+    device: torch.device
+    tiles_for: Device
+    dtype: torch.dtype
+    small: bool = False
+
+    def draw(self, *shape: int, grad: bool = False) -> Tensor:
+        """Normal numbers, scaled as activations and weights are."""
+        return (torch.randn(shape, device=self.device, dtype=self.dtype) / 16).requires_grad_(grad)
+
+    def size(self, full: int, small: int = 16) -> int:
+        """A size that no choice depends on."""
+        return small if self.small else full
+
+
+def sites(place: Place) -> Iterator[Site]:
+    """All launches that can be chosen, at the models' shapes."""
+    for columns in WIDTHS:
+        yield from _norm("rms_norm", rms_norm_tiles, columns, place)
+    yield from _norm("layer_norm", layer_norm_tiles, 1152, place)
+    choices: Sequence[Any]
+    for dim in (128, 256):
+        choices = rotary_tiles.candidates(dim, place.tiles_for)
+        yield Site("apply_rotary", rotary_tiles.key(dim), choices, partial(_rotary, dim, place))
+    features = place.size(16384, 2048)
+    choices = geglu_tiles.candidates(features, place.tiles_for)
+    yield Site("geglu", geglu_tiles.KEY, choices, partial(_geglu, features, place))
+    for width, hidden in MLP_WIDTHS.items() if place.dtype != torch.float32 else ():
+        for rows in (1, 16, 272, 4352):
+            shape = (place.size(rows), width, place.size(hidden))
+            choices = mlp_tiles.candidates(rows, place.tiles_for)
+            yield Site("geglu_mlp", mlp_tiles.key(*shape), choices, partial(_mlp, *shape, place))
+    for width in WIDTHS:
+        for tokens in (16, 32, 64, 512) if place.small else (16, 64, 512, 4096):
+            choices = loss_tiles.candidates(tokens, place.dtype, place.tiles_for)
+            yield Site("linear_cross_entropy", loss_tiles.key(tokens), choices, partial(_loss, tokens, width, place))
+
+
+def _norm(op: str, tiles: Any, columns: int, place: Place) -> Iterator[Site]:
+    for kernel, prepare in (("forward", _norm_forward), ("backward", _norm_backward)):
+        of = (kernel, columns, place.dtype.itemsize)
+        yield Site(op, tiles.key(*of), tiles.candidates(*of, place.tiles_for), partial(prepare, op, columns, place))
+
+
+def _norm_forward(op: str, columns: int, place: Place) -> partial[Any]:
+    x, residual = (place.draw(place.size(4096), columns, grad=True) for _ in range(2))
+    parameters = [place.draw(columns, grad=True) for _ in range(2 if op == "layer_norm" else 1)]
+    return partial(getattr(pg_kernels, op), x, *parameters, residual=residual)
+
+
+def _norm_backward(op: str, columns: int, place: Place) -> Callable[[], object]:
+    forward = _norm_forward(op, columns, place)
+    with backend("triton"):
+        outputs = forward()
+    inputs = [*forward.args, forward.keywords["residual"]]
+    grads = [out.detach() for out in outputs]
+    return partial(torch.autograd.grad, outputs, inputs, grads, retain_graph=True)
+
+
+def _rotary(dim: int, place: Place) -> Callable[[], object]:
+    q, k = (place.draw(1, heads, place.size(4096), dim) for heads in (8, 1))
+    return partial(pg_kernels.apply_rotary, q, k, torch.arange(q.shape[2], device=place.device))
+
+
+def _geglu(features: int, place: Place) -> Callable[[], object]:
+    return partial(pg_kernels.geglu, *(place.draw(place.size(4096), features) for _ in range(2)))
+
+
+def _mlp(rows: int, width: int, hidden: int, place: Place) -> Callable[[], object]:
+    """Without gradients, where the fused kernel may run."""
+    gate, up = (place.draw(hidden, width) for _ in range(2))
+    return partial(pg_kernels.geglu_mlp, place.draw(rows, width), gate, up, place.draw(width, hidden))
+
+
+def _loss(tokens: int, width: int, place: Place) -> Callable[[], object]:
+    hidden, weight = place.draw(tokens, width, grad=True), place.draw(place.size(257_152, 512), width, grad=True)
+    labels = torch.randint(0, len(weight), (tokens,), device=place.device)
+
+    def call() -> object:
+        loss = pg_kernels.linear_cross_entropy(hidden, weight, labels)
+        return torch.autograd.grad(loss, [hidden, weight])
+
+    return call
+
+
+def tune(ops: Sequence[str], device: torch.device, command: str) -> Path:
+    """Time the choices of some ops, or all, in bf16 on a GPU; keep the fastest in its file, which later processes read.
+
+    The file is rewritten after each launch, so that an interruption loses none. Raises ValueError for an op without choices,
+    RuntimeError where kernels do not run.
+    """
+    for op in ops:
+        if op not in OPS:
+            raise ValueError(f"nothing to tune in {op!r}; there are {', '.join(OPS)}")
+    obstacle = _obstacle(device)
+    if obstacle is not None:
+        raise RuntimeError(f"tuning on {device} is not possible: {obstacle}")
+    found = launch.device_of(torch.empty(0, device=device))
+    path = launch.tuned_path(found.name)
+    tiles = read_json_object(path)["tiles"] if path.exists() else {}
+    with launch.trying({}):  # whatever was tuned before
+        candidates = [site for site in sites(Place(device, found, torch.bfloat16)) if not ops or site.op in ops]
+        for site in tqdm(candidates, unit="launch", disable=None):
+            best, report = _fastest(site, device)
+            tqdm.write(f"{site.op}, {site.key}: {report}", file=sys.stderr)
+            tiles.setdefault(site.op, {}).pop(site.key, None)
+            if best is not None:
+                tiles[site.op][site.key] = asdict(best)
+            content = {"device": found.name, "versions": versions(), "command": command, "tiles": tiles}
+            write_atomically(path, json_bytes(content))
+    return path
+
+
+def _obstacle(device: torch.device) -> str | None:
+    return "needs a CUDA GPU" if device.type == "cpu" else launch.obstacle(device.type)
+
+
+def _fastest(site: Site, device: torch.device) -> tuple[Any | None, str]:
+    """The choice that beats the usual one, or None, and what was measured."""
+
+    call = site.prepare()
+
+    def run(choice: Any | None) -> object:
+        with backend("triton"), choosing(site, choice):
+            return call()
+
+    def task(choice: Any | None) -> Task:
+        run(choice)  # compiles
+        return Task(lambda _: run(choice))
+
+    choices: dict[str, Any | None] = {"usual": None, **{str(choice): choice for choice in site.candidates}}
+    contenders = {name: [task(choice)] for name, choice in choices.items()}
+    samples = interleave(contenders, device, Effort(budget_s=0.5, min_rounds=5, max_rounds=200))
+    times = {name: median(found.device_s) for name, found in samples.items()}
+    winner = min(times, key=times.__getitem__)
+    report = ", ".join(f"{name} {duration(time)}" for name, time in times.items())
+    wins = times[winner] < (1.0 - SMALLEST_GAIN) * times["usual"]
+    return (choices[winner] if wins else None), report
+
+
+def choosing(site: Site, choice: Any | None) -> AbstractContextManager[None]:
+    """Launch a site with one of its candidates, or None for the usual tiles."""
+    return nullcontext() if choice is None else launch.trying({(site.op, site.key): asdict(choice)})
