@@ -19,6 +19,7 @@ from pg_kernels.ops import launch
 from pg_kernels.ops.rms_norm import tiles
 from pg_kernels.ops.rms_norm.tiles import Tiles
 
+pytest.importorskip("triton")
 CPU = torch.device("cpu")
 FASTER = Tiles(64, 2, 4)
 KEY = tiles.key("forward", 64, 2)
