@@ -124,6 +124,11 @@ def _extremes(place: Place) -> Iterator[Site]:
         loss = partial(pg_kernels.linear_cross_entropy, softcap=30.0, label_smoothing=0.1)
         labels = torch.randint(0, 300, (tokens,))
         yield site("linear_cross_entropy", loss, draw(tokens, width, grad=True), draw(300, width), labels)
+    for dim in (96, 256) if place.dtype == torch.float32 else (64, 96, 128, 256):
+        few, many = (tuple(draw(1, h, n, dim, grad=True) for h, n in ((4, q), (2, 64), (2, 64))) for q in (8, 64))
+        lengths = {"prefix_lens": torch.tensor([20]), "kv_lens": torch.tensor([60]), "softcap": 50.0, "window": 32}
+        for tensors in (few, many):
+            yield site("prefix_lm_attention", pg_kernels.prefix_lm_attention, *tensors, **lengths)
 
 
 def _forward_and_backward(function: Callable[..., Tensor | tuple[Tensor, ...]], *args: Any, **kwargs: Any) -> None:

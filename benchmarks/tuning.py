@@ -28,13 +28,14 @@ from pg_kernels.ops.geglu_mlp import tiles as mlp_tiles
 from pg_kernels.ops.launch import Device
 from pg_kernels.ops.layer_norm import tiles as layer_norm_tiles
 from pg_kernels.ops.linear_cross_entropy import tiles as loss_tiles
+from pg_kernels.ops.prefix_lm_attention import tiles as attention_tiles
 from pg_kernels.ops.rms_norm import tiles as rms_norm_tiles
 
 from .machine import versions
 from .measure import Effort, Task, interleave
 from .text import duration
 
-OPS = ("rms_norm", "layer_norm", "apply_rotary", "geglu", "geglu_mlp", "linear_cross_entropy")
+OPS = ("rms_norm", "layer_norm", "apply_rotary", "geglu", "geglu_mlp", "linear_cross_entropy", "prefix_lm_attention")
 WIDTHS = (2048, 2304, 3584, 4608)
 """Hidden sizes of PaliGemma 1 and 2; each with its MLP's."""
 MLP_WIDTHS = {2048: 16384, 2304: 9216, 3584: 14336, 4608: 36864}
@@ -92,6 +93,36 @@ def sites(place: Place) -> Iterator[Site]:
         for tokens in (16, 32, 64, 512) if place.small else (16, 64, 512, 4096):
             choices = loss_tiles.candidates(tokens, place.dtype, place.tiles_for)
             yield Site("linear_cross_entropy", loss_tiles.key(tokens), choices, partial(_loss, tokens, width, place))
+    if place.dtype != torch.float32:
+        for dim in (72, 128, 256):
+            for kernel in ("forward", "backward_q", "backward_kv"):
+                yield _attention(kernel, dim, place.size(1024, 72), place)
+            yield _attention("forward", dim, 1, place)
+
+
+def _attention(kernel: str, dim: int, queries: int, place: Place) -> Site:
+    rows = queries * (1 if dim == 72 else 8)
+    of = (kernel, dim, place.dtype.itemsize, rows)
+    choices = attention_tiles.candidates(*of, place.tiles_for)
+    prepare = _attention_backward if kernel.startswith("backward") else _attention_forward
+    return Site("prefix_lm_attention", attention_tiles.key(*of), choices, partial(prepare, dim, queries, place))
+
+
+def _attention_forward(dim: int, queries: int, place: Place, grad: bool = False) -> partial[Any]:
+    """SigLIP's shape for its head dimension; for others Gemma's, three quarters of it prefix."""
+    batch, heads, kv_heads = (place.size(8, 1), 16, 16) if dim == 72 else (place.size(4, 1), 8, 1)
+    keys = place.size(max(queries, 1024), 72)
+    q, k, v = (
+        place.draw(batch, h, s, dim, grad=grad) for h, s in ((heads, queries), (kv_heads, keys), (kv_heads, keys))
+    )
+    return partial(pg_kernels.prefix_lm_attention, q, k, v, prefix_lens=keys * 3 // 4, causal=dim != 72)
+
+
+def _attention_backward(dim: int, queries: int, place: Place) -> Callable[[], object]:
+    forward = _attention_forward(dim, queries, place, grad=True)
+    with backend("triton"):
+        out = forward()
+    return partial(torch.autograd.grad, out, forward.args, out.detach(), retain_graph=True)
 
 
 def _norm(op: str, tiles: Any, columns: int, place: Place) -> Iterator[Site]:

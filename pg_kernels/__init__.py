@@ -7,7 +7,7 @@ from pg_kernels.ops.geglu_mlp import geglu_mlp
 from pg_kernels.ops.int8_linear import PackedInt8Weight, int8_linear, pack_int8
 from pg_kernels.ops.layer_norm import layer_norm
 from pg_kernels.ops.linear_cross_entropy import linear_cross_entropy
-from pg_kernels.ops.prefix_lm_attention import prefix_lm_attention
+from pg_kernels.ops.prefix_lm_attention import prefix_lm_attention, prefix_lm_attention_varlen
 from pg_kernels.ops.quantize_int8 import quantize_int8
 from pg_kernels.ops.rms_norm import rms_norm
 
@@ -25,6 +25,7 @@ __all__ = [
     "linear_cross_entropy",
     "pack_int8",
     "prefix_lm_attention",
+    "prefix_lm_attention_varlen",
     "quantize_int8",
     "rms_norm",
 ]

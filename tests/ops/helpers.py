@@ -33,12 +33,19 @@ def run(op: Op, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def assert_accurate(
-    op: Op, definition: Op, inputs: Sequence[Tensor], dtype: torch.dtype, in_torch: Op | None = None
+    op: Op,
+    definition: Op,
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    in_torch: Op | None = None,
+    *,
+    order: float = 1.0,
 ) -> None:
     """Outputs and gradients in `dtype` may be off by twice what PyTorch in that dtype is off.
 
     Both are measured from the definition in float64 on the same rounded inputs, which should be of order 1. PyTorch runs
-    the definition, or `in_torch` where it has a function of its own.
+    the definition, or `in_torch` where it has a function of its own. `order` is the size of the numbers on the way where
+    they are larger than the results.
     """
     rounded = [tensor.to(dtype) for tensor in inputs]
     ours, plain = run(op, rounded), run(in_torch or definition, rounded)
@@ -46,17 +53,17 @@ def assert_accurate(
     for kind, *results in zip(("output", "gradient"), ours, plain, exact, strict=True):
         for index, (our, low, reference) in enumerate(zip(*results, strict=True)):
             assert our.dtype == dtype, f"{kind} {index} has dtype {our.dtype}"
-            assert_within(our, low, reference, f"{kind} {index}")
+            assert_within(our, low, reference, f"{kind} {index}", order)
 
 
-def assert_within(our: Tensor, plain: Tensor, exact: Tensor, what: str = "result") -> None:
-    """max|our − exact| ≤ 2·max|plain − exact| + one rounding of the result + a few fp32 roundings of numbers of order 1."""
+def assert_within(our: Tensor, plain: Tensor, exact: Tensor, what: str = "result", order: float = 1.0) -> None:
+    """max|our − exact| ≤ 2·max|plain − exact| + one rounding of the result + a few fp32 roundings of numbers of that order."""
     assert our.shape == exact.shape, f"{what} has shape {list(our.shape)}, expected {list(exact.shape)}"
     assert our.isfinite().all(), f"{what} is not finite"
     if not our.numel():
         return
     error, allowed = ((t.double() - exact).abs().max().item() for t in (our, plain))
-    atol = torch.finfo(our.dtype).eps * exact.abs().max().item() + 4 * torch.finfo(torch.float32).eps
+    atol = torch.finfo(our.dtype).eps * exact.abs().max().item() + 4 * order * torch.finfo(torch.float32).eps
     bound = 2 * allowed + atol
     assert error <= bound, f"{what} is off by {error:.3g}, allowed {bound:.3g}"
 

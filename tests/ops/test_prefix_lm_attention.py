@@ -1,11 +1,14 @@
 from __future__ import annotations
 
-import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from helpers import (
+    DEVICES,
     assert_accurate,
     assert_any_layout,
     assert_autocasts,
@@ -13,15 +16,20 @@ from helpers import (
     assert_frozen_inputs,
     assert_pure,
     assert_same,
+    assert_within,
     every_other,
     leaves,
     randn,
     run,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pg_kernels import backend as use_backend
-from pg_kernels import prefix_lm_attention
+from pg_kernels import prefix_lm_attention, prefix_lm_attention_varlen
+from pg_kernels.ops import launch
+from pg_kernels.ops.prefix_lm_attention import kernels, tiles
 
 OP = "prefix_lm_attention"
 
@@ -102,6 +110,10 @@ def on(device: str, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+ORDER = 4.0
+"""A score's gradient is the difference of two products of 16 terms or more: equal ones, where a query sees one key alone."""
+
+
 def check(inputs: list[Tensor], options: dict[str, Any], dtype: torch.dtype, **scores: float) -> None:
     """Values and gradients; `options` give the mask, with lists for lengths, and `scores` scale and softcap."""
     q, k, _ = inputs
@@ -112,6 +124,7 @@ def check(inputs: list[Tensor], options: dict[str, Any], dtype: torch.dtype, **s
         lambda q, k, v: definition(q, k, v, visible, **scores),
         inputs,
         dtype,
+        order=ORDER,
     )
 
 
@@ -198,28 +211,45 @@ def test_scores_beyond_fp16(device: str, backend: str) -> None:
     torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_random_masks(device: str, backend: str) -> None:
-    """Equal scores and values that tell keys apart: a key is seen exactly where the output is not 0."""
-    draw = random.Random(0)
-    for _ in range(200):
-        batch, q_len, kv_len = draw.randint(1, 3), draw.randint(1, 6), draw.randint(1, 9)
-        options: dict[str, Any] = {"causal": draw.random() < 0.7}
-        if draw.random() < 0.4:
-            options["window"] = draw.randint(1, kv_len + 1)
-        for name, low, high in [
-            ("prefix_lens", 0, kv_len + 2),
-            ("kv_starts", 0, kv_len),
-            ("kv_lens", 0, kv_len),
-            ("q_starts", -3, kv_len + 3),
-        ]:
-            if draw.random() < 0.6:
-                options[name] = [draw.randint(low, high) for _ in range(batch)]
-        visible = who_sees_what(batch, q_len, kv_len, **options).to(device)
-        q, k = randn(batch, 1, q_len, 16, device=device), torch.zeros(batch, 1, kv_len, 16, device=device)
-        v = torch.eye(16, device=device)[:kv_len].expand(batch, 1, -1, -1)
-        out = prefix_lm_attention(q, k, v, **on(device, options))[:, 0, :, :kv_len]
-        expected = visible / visible.sum(-1, keepdim=True).clamp(min=1)
-        torch.testing.assert_close(out, expected, msg=lambda text, options=options: f"{options}: {text}")
+@st.composite
+def masks(draw: st.DrawFn) -> tuple[int, int, int, dict[str, Any]]:
+    """Sizes and a mask, every part of the contract at its ends and beyond."""
+    batch, q_len, kv_len = draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    options: dict[str, Any] = {"causal": draw(st.booleans())}
+    if draw(st.booleans()):
+        options["window"] = draw(st.integers(1, kv_len + 1))
+    for name, low, high in [
+        ("prefix_lens", 0, kv_len + 2),
+        ("kv_starts", 0, kv_len),
+        ("kv_lens", 0, kv_len),
+        ("q_starts", -3, kv_len + 3),
+    ]:
+        if draw(st.booleans()):
+            options[name] = [draw(st.integers(low, high)) for _ in range(batch)]
+    return batch, q_len, kv_len, options
+
+
+@given(mask=masks())
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    database=None,
+)
+def test_any_mask(device: str, backend: str, mask: tuple[int, int, int, dict[str, Any]]) -> None:
+    """Equal scores and values that tell keys apart: a key is seen exactly where the output is not 0. Garbage stays unseen."""
+    batch, q_len, kv_len, options = mask
+    visible = who_sees_what(batch, q_len, kv_len, **options).to(device)
+    q, k = randn(batch, 1, q_len, 64, device=device), torch.zeros(batch, 1, kv_len, 64, device=device)
+    v = torch.eye(64, device=device)[:kv_len].repeat(batch, 1, 1, 1)
+    for b in range(batch):
+        start, end = options.get("kv_starts", [0] * batch)[b], options.get("kv_lens", [kv_len] * batch)[b]
+        for tensor in (k, v):
+            tensor[b, :, :start] = tensor[b, :, max(end, start) :] = float("nan")
+    out = prefix_lm_attention(q, k, v, **on(device, options))[:, 0, :, :kv_len]
+    expected = visible / visible.sum(-1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(out, expected)
 
 
 def test_rows_that_see_nothing_are_zero_with_zero_gradients(device: str, backend: str, dtype: torch.dtype) -> None:
@@ -354,6 +384,11 @@ def test_autocast_casts_all_three(device: str, backend: str, low: torch.dtype) -
     torch.testing.assert_close(mixed, prefix_lm_attention(*(tensor.to(low) for tensor in inputs)), rtol=0, atol=0)
 
 
+IN_GRAPHS = pytest.mark.backends("triton", "reference")
+"""The native backend looks at lengths, which a compiled graph does not know."""
+
+
+@IN_GRAPHS
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiles(device: str, backend: str, compiler: str) -> None:
     options = on(device, {"prefix_lens": [2, 3], "kv_starts": [1, 0], "kv_lens": [6, 5], "q_starts": [0, 0]})
@@ -362,10 +397,12 @@ def test_compiles(device: str, backend: str, compiler: str) -> None:
     )
 
 
+@IN_GRAPHS
 def test_compiles_with_ints(device: str, backend: str) -> None:
     assert_compiles(lambda q, k, v: prefix_lm_attention(q, k, v, prefix_lens=2, kv_lens=5), tensors(device))
 
 
+@IN_GRAPHS
 def test_compiles_for_any_length(device: str, backend: str) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return prefix_lm_attention(q, k, v, prefix_lens=k.shape[2] - 2)
@@ -396,6 +433,7 @@ def test_bad_lengths_raise_where_they_can_be_read(name: str, lengths: list[int],
         prefix_lm_attention(q, k, v, **{name: bad})
 
 
+@IN_GRAPHS
 @pytest.mark.parametrize(("name", "lengths"), [(name, lengths) for name, lengths, _ in BAD_LENGTHS])
 def test_bad_lengths_give_nan_where_they_cannot(device: str, backend: str, name: str, lengths: list[int]) -> None:
     """For the example that has them, and for no other."""
@@ -472,3 +510,201 @@ Q, K = torch.ones(2, 4, 3, 8), torch.ones(2, 2, 5, 8)
 def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         prefix_lm_attention(**{"q": Q, "k": K, "v": K, **change})
+
+
+# What tiles bring with them
+
+
+@pytest.fixture(params=[(16, 16), (32, 16), (16, 32)], ids=str)
+def small_tiles(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiles so small that short sequences have many."""
+    rows, keys = request.param
+    names = [
+        ("prefix_lm_attention", tiles.key(kernel, 16, 4, rows))
+        for kernel in ("forward", "backward_q", "backward_kv")
+        for rows in (64, 65)
+    ]
+    with launch.trying(dict.fromkeys(names, {"rows": rows, "keys": keys, "warps": 4, "stages": 1})):
+        yield
+
+
+MANY_TILES: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "not_causal": {"causal": False},
+    "prefix_on_a_boundary": {"prefix_lens": [32, 16]},
+    "prefix_and_paddings": {"prefix_lens": [33, 15], "kv_starts": [7, 16], "kv_lens": [69, 61]},
+    "window": {"window": 20},
+    "window_of_one_tile": {"window": 16, "prefix_lens": [16, 0]},
+    "window_far_behind_the_prefix": {"window": 40, "prefix_lens": [5, 17]},
+    "window_not_causal": {"window": 10, "prefix_lens": [20, 0], "causal": False},
+    "window_shorter_than_the_prefix": {"window": 3, "prefix_lens": [50, 31], "kv_starts": [0, 9]},
+    "queries_in_the_middle": {"q_starts": [-5, 30], "window": 9, "prefix_lens": [0, 12]},
+}
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize("mask", MANY_TILES)
+def test_many_tiles(device: str, backend: str, small_tiles: None, mask: str) -> None:
+    inputs = tensors(device, heads=3, kv_heads=1, q_len=70)
+    check(inputs, MANY_TILES[mask], torch.float32)
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize("prefix", [0, 40, 150])
+def test_decoding_shares_the_keys_among_programs(device: str, backend: str, prefix: int, dtype: torch.dtype) -> None:
+    """Parts without visible keys, rows without any, and a window that leaves a gap."""
+    for length, options in (([150, 40], {}), ([150, 0], {}), ([149, 120], {"window": 30})):
+        options = {"kv_lens": length, "prefix_lens": [prefix, min(prefix, 20)], "kv_starts": [0, 11], **options}
+        options["q_starts"] = [n - 2 for n in length]
+        options["kv_starts"][1] = min(options["kv_starts"][1], length[1])
+        check(tensors(device, heads=8, kv_heads=1, q_len=2, kv_len=160, dim=32), options, dtype)
+    q, k, v = tensors(device, heads=8, kv_heads=1, q_len=2, kv_len=160, dim=32)
+    chosen = tiles.choose("forward", 32, 4, 16, launch.device_of(q))
+    assert tiles.splits(2, 160, chosen.keys, launch.device_of(q)) > 1
+
+
+@triton.jit
+def _count(
+    out_ptr, start, end, prefix_end, q_start, window, CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
+):
+    first = q_start + tl.program_id(0) * ROWS
+    whole, bounds = kernels.key_tiles(first, first + ROWS - 1, start, end, prefix_end, window, CAUSAL, KEYS)
+    tl.store(out_ptr + 2 * tl.program_id(0), whole[2])
+    tl.store(out_ptr + 2 * tl.program_id(0) + 1, bounds[3])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("window", [None, 25, 48])
+@pytest.mark.parametrize(("prefix", "causal"), [(320, True), (160, True), (150, True), (0, True), (0, False)])
+def test_no_tile_too_many(device: str, prefix: int, causal: bool, window: int | None) -> None:
+    """Tiles visited are those that some query sees, and the ones with mask arithmetic those that some query sees in part."""
+    rows, keys, length = 64, 32, 320
+    counts = torch.zeros(length // rows, 2, dtype=torch.int32, device=device)
+    _count[(length // rows,)](counts, 0, length, prefix, 0, window, causal, rows, keys)
+    visible = who_sees_what(1, length, length, prefix_lens=[prefix], causal=causal, window=window)[0]
+    blocks = visible.view(length // rows, rows, length // keys, keys).transpose(1, 2)
+    some, whole = blocks.any(-1).any(-1).sum(-1), blocks.all(-1).all(-1).sum(-1)
+    assert counts.sum(-1).tolist() == some.tolist()
+    assert counts[:, 0].tolist() == whole.tolist()
+
+
+# int8 keys and values
+
+
+def quantised(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    scale = tensor.abs().amax(-1) / 127
+    return (tensor / scale[..., None]).round().to(torch.int8), scale.float()
+
+
+@pytest.mark.parametrize("q_len", [1, 20])
+def test_int8_keys_and_values(device: str, backend: str, dtype: torch.dtype, q_len: int) -> None:
+    q, k, v = tensors(device, heads=8, kv_heads=2, q_len=q_len, kv_len=150, dim=64)
+    (k8, k_scale), (v8, v_scale) = quantised(k), quantised(v)
+    # What no token has been written to.
+    k_scale[0, :, 140:], v_scale[0, :, 140:] = float("nan"), float("inf")
+    options = {"prefix_lens": [100, 30], "kv_lens": [140, 150], "q_starts": [140 - q_len, 150 - q_len]}
+    ours = prefix_lm_attention(q.to(dtype), k8, v8, k_scale=k_scale, v_scale=v_scale, **on(device, options))
+    k, v = (x.double() * scale.double().nan_to_num(0, 0, 0)[..., None] for x, scale in ((k8, k_scale), (v8, v_scale)))
+    visible = who_sees_what(2, q_len, 150, **options)
+    exact = definition(q.to(dtype).double(), k, v, visible)
+    plain = definition(q.to(dtype), k.to(dtype), v.to(dtype), visible)
+    assert ours.dtype == dtype
+    assert_within(ours, plain, exact)
+
+
+def test_int8_errors(device: str, backend: str) -> None:
+    q, k, v = tensors(device)
+    (k8, k_scale), (v8, v_scale) = quantised(k), quantised(v)
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    with pytest.raises(TypeError, match="^k_scale: int8 keys and values come with both their scales, others with none"):
+        prefix_lm_attention(q, k8, v8)
+    with pytest.raises(TypeError, match="^v_scale: int8 keys and values come with both their scales, others with none"):
+        prefix_lm_attention(q, k, v, v_scale=v_scale)
+    with pytest.raises(TypeError, match="^k: expected float32, float16 or bfloat16, got torch.int8"):
+        prefix_lm_attention(q, k8, v, **scales)
+    with pytest.raises(ValueError, match=r"^k_scale: expected shape \[2, 2, 6\] .*, got \[2, 2, 5\]"):
+        prefix_lm_attention(q, k8, v8, k_scale=k_scale[..., :5], v_scale=v_scale)
+    with pytest.raises(TypeError, match="^v_scale: expected float32, got torch.float16"):
+        prefix_lm_attention(q, k8, v8, k_scale=k_scale, v_scale=v_scale.half())
+    with pytest.raises(RuntimeError, match="no gradients with int8 keys and values"):
+        prefix_lm_attention(q.requires_grad_(), k8, v8, **scales)
+
+
+# Sequences end to end
+
+
+def packed(device: str, tokens: int, heads: int = 4, kv_heads: int = 2, dim: int = 16) -> list[Tensor]:
+    return [randn(tokens, n, dim, device=device) for n in (heads, kv_heads, kv_heads)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options"),
+    [
+        ([5, 1, 7], {}),
+        ([5, 1, 7], {"prefix_lens": [3, 0, 7]}),
+        ([5, 0, 33, 40], {"prefix_lens": [2, 9, 0, 17], "softcap": 5.0}),
+        ([70], {"causal": False}),
+        ([30, 40], {"window": 9, "prefix_lens": 4}),
+    ],
+    ids=str,
+)
+def test_packed_sequences(
+    device: str, backend: str, dtype: torch.dtype, lengths: list[int], options: dict[str, Any]
+) -> None:
+    """As each of them alone."""
+    ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    softcap = options.get("softcap")
+    mask = {name: value for name, value in options.items() if name != "softcap"}
+
+    def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = []
+        for b, (start, end) in enumerate(zip(ends, ends[1:])):
+            one = {**mask}
+            if "prefix_lens" in one:
+                prefix = one["prefix_lens"]
+                one["prefix_lens"] = [prefix if isinstance(prefix, int) else prefix[b]]
+            visible = who_sees_what(1, end - start, end - start, **one)
+            rows = [tensor[start:end].transpose(0, 1)[None] for tensor in (q, k, v)]
+            parts.append(definition(*rows, visible, softcap=softcap)[0].transpose(0, 1))
+        return torch.cat(parts)
+
+    offsets = torch.tensor(ends, dtype=torch.int32, device=device)
+    arguments = on(device, options)
+    assert_accurate(
+        lambda q, k, v: prefix_lm_attention_varlen(q, k, v, offsets, max(lengths), **arguments),
+        alone,
+        packed(device, sum(lengths)),
+        dtype,
+        order=ORDER,
+    )
+
+
+def pack_of_two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return prefix_lm_attention_varlen(q, k, v, torch.tensor([0, 4, 9], device=q.device), 6, prefix_lens=2)
+
+
+def test_packed_sequences_take_any_layout(device: str, backend: str) -> None:
+    assert_any_layout(pack_of_two, packed(device, 9))
+    assert_pure(pack_of_two, packed(device, 9))
+
+
+@IN_GRAPHS
+def test_packed_sequences_compile(device: str, backend: str) -> None:
+    assert_compiles(pack_of_two, packed(device, 9))
+
+
+@pytest.mark.parametrize(
+    ("offsets", "longest", "error", "message"),
+    [
+        ([0, 4, 8], 5, ValueError, r"^cu_seqlens: expected numbers that rise from 0 to T = 9, got \[0, 4, 8\]"),
+        ([1, 4, 9], 5, ValueError, r"^cu_seqlens: expected numbers that rise from 0 to T = 9, got"),
+        ([0, 6, 4, 9], 6, ValueError, r"^cu_seqlens: expected numbers that rise from 0 to T = 9, got"),
+        ([0, 4, 9], 4, ValueError, r"^max_seqlen: got 4, but a sequence has 5 tokens"),
+        ([], 4, ValueError, r"^cu_seqlens: expected at least one number, got none"),
+        ([0, 9], 9.0, TypeError, r"^max_seqlen: expected an int, got float"),
+        ([[0, 9]], 9, ValueError, r"^cu_seqlens: expected shape \[B \+ 1\], got \[1, 2\]"),
+    ],
+)
+def test_packed_errors(offsets: list[int], longest: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        prefix_lm_attention_varlen(*packed("cpu", 9), torch.tensor(offsets, dtype=torch.int64), longest)

@@ -39,6 +39,27 @@ def prefix_lm_attention(
     return out.masked_fill(~inside[:, None, None, None], float("nan")).to(q.dtype)
 
 
+def prefix_lm_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    prefix_lens: Tensor | int,
+    scores: tuple[bool, float, float | None, int | None],
+) -> Tensor:
+    """The same for sequences laid end to end in q [1, H, T, D]: padded, attended to, and taken apart again."""
+    starts, tokens = cu_seqlens[:-1].long(), q.shape[2]
+    lengths = cu_seqlens.diff().to(torch.int32)
+    padded = (starts[:, None] + torch.arange(max_seqlen, device=q.device)).clamp(max=max(tokens - 1, 0))
+    q_rows, k_rows, v_rows = (tensor[0][:, padded].transpose(0, 1) for tensor in (q, k, v))
+    zeros = torch.zeros_like(lengths)
+    out = prefix_lm_attention(q_rows, k_rows, v_rows, zeros + prefix_lens, zeros, lengths, zeros, *scores)
+    token = torch.arange(tokens, device=q.device)
+    sequence = torch.searchsorted(cu_seqlens.long(), token, right=True) - 1
+    return out[sequence, :, token - starts[sequence]].transpose(0, 1)[None]
+
+
 def visible_keys(
     q_len: int,
     kv_len: int,

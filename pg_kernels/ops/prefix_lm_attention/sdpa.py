@@ -1,0 +1,126 @@
+"""On the CPU, where lengths can be looked at: PyTorch's attention over what each block of queries sees, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pg_kernels.ops.prefix_lm_attention.reference import visible_keys
+
+ROWS = 256
+"""Queries that share a mask, where they need any: [ROWS, keys in sight], never [Sq, Skv]."""
+
+Example = tuple[int, int, int, int]
+"""Prefix length, start, end, position of the first query."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What becomes of them, as in the public function."""
+
+    causal: bool
+    scale: float
+    softcap: float | None
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Keys or values [B, Hkv, Skv, D], and the scales [B, Hkv, Skv] of int8 ones."""
+
+    tensor: Tensor
+    scale: Tensor | None
+
+    def part(self, examples: slice, rows: slice, dtype: torch.dtype) -> Tensor:
+        part = self.tensor[examples, :, rows]
+        return part if self.scale is None else (part * self.scale[examples, :, rows, None]).to(dtype)
+
+
+def prefix_lm_attention(q: Tensor, k: Rows, v: Rows, examples: Sequence[Example], scores: Scores) -> Tensor:
+    """Attention of q [B, H, Sq, D]; examples that are alike are done at once."""
+    outs, first = [], 0
+    for example, alike in groupby(examples):
+        which = slice(first, first + len(list(alike)))
+        blocks = _blocks(q.shape[2], example, scores)
+        outs.append(torch.cat([_block(q, k, v, which, example, block, scores) for block in blocks], dim=2))
+        first = which.stop
+    return torch.cat(outs) if outs else q * (k.tensor.sum() + v.tensor.sum())
+
+
+def prefix_lm_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Sequence[int], prefix_lens: Sequence[int], scores: Scores
+) -> Tensor:
+    """Sequences laid end to end in q [1, H, T, D], from each offset to the next."""
+    outs = []
+    for (start, end), prefix in zip(pairwise(offsets), prefix_lens, strict=True):
+        rows = (tensor[:, :, start:end] for tensor in (q, k, v))
+        one, keys, values = rows
+        example = (prefix, 0, end - start, 0)
+        outs.append(prefix_lm_attention(one, Rows(keys, None), Rows(values, None), [example], scores))
+    return torch.cat(outs, dim=2) if outs else q * (k.sum() + v.sum())
+
+
+def _blocks(q_len: int, example: Example, scores: Scores) -> Iterator[slice]:
+    """Blocks of queries: those inside the prefix see all of it and nothing else, however many they are."""
+    prefix, start, end, q_start = example
+    if not scores.causal and scores.window is None:
+        yield slice(0, q_len)
+        return
+    inside = min(max(min(start + prefix, end) - q_start, 0), q_len) if scores.causal else 0
+    if inside:
+        yield slice(0, inside)
+    for first in range(inside, q_len, ROWS):
+        yield slice(first, min(first + ROWS, q_len))
+    if q_len == 0:
+        yield slice(0, 0)
+
+
+def _block(q: Tensor, k: Rows, v: Rows, which: slice, example: Example, block: slice, scores: Scores) -> Tensor:
+    """A block of queries of examples that are alike, with a mask only where not all of it see the same keys."""
+    prefix, start, end, q_start = example
+    q = q[which, :, block]
+    prefix_end, window = min(start + prefix, end), scores.window
+    first, last = q_start + block.start, q_start + block.stop - 1
+    seen_end, all_end = (min(end, last + 1), min(end, first + 1)) if scores.causal else (end, end)
+    seen_begin, all_begin = (start, start) if window is None else (first - window + 1, last - window + 1)
+    low = start if prefix_end > start else max(start, seen_begin)
+    high = max(prefix_end, seen_end)
+    if high <= low or not q.numel():  # nothing to see: 0, and so are its gradients
+        high = low
+    keys, values = (rows.part(which, slice(low, high), q.dtype) for rows in (k, v))
+    if high == low:
+        return q * 0.0 + (keys.sum() + values.sum())
+    if high <= prefix_end or (all_end >= high and all_begin <= max(low, prefix_end)):
+        return _attend(q, keys, values, None, scores)
+    one = torch.tensor([prefix, start - low, end - low, first - low]).unsqueeze(1)
+    visible = visible_keys(q.shape[2], high - low, one[0], one[1], one[2], one[3], scores.causal, window)[0]
+    sees = visible.any(-1, keepdim=True)
+    # A row that sees nothing would be 0 / 0: it sees all, and is 0 afterwards.
+    return _attend(q, keys, values, visible | ~sees, scores).masked_fill(~sees, 0.0)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+    """All query heads of a KV head as rows of one product: no key is repeated."""
+    group = q.shape[1] // k.shape[1]
+    rows = q if group == 1 else q.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)
+    if mask is not None:
+        mask = mask.repeat_interleave(group, 0)
+    if scores.softcap is None:
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scores.scale)
+    else:
+        out = _softcapped(rows, k, v, mask, scores.scale, scores.softcap)
+    return out if group == 1 else out.unflatten(2, (-1, group)).transpose(2, 3).flatten(1, 2)
+
+
+def _softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = softcap * torch.tanh((q.to(wide) * (scale / softcap)) @ k.to(wide).mT)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return (scores.softmax(-1) @ v.to(wide)).to(q.dtype)
