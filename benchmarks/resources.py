@@ -31,8 +31,8 @@ DEVICES = {
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TABLE_HEAD = """\
-| op | kernel | launch | target | registers | spilled bytes | shared memory | limit | products |
-| --- | --- | --- | --- | --: | --: | --: | --: | --- |"""
+| op | kernel | launch | target | registers | spilled bytes | shared memory | limit | products | loads |
+| --- | --- | --- | --- | --: | --: | --: | --: | --- | --- |"""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Kernel:
     shared_limit: int
     products: str
     """The instruction that multiplies matrices: wgmma, tcgen05, mma, or fma, which is not a tensor core's; empty for none."""
+    loads: str
+    """How tiles reach shared memory without a detour over registers: TMA, cp.async, or empty where none does."""
 
     @property
     def faults(self) -> list[str]:
@@ -67,7 +69,7 @@ class Kernel:
         """A row of the Markdown table that begins with `TABLE_HEAD`."""
         return (
             f"| {self.op} | {self.name} | {self.launch} | {self.target} | {self.registers} | {self.spills} | "
-            f"{self.shared:,} | {self.shared_limit:,} | {self.products} |"
+            f"{self.shared:,} | {self.shared_limit:,} | {self.products} | {self.loads} |"
         )
 
 
@@ -218,6 +220,7 @@ def _examined(
         shared=kernel.metadata.shared,
         shared_limit=device.shared_memory,
         products=_products(kernel.asm["ptx"], kernel.asm["ttgir"]),
+        loads=_loads(kernel.asm["ptx"]),
     )
 
 
@@ -232,3 +235,9 @@ def _products(ptx: str, ttgir: str) -> str:
         if pattern in ptx:
             return name
     return "fma" if "tt.dot" in ttgir else ""
+
+
+def _loads(ptx: str) -> str:
+    if "cp.async.bulk.tensor" in ptx:
+        return "TMA"
+    return "cp.async" if "cp.async" in ptx else ""

@@ -23,7 +23,7 @@ TUNED = Path(__file__).parent.parent / "tuned"
 
 _HAS_TRITON = util.find_spec("triton") is not None
 _pretended: Device | None = None
-_tried: Mapping[tuple[str, str], Mapping[str, int]] | None = None
+_tried: Mapping[tuple[str, str], Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def widens_products(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and _pretended is None
 
 
-def tuned(device: Device, op: str, key: str) -> Mapping[str, int] | None:
+def tuned(device: Device, op: str, key: str) -> Mapping[str, Any] | None:
     """The tiles that `pg-kernels tune` found fastest for an op and its shape's key on this GPU, if it ever ran on one."""
     if _tried is not None:
         return _tried.get((op, key))
@@ -108,7 +108,7 @@ def tuned(device: Device, op: str, key: str) -> Mapping[str, int] | None:
 
 
 @contextmanager
-def trying(tiles: Mapping[tuple[str, str], Mapping[str, int]]) -> Iterator[None]:
+def trying(tiles: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[None]:
     """Run ops with these tiles, by op and key, as if they and no others had been tuned."""
     global _tried
     previous, _tried = _tried, tiles

@@ -55,12 +55,14 @@ def test_all_launches_fit(target: str, dtype: str) -> None:
         elif kernel["products"]:
             # wgmma and tcgen05 multiply 64 rows at least.
             assert kernel["products"] == (TENSOR_CORES[target] if rows_at_once >= 64 else "mma"), kernel
+    loads = {k["loads"] for k in kernels if (k["op"], k["kernel"]) == ("prefix_lm_attention", "forward")}
+    assert ("TMA" in loads) == (dtype == "bfloat16" and target != "sm_80")
     multiplying = {(kernel["op"], kernel["kernel"]) for kernel in kernels if kernel["products"]}
     assert multiplying == ROWS.keys() - ({("geglu_mlp", "gate_up")} if dtype == "float32" else set())
 
 
 def a_kernel(*, spills: int = 0, shared: int = 0) -> Kernel:
-    return Kernel("geglu", "forward", "bfloat16", "sm_80", 32, spills, shared, 100, "")
+    return Kernel("geglu", "forward", "bfloat16", "sm_80", 32, spills, shared, 100, "", "")
 
 
 @pytest.mark.parametrize(

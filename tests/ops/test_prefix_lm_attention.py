@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from torch import Tensor
 from pg_kernels import backend as use_backend
 from pg_kernels import prefix_lm_attention, prefix_lm_attention_varlen
 from pg_kernels.ops import launch
-from pg_kernels.ops.prefix_lm_attention import kernels, tiles
+from pg_kernels.ops.prefix_lm_attention import kernels, op, tiles
 
 OP = "prefix_lm_attention"
 
@@ -515,16 +516,19 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
 # What tiles bring with them
 
 
-@pytest.fixture(params=[(16, 16), (32, 16), (16, 32)], ids=str)
-def small_tiles(request: pytest.FixtureRequest) -> Iterator[None]:
+def small(rows: int, keys: int, dim: int = 16, itemsize: int = 4, **options: bool) -> AbstractContextManager[None]:
     """Tiles so small that short sequences have many."""
-    rows, keys = request.param
     names = [
-        ("prefix_lm_attention", tiles.key(kernel, 16, 4, rows))
+        ("prefix_lm_attention", tiles.key(kernel, dim, itemsize, rows))
         for kernel in ("forward", "backward_q", "backward_kv")
         for rows in (64, 65)
     ]
-    with launch.trying(dict.fromkeys(names, {"rows": rows, "keys": keys, "warps": 4, "stages": 1})):
+    return launch.trying(dict.fromkeys(names, {"rows": rows, "keys": keys, "warps": 4, "stages": 1, **options}))
+
+
+@pytest.fixture(params=[(16, 16), (32, 16), (16, 32)], ids=str)
+def small_tiles(request: pytest.FixtureRequest) -> Iterator[None]:
+    with small(*request.param):
         yield
 
 
@@ -561,6 +565,64 @@ def test_decoding_shares_the_keys_among_programs(device: str, backend: str, pref
     q, k, v = tensors(device, heads=8, kv_heads=1, q_len=2, kv_len=160, dim=32)
     chosen = tiles.choose("forward", 32, 4, 16, launch.device_of(q))
     assert tiles.splits(2, 160, chosen.keys, launch.device_of(q)) > 1
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize("mask", MANY_TILES)
+@pytest.mark.parametrize("dim", [16, 72])
+def test_descriptors_load_what_pointers_do(
+    device: str, backend: str, dtype: torch.dtype, dim: int, mask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = (t.to(dtype) for t in tensors(device, heads=3, kv_heads=1, q_len=70, dim=dim))
+    options = on(device, MANY_TILES[mask])
+    for tensor in (k, v):  # what is not valid may hold anything
+        for b, start in enumerate(options.get("kv_starts", [])):
+            tensor[b, :, :start] = float("nan")
+        for b, end in enumerate(options.get("kv_lens", [])):
+            tensor[b, :, end:] = float("nan")
+    loads = spy(monkeypatch, "_descriptors")
+    outs = []
+    for descriptors in (False, True):
+        with small(32, 16, dim, dtype.itemsize, descriptors=descriptors):
+            outs.append(prefix_lm_attention(q, k, v, **options))
+        assert [part is not None for part in loads.pop().values()] == [descriptors, descriptors and dim == 72] * 2
+    assert_same(*outs)
+    assert not outs[0].isnan().any()
+
+
+@pytest.mark.backends("triton")
+def test_descriptors_of_packed_sequences(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = packed(device, 9)
+    loads = spy(monkeypatch, "_descriptors")
+    with small(16, 16, descriptors=True):
+        described = pack_of_two(*inputs)
+    assert loads.pop()["k_low"] is not None
+    assert_same(described, pack_of_two(*inputs))
+
+
+@pytest.mark.backends("triton")
+def test_pointers_where_descriptors_cannot_say_it(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = tensors(device, kv_heads=2)
+    every_row_the_same, unaligned = v[:, :1].expand_as(v), torch.cat([k.flatten()[:1], k.flatten()])[1:].view_as(k)
+    assert unaligned.data_ptr() % 16
+    loads = spy(monkeypatch, "_descriptors")
+    for inputs in ((q, k, every_row_the_same), (q, unaligned, v)):
+        with small(16, 16, descriptors=True):
+            out = prefix_lm_attention(*inputs)
+        assert set(loads.pop().values()) == {None}
+        assert_same(out, prefix_lm_attention(*inputs))
+
+
+def spy(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
+    """What a function of the op's module returns from now on."""
+    function, returned = getattr(op, name), []
+
+    def spied(*args: Any) -> Any:
+        returned.append(function(*args))
+        return returned[-1]
+
+    monkeypatch.setattr(op, name, spied)
+    return returned
 
 
 @triton.jit

@@ -23,6 +23,10 @@ def forward(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_low,
+    k_high,
+    v_low,
+    v_high,
     k_scale_ptr,
     v_scale_ptr,
     out_ptr,
@@ -73,6 +77,7 @@ def forward(
         k_base = _base(k_ptr, k_strides, batch, head, offset, UNIT)
         v_base = _base(v_ptr, v_strides, batch, head, offset, UNIT)
         scale_offset = batch.to(tl.int64) * scale_strides[0] + head * scale_strides[1]
+        example = batch if offsets_ptr is None else 0  # packed sequences are one
 
         position = q_start + row // GROUP
         first, last = (
@@ -97,9 +102,13 @@ def forward(
                 tile = _boundary_tile(number, bounds, window) if boundary else _whole_tile(number, whole, window)
                 key = start + tile * KEYS + tl.arange(0, KEYS)
                 valid = key < end
-                k0, k1 = _load(
-                    k_base, _keys(key, k_strides, UNIT), low, high, valid, boundary == 1, DIM, LOW, HIGH, WIDEN
-                )
+                if k_low is not None:
+                    place = (example, head, offset + start + tile * KEYS)
+                    k0, k1 = _load_described(k_low, k_high, place, LOW, HIGH, KEYS, WIDEN)
+                else:
+                    k0, k1 = _load(
+                        k_base, _keys(key, k_strides, UNIT), low, high, valid, boundary == 1, DIM, LOW, HIGH, WIDEN
+                    )
                 if k_scale_ptr is not None:
                     k0, k1 = k0.to(q0.dtype), k1.to(q0.dtype)
                 scores = _product(q0, q1, k0, k1, HIGH)
@@ -118,9 +127,14 @@ def forward(
                 shrink = tl.exp2(highest - finite)
                 total = total * shrink + tl.sum(weights, axis=1)
                 highest = higher
-                v0, v1 = _load(
-                    v_base, _keys(key, v_strides, UNIT), low, high, valid, boundary == 1, DIM, LOW, HIGH, WIDEN
-                )
+                if v_low is not None:
+                    v0, v1 = _load_described(v_low, v_high, place, LOW, HIGH, KEYS, WIDEN)
+                    if boundary:  # keys beyond the last valid one may hold NaN, and 0 · NaN is not 0
+                        v0, v1 = tl.where(valid[:, None], v0, 0.0), tl.where(valid[:, None], v1, 0.0)
+                else:
+                    v0, v1 = _load(
+                        v_base, _keys(key, v_strides, UNIT), low, high, valid, boundary == 1, DIM, LOW, HIGH, WIDEN
+                    )
                 if v_scale_ptr is not None:
                     weights *= tl.load(v_scale_ptr + scale_offset + key * scale_strides[2], mask=valid, other=0.0)[
                         None, :
@@ -530,6 +544,18 @@ def _load(
             x1 = tl.load(base + rows[:, None] + high[None, :], mask=(high < DIM)[None, :], other=0.0)
         else:
             x1 = tl.load(base + rows[:, None] + high[None, :])
+    if WIDEN:
+        x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
+    return x0, x1
+
+
+@triton.jit
+def _load_described(low, high, place, LOW: tl.constexpr, HIGH: tl.constexpr, KEYS: tl.constexpr, WIDEN: tl.constexpr):
+    """Both blocks of rows from place on, (batch, head, row), by descriptors of [B, H, S, D]: TMA, where there is one."""
+    x0 = low.load([place[0], place[1], place[2], 0]).reshape([KEYS, LOW])
+    x1 = x0
+    if HIGH:
+        x1 = high.load([place[0], place[1], place[2], LOW]).reshape([KEYS, HIGH])
     if WIDEN:
         x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
     return x0, x1

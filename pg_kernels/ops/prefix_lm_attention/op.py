@@ -59,6 +59,7 @@ def _forward(
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,
+            **_descriptors(k, v, chosen),
             k_scale_ptr=k_scale,
             v_scale_ptr=v_scale,
             out_ptr=parts,
@@ -245,6 +246,29 @@ def _constants(q: Tensor, sizes: _Sizes, chosen: tiles.Tiles) -> dict[str, Any]:
         "num_stages": chosen.stages,
         "enable_fp_fusion": True,
     }
+
+
+def _descriptors(k: Tensor, v: Tensor, chosen: tiles.Tiles) -> dict[str, Any]:
+    """What the hardware needs for loading whole tiles by itself, or None for all where pointers must do."""
+    names = ("k_low", "k_high", "v_low", "v_high")
+    if not (chosen.descriptors and all(map(_is_describable, (k, v)))):
+        return dict.fromkeys(names)
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    widths = tiles.blocks(k.shape[3], k.element_size())
+    given = [
+        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, chosen.keys, width]) if width else None
+        for t in (k, v)
+        for width in widths
+    ]
+    return dict(zip(names, given, strict=True))
+
+
+def _is_describable(tensor: Tensor) -> bool:
+    """Floating-point, and every row begins at a multiple of 16 bytes and is there once."""
+    strides = [stride * tensor.element_size() for stride in tensor.stride()[:3]]
+    aligned = tensor.data_ptr() % 16 == 0 and all(stride % 16 == 0 and stride > 0 for stride in strides)
+    return aligned and tensor.is_floating_point()
 
 
 def _adjacent(tensor: Tensor) -> Tensor:

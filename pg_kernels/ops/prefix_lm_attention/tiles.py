@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from pg_kernels.ops.launch import INTERPRETER, Device, tuned
 
@@ -12,6 +14,8 @@ class Tiles:
     keys: int
     warps: int
     stages: int
+    descriptors: bool = False
+    """Load keys and values by tensor descriptors (TMA) where they can describe them: expanded or unaligned ones they cannot."""
 
 
 def blocks(dim: int, itemsize: int) -> tuple[int, int]:
@@ -28,20 +32,20 @@ def blocks(dim: int, itemsize: int) -> tuple[int, int]:
 
 
 MAX_DIM = 256
-_MANY_ROWS = {
-    # Rows, keys, warps, stages for head dimensions up to 96, 128 and 256: of those without spilled registers the largest.
+_MANY_ROWS: dict[str, dict[str, Sequence[tuple[Any, ...]]]] = {
+    # Rows, keys, warps, stages, descriptors for head dimensions up to 96, 128 and 256: the largest without spilled registers.
     "sm_80": {
         "forward": ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 2)),
         "backward_q": ((64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
         "backward_kv": ((32, 64, 8, 1), (32, 64, 8, 2), (64, 32, 8, 2)),
     },
     "sm_90": {
-        "forward": ((128, 128, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3)),
+        "forward": ((128, 128, 8, 2, True), (128, 64, 8, 3, True), (128, 32, 8, 3, True)),
         "backward_q": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
         "backward_kv": ((32, 64, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
     },
     "sm_100": {
-        "forward": ((128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+        "forward": ((128, 64, 8, 3, True), (128, 64, 8, 3, True), (64, 64, 8, 2, True)),
         "backward_q": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
         "backward_kv": ((64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
     },
@@ -75,7 +79,7 @@ def candidates(kernel: str, dim: int, itemsize: int, rows: int, device: Device) 
     """What `pg-kernels tune` tries; each holds in the device's registers and shared memory."""
     usual = choose(kernel, dim, itemsize, rows, device)
     if kernel == "forward" and rows > 64 and itemsize == 2 and device.capability >= (9, 0):
-        return [usual, Tiles(64, 64, 8, 2)]
+        return [usual, replace(usual, descriptors=False), Tiles(64, 64, 8, 2)]
     return [usual]
 
 
