@@ -1,31 +1,73 @@
 // pg_kernels._C: tensors come in as addresses of contiguous memory, which the Python side has checked.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
+#include <tuple>
+#include <vector>
 
 #include "cpu/int8_linear.h"
 
 namespace py = pybind11;
+using pg_kernels::Int8Layout;
 using pg_kernels::Int8Linear;
+using pg_kernels::Int8Weight;
 
 namespace {
 
-void int8_linear(uintptr_t x, uintptr_t q, uintptr_t scale, uintptr_t bias, uintptr_t y, int64_t m, int64_t n,
-                 int64_t k, int64_t group, int type, bool int8_activations) {
+using Address = uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void int8_linear(Address x, int64_t m, int64_t k, int64_t group, int type,
+                 const std::vector<std::tuple<int64_t, Address, Address, Address, Address>>& weights,
+                 bool int8_activations, bool geglu) {
   const pg_kernels::InstructionSet& set = pg_kernels::instruction_set();
   py::gil_scoped_release release;
-  set.int8_linear(Int8Linear{m, n, k, group, static_cast<pg_kernels::Float>(type), reinterpret_cast<const void*>(x),
-                             reinterpret_cast<const int8_t*>(q), reinterpret_cast<const float*>(scale),
-                             reinterpret_cast<const float*>(bias), int8_activations, reinterpret_cast<void*>(y)});
+  std::vector<Int8Weight> all;
+  for (const auto& [n, data, scale, bias, y] : weights) {
+    all.push_back({Int8Layout{n, k, group}, pointer<const uint8_t>(data), pointer<const float>(scale),
+                   pointer<const float>(bias), pointer<void>(y)});
+  }
+  set.int8_linear(Int8Linear{m, k, static_cast<pg_kernels::Float>(type), pointer<const void>(x), int8_activations,
+                             geglu, all.data(), int64_t(all.size())});
+}
+
+void pack_int8(int64_t n, int64_t k, int64_t group, Address q, Address scale, Address packed, Address packed_scale) {
+  py::gil_scoped_release release;
+  pg_kernels::pack_int8(Int8Layout{n, k, group}, pointer<const int8_t>(q), pointer<const float>(scale),
+                        pointer<uint8_t>(packed), pointer<float>(packed_scale));
+}
+
+void unpack_int8(int64_t n, int64_t k, int64_t group, Address packed, Address packed_scale, Address q, Address scale) {
+  py::gil_scoped_release release;
+  pg_kernels::unpack_int8(Int8Layout{n, k, group}, pointer<const uint8_t>(packed), pointer<const float>(packed_scale),
+                          pointer<int8_t>(q), pointer<float>(scale));
+}
+
+std::vector<std::string> instruction_sets() {
+  const pg_kernels::InstructionSet* found[8];
+  const int count = pg_kernels::instruction_sets(found, 8);
+  std::vector<std::string> names;
+  for (int i = 0; i < count; ++i) names.push_back(found[i]->name);
+  return names;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.def("int8_linear", &int8_linear, py::kw_only(), py::arg("x"), py::arg("q"), py::arg("scale"), py::arg("bias"),
-             py::arg("y"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group"), py::arg("type"),
-             py::arg("int8_activations"));
+  module.def("int8_linear", &int8_linear, py::kw_only(), py::arg("x"), py::arg("m"), py::arg("k"), py::arg("group"),
+             py::arg("type"), py::arg("weights"), py::arg("int8_activations"), py::arg("geglu"),
+             "Each weight is its rows, packed data, packed scales, bias or 0, and the product.");
+  module.def("pack_int8", &pack_int8, py::kw_only(), py::arg("n"), py::arg("k"), py::arg("group"), py::arg("q"),
+             py::arg("scale"), py::arg("packed"), py::arg("packed_scale"));
+  module.def("unpack_int8", &unpack_int8, py::kw_only(), py::arg("n"), py::arg("k"), py::arg("group"),
+             py::arg("packed"), py::arg("packed_scale"), py::arg("q"), py::arg("scale"));
   module.def(
       "instruction_set", [] { return pg_kernels::instruction_set().name; },
       "Name of the instruction set in use; ValueError if PG_KERNELS_ISA names one that is not there.");
+  module.def("instruction_sets", &instruction_sets, "Names of all that this CPU has, the best first.");
 }

@@ -1,15 +1,15 @@
 def int8_linear(
     *,
     x: int,
-    q: int,
-    scale: int,
-    bias: int,
-    y: int,
     m: int,
-    n: int,
     k: int,
     group: int,
     type: int,
+    weights: list[tuple[int, int, int, int, int]],
     int8_activations: bool,
+    geglu: bool,
 ) -> None: ...
+def pack_int8(*, n: int, k: int, group: int, q: int, scale: int, packed: int, packed_scale: int) -> None: ...
+def unpack_int8(*, n: int, k: int, group: int, packed: int, packed_scale: int, q: int, scale: int) -> None: ...
 def instruction_set() -> str: ...
+def instruction_sets() -> list[str]: ...

@@ -1,10 +1,13 @@
-// fp16 and bf16 to and from fp32 on any machine, rounding to nearest even and keeping infinities and NaNs.
+// fp16 and bf16 to and from fp32 on any machine, rounding to nearest even and keeping infinities and NaNs. In an
+// unnamed namespace: code compiled for one instruction set must not be what the linker takes for another's.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 namespace pg_kernels {
+
+namespace {
 
 inline float from_bits(uint32_t bits) {
   float value;
@@ -44,5 +47,7 @@ inline uint16_t float_to_float16(float value) {
   }
   return sign | uint16_t((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13);
 }
+
+}  // namespace
 
 }  // namespace pg_kernels

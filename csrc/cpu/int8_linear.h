@@ -1,4 +1,4 @@
-// The int8 GEMM that every instruction set implements, and the choice between them.
+// The int8 GEMM: what a call says, how weights lie in memory, and the choice between instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -7,30 +7,69 @@ namespace pg_kernels {
 
 enum class Float : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-// y[M, N] = x[M, K] · (q[N, K] · scale)ᵀ + bias. Everything is contiguous.
-struct Int8Linear {
-  int64_t m, n, k;
-  int64_t group;          // columns of q that share a scale; the last group may be shorter
-  Float type;             // of x and y
-  const void* x;          // [m, k]
-  const int8_t* q;        // [n, k]
-  const float* scale;     // [n, ceil(k / group)]
-  const float* bias;      // [n] or null
-  bool int8_activations;  // quantise each row of x first
-  void* y;                // [m, n]
+// Packed weights are w + 128, unsigned, as the x86 instructions want one operand: [panels][steps][columns][4], where a
+// panel is 64 rows of the weight (columns of the product; the last panel has 16, 32 or 48 when that is enough) and a
+// step is 4 of its columns. Every group of columns begins at a step: groups of 1 or 2 are padded. Scales are
+// [panels][groups][columns].
+constexpr int64_t kPanel = 64;
+
+struct Int8Layout {
+  int64_t n, k;
+  int64_t group;  // columns of the weight that share a scale; the last group may be shorter
+
+  int64_t groups() const { return (k + group - 1) / group; }
+  int64_t group_steps() const { return (group + 3) / 4; }
+  int64_t steps() const { return (groups() - 1) * group_steps() + (k - (groups() - 1) * group + 3) / 4; }
+  int64_t padded_n() const { return (n + 15) / 16 * 16; }
+  int64_t panels() const { return (n + kPanel - 1) / kPanel; }
+  int64_t width(int64_t panel) const {
+    const int64_t left = padded_n() - panel * kPanel;
+    return left < kPanel ? left : kPanel;
+  }
+  int64_t panel_data(int64_t panel) const { return panel * kPanel * steps() * 4; }
+  int64_t panel_scale(int64_t panel) const { return panel * kPanel * groups(); }
 };
 
-using Int8LinearKernel = void (*)(const Int8Linear&);
+// From and to int8 [n, k] and scales [n, groups].
+void pack_int8(const Int8Layout&, const int8_t* q, const float* scale, uint8_t* packed, float* packed_scale);
+void unpack_int8(const Int8Layout&, const uint8_t* packed, const float* packed_scale, int8_t* q, float* scale);
 
-void int8_linear_scalar(const Int8Linear&);
+struct Int8Weight {
+  Int8Layout layout;
+  const uint8_t* data;
+  const float* scale;
+  const float* bias;  // [n] or null
+  void* y;            // [m, n]
+};
+
+// y = x · weightᵀ + bias for each of some weights with the same number of columns. x and y are contiguous.
+struct Int8Linear {
+  int64_t m, k;
+  Float type;             // of x and y
+  const void* x;          // [m, k]
+  bool int8_activations;  // quantise each row of x to 8 bits first; else to 16 bits per 256 columns
+  bool geglu;             // of two weights with as many rows: the first one's y = gelu(x · firstᵀ) · (x · secondᵀ)
+  const Int8Weight* weights;
+  int64_t count;
+};
 
 struct InstructionSet {
   const char* name;
-  Int8LinearKernel int8_linear;
+  void (*int8_linear)(const Int8Linear&);
 };
+
+// Null where the compiler could not make it.
+const InstructionSet* avx512_vnni();
+const InstructionSet* avx_vnni();
+const InstructionSet* avx2();
+const InstructionSet* neon();
+const InstructionSet* scalar();
 
 // The best instruction set of this CPU, or the one that the environment variable PG_KERNELS_ISA names. Throws
 // std::invalid_argument when it names none that this CPU has.
 const InstructionSet& instruction_set();
+
+// The names of all that this CPU has, the best first, as many as fit; gives their number.
+int instruction_sets(const InstructionSet** found, int capacity);
 
 }  // namespace pg_kernels

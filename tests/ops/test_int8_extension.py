@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -130,6 +132,64 @@ def test_the_environment_chooses_an_instruction_set() -> None:
     done = python(MULTIPLY, PG_KERNELS_ISA="mmx")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("ValueError: PG_KERNELS_ISA is 'mmx'; this CPU has: ")
+
+
+def instruction_sets() -> list[str]:
+    try:
+        return importlib.import_module("pg_kernels._C").instruction_sets()
+    except ImportError:
+        return []
+
+
+@needs_extension
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("group_size", [None, 1, 32, 128])
+@pytest.mark.parametrize(
+    ("n", "k"), [(1, 1), (15, 3), (16, 4), (63, 63), (64, 70), (65, 588), (112, 1152), (300, 2304)]
+)
+def test_instruction_sets_agree_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, n: int, k: int, group_size: int | None, activations: str
+) -> None:
+    """With each other, and every number of rows with every other."""
+    packed, x = pack_int8(*weights(n, k, group_size, "cpu")), randn(257, k)
+    x[3], x[5, k // 2], x[7] = 0, float("nan"), x[7] * 1e-38
+    with use_backend("native"):
+        expected = int8_linear(x, packed, activations=activations)
+        for name in instruction_sets():
+            monkeypatch.setenv("PG_KERNELS_ISA", name)
+            for m in (*range(10), 15, 16, 255, 256, 257):
+                y = int8_linear(x[:m], packed, activations=activations)
+                assert torch.equal(y.view(torch.int32), expected[:m].view(torch.int32)), (name, m)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("name", instruction_sets())
+@pytest.mark.parametrize("shape", [(4304, 1152), (1152, 4304), (1152, 588), (65, 16384)], ids=str)
+def test_instruction_sets_at_the_models_shapes(
+    monkeypatch: pytest.MonkeyPatch, name: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    qweight, scale = weights(*shape, None, "cpu")
+    x = randn(5, shape[1], dtype=dtype)
+    monkeypatch.setenv("PG_KERNELS_ISA", name)
+    with use_backend("native"):
+        y = int8_linear(x, qweight, scale)
+    exact = x.double() @ (qweight.double() * scale.double()[:, None]).T
+    assert ((y.double() - exact).norm() / exact.norm()).item() <= BOUNDS[dtype]
+
+
+@needs_extension
+def test_sums_stay_in_registers() -> None:
+    """A compiler that keeps them in memory makes the product several times slower, and nothing else shows it."""
+    if "avx512_vnni" not in instruction_sets() or shutil.which("objdump") is None:
+        pytest.skip("needs objdump, and an x86 CPU with AVX-512 VNNI")
+    path = importlib.import_module("pg_kernels._C").__file__
+    listing = subprocess.run(["objdump", "-dC", "--no-show-raw-insn", path], capture_output=True, text=True, check=True)
+    functions = re.split(r"^[0-9a-f]+ <", listing.stdout, flags=re.MULTILINE)
+    products = [body for body in functions if re.match(r"void .*multiply<.*Avx512Vnni", body)]
+    assert products and all("vpdpbusd" in body for body in products)
+    for body in products:
+        assert not re.search(r"mm\d+,.*\(%[re][sb]p|\(%[re][sb]p\),%[xyz]mm", body), body.splitlines()[0]
 
 
 LOAD_ALONE = """

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,10 @@ from torch import Tensor
 
 from pg_kernels.backends import offer, select
 from pg_kernels.ops import checks
+from pg_kernels.ops.geglu import geglu
 from pg_kernels.ops.int8_linear import reference
 from pg_kernels.ops.library import define_opaque, refuse_second_derivative
+from pg_kernels.ops.quantize_int8.reference import dequantize_int8
 
 try:
     from pg_kernels import _C
@@ -18,6 +21,8 @@ except ImportError as error:  # no compiler when the package was installed, or a
     _WHY_NOT = f"the C++ extension pg_kernels._C is not there ({error})"
 
 _FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_PANEL, _STEP = 64, 4
+"""Rows of a weight that lie together in the layout of csrc/cpu/int8_linear.h, and how many neighbouring columns do."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -27,24 +32,67 @@ class PackedInt8Weight:
     Besides what is listed here its contents are private: they depend on the machine and the version.
     """
 
-    _qweight: Tensor
-    _scale: Tensor
+    shape: torch.Size
+    """[N, K]"""
     group_size: int
     """Columns that share a scale; K for one scale per row."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """[N, K]"""
-        return self._qweight.shape
+    _data: Tensor
+    """The extension's layout, uint8 and flat, or int8 [N, K]."""
+    _scale: Tensor
+    """fp32: flat beside the extension's layout, else [N, groups]."""
+    _one_scale: bool
+    """Whether `pack_int8` was given scales [N]."""
 
     @property
     def device(self) -> torch.device:
         """Where the weight is."""
-        return self._qweight.device
+        return self._data.device
 
     def unpack(self) -> tuple[Tensor, Tensor]:
         """Give back exactly what was packed: int8 [N, K] and its fp32 scales."""
-        return self._qweight, self._scale
+        qweight, scale = self._canonical()
+        return qweight, scale[:, 0] if self._one_scale else scale
+
+    def rows(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Dequantise some rows: int64 [...], each in [0, N), to [..., K] in `dtype`, rounded once from fp32."""
+        chosen = indices.flatten()
+        if self._is_native:
+            qweight, scale = self._native_rows(chosen)
+        else:
+            qweight, scale = self._data[chosen], self._scale[chosen]
+        return dequantize_int8(qweight, scale, self.group_size).to(dtype).view(*indices.shape, self.shape[1])
+
+    @property
+    def _is_native(self) -> bool:
+        return self._data.dtype == torch.uint8
+
+    def _canonical(self) -> tuple[Tensor, Tensor]:
+        """int8 [N, K] and scales [N, groups]."""
+        if not self._is_native:
+            return self._data, self._scale
+        return torch.ops.pg_kernels.unpack_int8(self._data, self._scale, *self.shape, self.group_size)
+
+    def _operands(self, backend: str) -> tuple[Tensor, Tensor]:
+        """What the op of a backend takes."""
+        if backend != "native":
+            return self._canonical()
+        if self._is_native:
+            return self._data, self._scale
+        return torch.ops.pg_kernels.pack_int8(self._data, self._scale, self.group_size)
+
+    def _native_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        (n, k), groups = self.shape, -(-self.shape[1] // self.group_size)
+        group_steps = -(-self.group_size // _STEP)
+        steps, panel = _steps(k, self.group_size), rows // _PANEL
+        width = (_padded_rows(n) - panel * _PANEL).clamp(max=_PANEL)
+        column = torch.arange(k, device=rows.device)
+        group = column // self.group_size
+        within = column - group * self.group_size
+        step, byte = group * group_steps + within // _STEP, within % _STEP
+        inner = (step * width[:, None] + (rows % _PANEL)[:, None]) * _STEP + byte
+        data = self._data[(panel * (_PANEL * steps * _STEP))[:, None] + inner]
+        places = (panel * (_PANEL * groups) + rows % _PANEL)[:, None] + width[:, None] * torch.arange(groups)
+        return (data.to(torch.int16) - 128).to(torch.int8), self._scale[places]
 
     def __repr__(self) -> str:
         return f"PackedInt8Weight({list(self.shape)}, group_size={self.group_size}, device={str(self.device)!r})"
@@ -56,77 +104,210 @@ def _native_obstacle(device_type: str) -> str | None:
     return None if device_type == "cpu" else "the C++ extension has no kernels for it"
 
 
+def _pack(qweight: Tensor, scale: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    qweight, scale = qweight.contiguous(), scale.contiguous()
+    data, packed_scale = _fake_pack(qweight, scale, group_size)
+    _C.pack_int8(
+        n=qweight.shape[0],
+        k=qweight.shape[1],
+        group=group_size,
+        q=qweight.data_ptr(),
+        scale=scale.data_ptr(),
+        packed=data.data_ptr(),
+        packed_scale=packed_scale.data_ptr(),
+    )
+    return data, packed_scale
+
+
+def _fake_pack(qweight: Tensor, scale: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    n, k = qweight.shape
+    rows = _padded_rows(n)
+    return qweight.new_empty(rows * _steps(k, group_size) * _STEP, dtype=torch.uint8), scale.new_empty(
+        rows * scale.shape[1]
+    )
+
+
+def _padded_rows(n: int) -> int:
+    return -(-n // 16) * 16
+
+
+def _steps(k: int, group_size: int) -> int:
+    """Every group of columns begins at a step."""
+    whole = -(-k // group_size) - 1
+    return whole * -(-group_size // _STEP) + -(-(k - whole * group_size) // _STEP)
+
+
+def _unpack(data: Tensor, packed_scale: Tensor, n: int, k: int, group_size: int) -> tuple[Tensor, Tensor]:
+    qweight, scale = _fake_unpack(data, packed_scale, n, k, group_size)
+    _C.unpack_int8(
+        n=n,
+        k=k,
+        group=group_size,
+        packed=data.data_ptr(),
+        packed_scale=packed_scale.data_ptr(),
+        q=qweight.data_ptr(),
+        scale=scale.data_ptr(),
+    )
+    return qweight, scale
+
+
+def _fake_unpack(data: Tensor, packed_scale: Tensor, n: int, k: int, group_size: int) -> tuple[Tensor, Tensor]:
+    return data.new_empty(n, k, dtype=torch.int8), packed_scale.new_empty(n, -(-k // group_size))
+
+
+def _multiply(
+    x: Tensor,
+    data: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    group_size: int,
+    int8_activations: bool,
+    gated: bool = False,
+) -> list[Tensor]:
+    """x [M, K] times each of some weights in the extension's layout, `sizes` their rows; `gated` makes one of two."""
+    x = x.contiguous()
+    biases = [None if bias is None else bias.float().contiguous() for bias in biases]
+    outputs = [x.new_empty(x.shape[0], n) for n in (sizes[:1] if gated else sizes)]
+    _C.int8_linear(
+        x=x.data_ptr(),
+        m=x.shape[0],
+        k=x.shape[1],
+        group=group_size,
+        type=_FLOAT_CODES[x.dtype],
+        weights=[
+            (n, weight.data_ptr(), scale.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr())
+            for n, weight, scale, bias, y in zip(
+                sizes, data, scales, biases, outputs * 2 if gated else outputs, strict=True
+            )
+        ],
+        int8_activations=int8_activations,
+        geglu=gated,
+    )
+    return outputs
+
+
 def _forward(
     x: Tensor,
-    qweight: Tensor,
+    weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    n: int,
     group_size: int,
     int8_activations: bool,
     backend: str,
 ) -> Tensor:
     if backend == "reference":
-        return reference.int8_linear(x, qweight, scale, bias, group_size, int8_activations)
-    x, qweight, scale = x.contiguous(), qweight.contiguous(), scale.contiguous()
-    bias = None if bias is None else bias.float().contiguous()
-    y = x.new_empty(x.shape[0], qweight.shape[0])
-    _C.int8_linear(
-        x=x.data_ptr(),
-        q=qweight.data_ptr(),
-        scale=scale.data_ptr(),
-        bias=0 if bias is None else bias.data_ptr(),
-        y=y.data_ptr(),
-        m=x.shape[0],
-        n=qweight.shape[0],
-        k=qweight.shape[1],
-        group=group_size,
-        type=_FLOAT_CODES[x.dtype],
-        int8_activations=int8_activations,
-    )
-    return y
+        return reference.int8_linear(x, weight, scale, bias, group_size, int8_activations)
+    return _multiply(x, [weight], [scale], [bias], [n], group_size, int8_activations)[0]
 
 
-def _fake(x: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], qweight.shape[0])
+def _fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], n)
 
 
-def _fake_backward(grad: Tensor, qweight: Tensor, *rest: Any) -> Tensor:
-    return grad.new_empty(grad.shape[0], qweight.shape[1])
+def _backward(grad: Tensor, weight: Tensor, scale: Tensor, columns: int, group_size: int, backend: str) -> Tensor:
+    if backend == "native":
+        weight, scale = _unpack(weight, scale, grad.shape[1], columns, group_size)
+    return reference.input_gradient(grad, weight, scale, group_size)
+
+
+def _fake_backward(grad: Tensor, weight: Tensor, scale: Tensor, columns: int, *rest: Any) -> Tensor:
+    return grad.new_empty(grad.shape[0], columns)
 
 
 class _Int8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-        ctx.save_for_backward(qweight, scale)
-        ctx.group_size = options[0]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        _, group_size, _, backend = options
+        ctx.options = (x.shape[1], group_size, backend)
         ctx.bias_dtype = None if bias is None else bias.dtype
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.pg_kernels.int8_linear(x, qweight, scale, bias, *options)
+            return torch.ops.pg_kernels.int8_linear(x, weight, scale, bias, *options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("int8_linear")
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.pg_kernels.int8_linear_backward(grad, *ctx.saved_tensors, ctx.group_size)
+            grad_x = torch.ops.pg_kernels.int8_linear_backward(grad, *ctx.saved_tensors, *ctx.options)
         if ctx.needs_input_grad[3]:
             grad_bias = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
-        return grad_x, None, None, grad_bias, None, None, None
+        return grad_x, None, None, grad_bias, None, None, None, None
+
+
+def _projections(
+    x: Tensor,
+    data: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    group_size: int,
+    int8_activations: bool,
+) -> list[Tensor]:
+    return _multiply(x, data, scales, biases, sizes, group_size, int8_activations)
+
+
+def _fake_projections(
+    x: Tensor, data: Sequence[Tensor], scales: Sequence[Tensor], biases: Any, sizes: Sequence[int], *rest: Any
+) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], n) for n in sizes]
+
+
+def _geglu(
+    x: Tensor,
+    gate: Tensor,
+    gate_scale: Tensor,
+    up: Tensor,
+    up_scale: Tensor,
+    n: int,
+    group_size: int,
+    int8_activations: bool,
+) -> Tensor:
+    weights, scales = [gate, up], [gate_scale, up_scale]
+    return _multiply(x, weights, scales, [None, None], [n, n], group_size, int8_activations, gated=True)[0]
+
+
+def _fake_geglu(
+    x: Tensor, gate: Tensor, gate_scale: Tensor, up: Tensor, up_scale: Tensor, n: int, *rest: Any
+) -> Tensor:
+    return x.new_empty(x.shape[0], n)
 
 
 offer("int8_linear", "native", _native_obstacle)
+# With backend "native" weight and scale are in the extension's layout, else int8 [N, K] and [N, groups].
 define_opaque(
-    "int8_linear(Tensor x, Tensor qweight, Tensor scale, Tensor? bias, int group_size, bool int8_activations, str backend) "
-    "-> Tensor",
+    "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, SymInt n, SymInt group_size, bool int8_activations, "
+    "str backend) -> Tensor",
     _forward,
     _fake,
     _Int8Linear.apply,
 )
 # Opaque, although plain PyTorch: where the last group is shorter, Inductor's code for CPUs (torch 2.13) reads beyond the scales.
 define_opaque(
-    "int8_linear_backward(Tensor grad, Tensor qweight, Tensor scale, int group_size) -> Tensor",
-    reference.input_gradient,
+    "int8_linear_backward(Tensor grad, Tensor weight, Tensor scale, SymInt columns, SymInt group_size, str backend) -> Tensor",
+    _backward,
     _fake_backward,
+)
+define_opaque("pack_int8(Tensor qweight, Tensor scale, SymInt group_size) -> (Tensor, Tensor)", _pack, _fake_pack)
+define_opaque(
+    "unpack_int8(Tensor data, Tensor scale, SymInt n, SymInt k, SymInt group_size) -> (Tensor, Tensor)",
+    _unpack,
+    _fake_unpack,
+)
+# Without gradients, for weights in the extension's layout.
+define_opaque(
+    "int8_projections(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, SymInt[] sizes, SymInt group_size, "
+    "bool int8_activations) -> Tensor[]",
+    _projections,
+    _fake_projections,
+)
+define_opaque(
+    "int8_geglu(Tensor x, Tensor gate, Tensor gate_scale, Tensor up, Tensor up_scale, SymInt n, SymInt group_size, "
+    "bool int8_activations) -> Tensor",
+    _geglu,
+    _fake_geglu,
 )
 
 
@@ -142,13 +323,17 @@ def pack_int8(qweight: Tensor, scale: Tensor) -> PackedInt8Weight:
 
     Raises:
         TypeError: dtypes other than int8 and fp32.
-        ValueError: shapes or devices that do not fit.
+        ValueError: shapes or devices that do not fit, scales that are not finite (looked at on the CPU only).
     """
-    return _pack("qweight", qweight, scale)
+    weight = _checked("qweight", qweight, scale)
+    if _native_obstacle(weight.device.type) is not None:
+        return weight
+    data, packed_scale = torch.ops.pg_kernels.pack_int8(weight._data, weight._scale, weight.group_size)
+    return PackedInt8Weight(weight.shape, weight.group_size, data, packed_scale, weight._one_scale)
 
 
-def _pack(name: str, qweight: Tensor, scale: Tensor) -> PackedInt8Weight:
-    """Check and pack a weight, which errors call `name`."""
+def _checked(name: str, qweight: Tensor, scale: Tensor) -> PackedInt8Weight:
+    """Check a weight, which errors call `name`; as it is, in no layout."""
     checks.check_tensor(**{name: qweight, "scale": scale})
     for argument, tensor, dtype in ((name, qweight, torch.int8), ("scale", scale, torch.float32)):
         if tensor.dtype != dtype:
@@ -157,11 +342,16 @@ def _pack(name: str, qweight: Tensor, scale: Tensor) -> PackedInt8Weight:
     checks.check_row(name, qweight)
     checks.check_device(**{name: qweight, "scale": scale})
     rows, columns = qweight.shape
-    if scale.dim() == 1:
+    one_scale = scale.dim() == 1
+    if one_scale:
         checks.check_shape("scale", scale, [rows], f" ({name}'s N) or [N, groups]")
-        return PackedInt8Weight(qweight, scale, columns)
-    checks.check_shape("scale", scale, [rows, "groups"], f" (N is {name}'s) or [N]")
-    return PackedInt8Weight(qweight, scale, _group_size(columns, scale.shape[1]))
+        scale = scale[:, None]
+    else:
+        checks.check_shape("scale", scale, [rows, "groups"], f" (N is {name}'s) or [N]")
+    group_size = _group_size(columns, scale.shape[1])
+    if checks.values_are_free(scale) and not bool(scale.isfinite().all()):
+        raise ValueError("scale: holds NaN or infinity")
+    return PackedInt8Weight(qweight.shape, group_size, qweight, scale, one_scale)
 
 
 def _group_size(columns: int, groups: int) -> int:
@@ -188,10 +378,11 @@ def int8_linear(
 
     Args:
         x: [..., K], fp32, fp16 or bf16. Under autocast x is cast.
-        weight: packed, or int8 [N, K] with its `scale`.
+        weight: packed, or int8 [N, K] with its `scale`, which is packed for every call anew.
         scale: fp32 [N] or [N, groups]; only with an unpacked weight.
         bias: [N], fp32, fp16 or bf16.
-        activations: "keep" multiplies x as it is (W8A16); "int8" first rounds every row of x to 255 levels (W8A8).
+        activations: "keep" multiplies x (W8A16: the C++ kernel sees 16 bits of it, scaled for every 256 columns of a row);
+            "int8" first rounds every row of x to 255 levels (W8A8).
 
     Returns:
         [..., N] in x's dtype; products and sums are fp32 or exact integers. Differentiable in x and bias; with "int8" as if x
@@ -199,36 +390,119 @@ def int8_linear(
 
     Raises:
         TypeError: dtypes that do not fit.
-        ValueError: shapes or devices that do not fit, a scale given twice or missing, unknown `activations`.
+        ValueError: shapes or devices that do not fit, a scale given twice or missing or not finite, unknown `activations`.
     """
-    if activations not in ("keep", "int8"):
-        raise ValueError(f"activations: got {activations!r}, expected 'keep' or 'int8'")
     if isinstance(weight, PackedInt8Weight):
         if scale is not None:
             raise ValueError("scale: a packed weight has its own")
     elif scale is None:
         raise ValueError("scale: needed with a weight that is not packed")
     else:
-        weight = _pack("weight", weight, scale)
-    checks.check_tensor(x=x)
-    checks.check_float(x=x, bias=bias)
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x: expected shape [..., {weight.shape[1]}] (the weight's K), got {list(x.shape)}")
-    if bias is not None:
-        checks.check_shape("bias", bias, [weight.shape[0]], " (the weight's N)")
-    qweight, scale = weight.unpack()
-    checks.check_device(x=x, weight=qweight, bias=bias)
-    (x,) = checks.autocast(x)
-    backend = select("int8_linear", x.device.type)
-    if x.dtype not in _FLOAT_CODES:
-        backend = "reference"
+        weight = _checked("weight", weight, scale)
+    x, backend = _prepared(x, [weight], [bias], activations)
     y = torch.ops.pg_kernels.int8_linear(
         x.reshape(-1, x.shape[-1]),
-        qweight,
-        scale if scale.dim() == 2 else scale[:, None],
+        *weight._operands(backend),
         bias,
+        weight.shape[0],
         weight.group_size,
         activations == "int8",
         backend,
     )
     return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def int8_projections(
+    x: Tensor,
+    weights: Sequence[PackedInt8Weight],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    activations: str = "keep",
+) -> tuple[Tensor, ...]:
+    """Multiply one input by several weights, as `int8_linear` does by each; without gradients in one call.
+
+    Args:
+        x: [..., K], fp32, fp16 or bf16. Under autocast x is cast.
+        weights: packed, with the same number of columns K.
+        biases: as many, each [N] of its weight or None; default: none.
+        activations: as for `int8_linear`.
+
+    Returns:
+        [..., N] for each weight, in x's dtype.
+
+    Raises:
+        TypeError, ValueError: as `int8_linear`; ValueError for no weights or another number of biases.
+    """
+    biases = [None] * len(weights) if biases is None else biases
+    if not weights or len(biases) != len(weights):
+        raise ValueError(f"weights: expected one or more, and as many biases; got {len(weights)} and {len(biases)}")
+    x, backend = _prepared(x, weights, biases, activations)
+    group_sizes = {weight.group_size for weight in weights}
+    native = backend == "native" and all(weight._is_native for weight in weights)
+    if not native or len(group_sizes) > 1 or _records(x, *biases):
+        return tuple(int8_linear(x, w, bias=b, activations=activations) for w, b in zip(weights, biases, strict=True))
+    outputs = torch.ops.pg_kernels.int8_projections(
+        x.reshape(-1, x.shape[-1]),
+        [weight._data for weight in weights],
+        [weight._scale for weight in weights],
+        list(biases),
+        [weight.shape[0] for weight in weights],
+        group_sizes.pop(),
+        activations == "int8",
+    )
+    return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in outputs)
+
+
+def int8_geglu(x: Tensor, gate: PackedInt8Weight, up: PackedInt8Weight, *, activations: str = "keep") -> Tensor:
+    """gelu_tanh(x · gateᵀ) · (x · upᵀ); without gradients in one call, which rounds to x's dtype only at its end.
+
+    Args:
+        x: [..., K], fp32, fp16 or bf16. Under autocast x is cast.
+        gate, up: packed, [N, K] both.
+        activations: as for `int8_linear`.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: as `int8_linear`; ValueError for weights of different shapes.
+    """
+    if gate.shape != up.shape:
+        raise ValueError(f"up: expected shape {list(gate.shape)} (gate's), got {list(up.shape)}")
+    x, backend = _prepared(x, [gate, up], [None, None], activations)
+    native = backend == "native" and gate._is_native and up._is_native
+    if not native or gate.group_size != up.group_size or _records(x):
+        return geglu(*int8_projections(x, [gate, up], activations=activations))
+    y = torch.ops.pg_kernels.int8_geglu(
+        x.reshape(-1, x.shape[-1]),
+        gate._data,
+        gate._scale,
+        up._data,
+        up._scale,
+        gate.shape[0],
+        gate.group_size,
+        activations == "int8",
+    )
+    return y.reshape(*x.shape[:-1], gate.shape[0])
+
+
+def _prepared(
+    x: Tensor, weights: Sequence[PackedInt8Weight], biases: Sequence[Tensor | None], activations: str
+) -> tuple[Tensor, str]:
+    """Check what goes into a product; x as autocast has it, and the backend."""
+    if activations not in ("keep", "int8"):
+        raise ValueError(f"activations: got {activations!r}, expected 'keep' or 'int8'")
+    checks.check_tensor(x=x)
+    for weight, bias in zip(weights, biases, strict=True):
+        checks.check_float(x=x, bias=bias)
+        if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+            raise ValueError(f"x: expected shape [..., {weight.shape[1]}] (the weight's K), got {list(x.shape)}")
+        if bias is not None:
+            checks.check_shape("bias", bias, [weight.shape[0]], " (the weight's N)")
+        checks.check_device(x=x, weight=weight._data, bias=bias)
+    (x,) = checks.autocast(x)
+    return x, select("int8_linear", x.device.type) if x.dtype in _FLOAT_CODES else "reference"
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

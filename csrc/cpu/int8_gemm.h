@@ -1,0 +1,476 @@
+// The int8 GEMM over an instruction set, a struct Isa that the including file defines. Everything is in an unnamed
+// namespace: code compiled for one instruction set must not be what the linker takes for another's.
+//
+// An activation of 16 bits is two limbs of 8 where the instruction multiplies bytes, 256 · high + low, each a row of
+// the product. Integer sums run over a segment, columns with one activation scale and one weight scale, and are exact;
+// that the weights are stored with 128 added is taken back by 128 · Σ activations. Sums of segments are fp32, in one
+// order and without fusing: every instruction set gives the same bits, whatever the batch and the number of threads.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "cpu/float16.h"
+#include "cpu/int8_linear.h"
+#include "cpu/parallel.h"
+
+namespace pg_kernels {
+
+namespace {
+
+constexpr int64_t kBlock = 256;  // columns of x with one scale of 16 bits: their sum with 8-bit weights is below 2^31
+constexpr int64_t kLongest = 2048;  // columns of a segment at most: 64 rows of weights stay in the L2 cache
+constexpr int64_t kMostRows = 384;  // rows of x at once: their sums for a panel stay in the L2 cache
+constexpr uint32_t kInfinity = 0x7f800000;
+constexpr float kLargest16 = 32639.0f;  // 256 · 127 + 127
+constexpr int64_t kPrefetch = 4096;     // bytes ahead
+
+struct Segment {
+  int64_t column, size;
+  int64_t step, steps;
+  int64_t group;
+};
+
+template <class T>
+T* allocate(int64_t count) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, size_t(count > 0 ? count : 1) * sizeof(T)) != 0) std::abort();
+  return static_cast<T*>(memory);
+}
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline float rounded(float value) { return (value + 12582912.0f) - 12582912.0f; }  // to even, below 2^22
+
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+  const float n = rounded(x * 1.44269504f);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r * r + r) + 1.0f;
+  return from_bits(to_bits(p) + (uint32_t(int32_t(n)) << 23));
+}
+
+// 0.5 · x · (1 + tanh(u)) = x / (1 + exp(−2u))
+inline float gelu_tanh(float x) {
+  const float u = 0.797884561f * (x + 0.044715f * (x * x * x));
+  return x / (1.0f + exponential(-2.0f * u));
+}
+
+inline void load_floats(Float type, const void* x, int64_t offset, int64_t size, float* out) {
+  switch (type) {
+    case Float::kFloat32:
+      std::memcpy(out, static_cast<const float*>(x) + offset, size_t(size) * sizeof(float));
+      break;
+    case Float::kFloat16: {
+      const uint16_t* from = static_cast<const uint16_t*>(x) + offset;
+      for (int64_t i = 0; i < size; ++i) out[i] = float16_to_float(from[i]);
+      break;
+    }
+    case Float::kBFloat16: {
+      const uint16_t* from = static_cast<const uint16_t*>(x) + offset;
+      for (int64_t i = 0; i < size; ++i) out[i] = bfloat16_to_float(from[i]);
+      break;
+    }
+  }
+}
+
+inline void store_floats(Float type, const float* values, int64_t size, void* y, int64_t offset) {
+  switch (type) {
+    case Float::kFloat32:
+      std::memcpy(static_cast<float*>(y) + offset, values, size_t(size) * sizeof(float));
+      break;
+    case Float::kFloat16: {
+      uint16_t* to = static_cast<uint16_t*>(y) + offset;
+      for (int64_t i = 0; i < size; ++i) to[i] = float_to_float16(values[i]);
+      break;
+    }
+    case Float::kBFloat16: {
+      uint16_t* to = static_cast<uint16_t*>(y) + offset;
+      for (int64_t i = 0; i < size; ++i) to[i] = float_to_bfloat16(values[i]);
+      break;
+    }
+  }
+}
+
+// kRows rows by kVectors · 16 columns by 4 · steps; the sums row after row.
+template <class Isa, int kRows, int kVectors>
+__attribute__((noinline)) void multiply(const uint8_t* weights, int64_t stride, int64_t prefetch,
+                                        const typename Isa::Element* activations, int64_t steps, int32_t* sums) {
+  typename Isa::Sum sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sum[row][v] = Isa::zero();
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    typename Isa::Weights w[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      w[v] = Isa::load(weights + 64 * v);
+      __builtin_prefetch(weights + 64 * v + prefetch);
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) {
+      const typename Isa::Activations x = Isa::broadcast(activations + 4 * row);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[row][v] = Isa::multiply_add(sum[row][v], w[v], x);
+    }
+    weights += stride;
+    activations += 4 * kRows;
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) Isa::store(sum[row][v], sums + 16 * (row * kVectors + v));
+  }
+}
+
+template <class Isa>
+class Gemm {
+ public:
+  explicit Gemm(const Int8Linear& a)
+      : a_(a),
+        limbs_(Isa::kBytes && !a.int8_activations ? 2 : 1),
+        tile_(Isa::kRows / limbs_),
+        layout_(a.weights[0].layout),
+        steps_(layout_.steps()) {
+    for (int64_t group = 0; group < layout_.groups(); ++group) {
+      const int64_t end = smaller(layout_.k, (group + 1) * layout_.group);
+      int64_t step = group * layout_.group_steps();
+      for (int64_t column = group * layout_.group; column < end;) {
+        const int64_t size = smaller(a.int8_activations ? kLongest : kBlock, end - column);
+        segments_.push_back({column, size, step, (size + 3) / 4, group});
+        step += (size + 3) / 4;
+        column += size;
+      }
+    }
+    const int64_t rows = smaller(kMostRows, (a.m + tile_ - 1) / tile_ * tile_);
+    activations_.reset(allocate<Element>(rows * limbs_ * steps_ * 4));
+    corrections_.reset(allocate<int32_t>(rows * count()));
+    scales_.reset(allocate<float>(rows * count()));
+    plain_.assign(size_t(rows), 0);
+    for (int64_t i = 0; i < (a.geglu ? 1 : a.count); ++i) panels_ += a.weights[i].layout.panels();
+  }
+
+  void run() {
+    const int64_t threads = thread_count();
+    for (first_ = 0; first_ < a_.m; first_ += kMostRows) {
+      rows_ = smaller(kMostRows, a_.m - first_);
+      if (rows_ * a_.k < 1 << 16) {
+        for (int64_t tile = 0; tile * tile_ < rows_; ++tile) quantize_tile(this, tile);
+      } else {
+        parallel_for((rows_ + tile_ - 1) / tile_, quantize_tile, this);
+      }
+      // Panels go to whoever is free: a fixed share would wait for the thread that something else delays.
+      next_ = 0;
+      const bool small = rows_ * a_.k * panels_ < 1 << 14;
+      parallel_for(small ? 1 : smaller(threads, panels_), take_panels, this);
+    }
+  }
+
+ private:
+  using Element = typename Isa::Element;
+
+  int64_t count() const { return int64_t(segments_.size()); }
+  Element* tile_activations(int64_t tile) const { return activations_.get() + tile * tile_ * limbs_ * steps_ * 4; }
+
+  // A tile's corrections and scales, [segments][rows of a whole tile].
+  int64_t place(int64_t tile, int64_t segment) const { return (tile * count() + segment) * tile_; }
+
+  static void quantize_tile(void* self, int64_t tile) {
+    Gemm& gemm = *static_cast<Gemm*>(self);
+    const int64_t rows = smaller(gemm.tile_, gemm.rows_ - tile * gemm.tile_);
+    for (int64_t row = 0; row < rows; ++row) gemm.quantize(tile, row, rows);
+  }
+
+  void quantize(int64_t tile, int64_t row, int64_t rows) {
+    const int64_t index = tile * tile_ + row, offset = (first_ + index) * a_.k;
+    alignas(64) float x[kLongest];
+    alignas(64) int16_t levels[kLongest];
+    float row_scale = 0;
+    if (a_.int8_activations) {
+      uint32_t largest = 0;
+      for (int64_t start = 0; start < a_.k; start += kLongest) {
+        const int64_t size = smaller(kLongest, a_.k - start);
+        load_floats(a_.type, a_.x, offset + start, size, x);
+        const uint32_t one = largest_magnitude(x, size);
+        largest = one > largest ? one : largest;
+      }
+      row_scale = largest < kInfinity ? from_bits(largest) / 127.0f : std::numeric_limits<float>::quiet_NaN();
+    }
+    bool plain = true;
+    int64_t block = -1;
+    float scale = row_scale, inverse = 0;
+    for (int64_t s = 0; s < count(); ++s) {
+      const Segment& segment = segments_[size_t(s)];
+      if (!a_.int8_activations && segment.column / kBlock != block) {
+        block = segment.column / kBlock;
+        const int64_t size = smaller(kBlock, a_.k - block * kBlock);
+        load_floats(a_.type, a_.x, offset + block * kBlock, size, x);
+        plain = choose_scale16(largest_magnitude(x, size), &scale, &inverse) && plain;
+      }
+      int32_t sum;
+      if (a_.int8_activations) {
+        load_floats(a_.type, a_.x, offset + segment.column, segment.size, x);
+        sum = round_to_8(x, row_scale, segment.size, levels);
+      } else {
+        sum = round_to_16(x + segment.column % kBlock, inverse, segment.size, levels);
+      }
+      for (int64_t i = segment.size; i < segment.steps * 4; ++i) levels[i] = 0;
+      write_levels(tile_activations(tile) + segment.step * 4 * rows * limbs_, rows, row, levels, segment.steps);
+      corrections_[place(tile, s) + row] = Isa::kSigned ? 0 : 128 * sum;
+      scales_[place(tile, s) + row] = scale;
+    }
+    plain_[size_t(index)] = plain;
+  }
+
+  // Give the levels' sum.
+  static int32_t round_to_8(const float* x, float scale, int64_t size, int16_t* levels) {
+    if (!(scale > 0)) {  // nothing but zeros, or not finite, which the scale tells
+      std::memset(levels, 0, size_t(size) * sizeof(int16_t));
+      return 0;
+    }
+    int32_t sum = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      float level = rounded(x[i] / scale);
+      level = level < -127.0f ? -127.0f : level;
+      level = level > 127.0f ? 127.0f : level;
+      levels[i] = int16_t(int32_t(level));
+      sum += int32_t(level);
+    }
+    return sum;
+  }
+
+  static int32_t round_to_16(const float* x, float inverse, int64_t size, int16_t* levels) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      const int32_t level = int32_t(rounded(x[i] * inverse));
+      levels[i] = int16_t(level);
+      sum += level;
+    }
+    return sum;
+  }
+
+  // As bits, which order magnitudes as numbers do, NaN last.
+  static uint32_t largest_magnitude(const float* x, int64_t size) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      const uint32_t bits = to_bits(x[i]) & 0x7fffffff;
+      largest = bits > largest ? bits : largest;
+    }
+    return largest;
+  }
+
+  // A power of two, so that scaling is exact, with the largest magnitude in (kLargest16 / 2, kLargest16]. False for
+  // what has none: NaN and infinity, or numbers so small that the power's inverse is beyond fp32.
+  static bool choose_scale16(uint32_t largest, float* scale, float* inverse) {
+    *scale = 1.0f, *inverse = 0.0f;
+    if (largest == 0) return true;
+    int32_t exponent = int32_t(largest >> 23) - 14;  // biased; the largest lies in [2^14, 2^15) times this
+    if (exponent < 20 || largest >= kInfinity) return false;
+    if (from_bits((largest & 0x7fffff) | (127 + 14) << 23) > kLargest16) ++exponent;
+    *scale = from_bits(uint32_t(exponent) << 23);
+    *inverse = from_bits(uint32_t(254 - exponent) << 23);
+    return true;
+  }
+
+  void write_levels(Element* out, int64_t rows, int64_t row, const int16_t* levels, int64_t steps) const {
+    if constexpr (Isa::kBytes) {
+      alignas(64) int8_t high[kLongest], low[kLongest];
+      if (limbs_ == 1) {
+        for (int64_t i = 0; i < steps * 4; ++i) low[i] = int8_t(levels[i]);
+        for (int64_t i = 0; i < steps; ++i) std::memcpy(out + (i * rows + row) * 4, low + 4 * i, 4);
+        return;
+      }
+      for (int64_t i = 0; i < steps * 4; ++i) {
+        low[i] = int8_t(levels[i] & 0xff);
+        high[i] = int8_t((levels[i] - low[i]) >> 8);
+      }
+      for (int64_t i = 0; i < steps; ++i) {
+        std::memcpy(out + (i * rows + row) * 8, high + 4 * i, 4);
+        std::memcpy(out + (i * rows + row) * 8 + 4, low + 4 * i, 4);
+      }
+    } else {
+      for (int64_t i = 0; i < steps; ++i) std::memcpy(out + (i * rows + row) * 4, levels + 4 * i, 8);
+    }
+  }
+
+  static void take_panels(void* self, int64_t) {
+    Gemm& gemm = *static_cast<Gemm*>(self);
+    Buffer<float> sums(allocate<float>(gemm.rows_ * kPanel * (gemm.a_.geglu ? 2 : 1)));
+    for (int64_t panel = gemm.next_++; panel < gemm.panels_; panel = gemm.next_++) {
+      if (gemm.a_.geglu) {
+        gemm.geglu_panel(panel, sums.get());
+      } else {
+        int64_t weight = 0, own = panel;
+        for (; own >= gemm.a_.weights[weight].layout.panels(); ++weight) own -= gemm.a_.weights[weight].layout.panels();
+        gemm.linear_panel(gemm.a_.weights[weight], own, sums.get());
+      }
+    }
+  }
+
+  void linear_panel(const Int8Weight& weight, int64_t panel, float* sums) const {
+    multiply_panel(weight, panel, sums);
+    store_panel(weight, panel, sums);
+  }
+
+  void geglu_panel(int64_t panel, float* gate) const {
+    float* up = gate + rows_ * kPanel;
+    multiply_panel(a_.weights[0], panel, gate);
+    multiply_panel(a_.weights[1], panel, up);
+    for (int64_t i = 0; i < rows_ * kPanel; ++i) gate[i] = gelu_tanh(gate[i]) * up[i];
+    store_panel(a_.weights[0], panel, gate);
+  }
+
+  void store_panel(const Int8Weight& weight, int64_t panel, const float* sums) const {
+    const int64_t n = weight.layout.n, size = smaller(kPanel, n - panel * kPanel);
+    for (int64_t row = 0; row < rows_; ++row) {
+      store_floats(a_.type, sums + row * kPanel, size, weight.y, (first_ + row) * n + panel * kPanel);
+    }
+  }
+
+  // A panel's product in sums, [rows][kPanel], with its bias.
+  void multiply_panel(const Int8Weight& weight, int64_t panel, float* sums) const {
+    const int64_t width = weight.layout.width(panel);
+    const uint8_t* data = weight.data + weight.layout.panel_data(panel);
+    const float* scales = weight.scale + weight.layout.panel_scale(panel);
+    std::memset(sums, 0, size_t(rows_ * kPanel) * sizeof(float));
+    for (int64_t s = 0; s < count(); ++s) {
+      const Segment& segment = segments_[size_t(s)];
+      for (int64_t tile = 0; tile * tile_ < rows_; ++tile) {
+        const int64_t rows = smaller(tile_, rows_ - tile * tile_);
+        // The first tile brings the weights into the cache for all others.
+        const Tile one{data + segment.step * width * 4,
+                       tile_activations(tile) + segment.step * 4 * rows * limbs_,
+                       corrections_.get() + place(tile, s),
+                       scales_.get() + place(tile, s),
+                       scales + segment.group * width,
+                       sums + tile * tile_ * kPanel,
+                       width,
+                       segment.steps,
+                       tile == 0 ? kPrefetch : 0};
+        multiply_tile<Isa::kRows>(one, rows * limbs_);
+      }
+    }
+    for (int64_t row = 0; row < rows_; ++row) {
+      if (!plain_[size_t(row)]) multiply_floats(row, data, scales, width, sums + row * kPanel);
+    }
+    if (weight.bias == nullptr) return;
+    const int64_t size = smaller(kPanel, weight.layout.n - panel * kPanel);
+    for (int64_t row = 0; row < rows_; ++row) {
+      for (int64_t i = 0; i < size; ++i) sums[row * kPanel + i] += weight.bias[panel * kPanel + i];
+    }
+  }
+
+  struct Tile {
+    const uint8_t* weights;
+    const Element* activations;
+    const int32_t* corrections;
+    const float* scales;
+    const float* weight_scales;
+    float* sums;
+    int64_t width, steps, prefetch;
+  };
+
+  template <int kRows>
+  void multiply_tile(const Tile& tile, int64_t rows) const {
+    if (rows < kRows) {
+      if constexpr (kRows > 1) multiply_tile<kRows - 1>(tile, rows);
+    } else {
+      multiply_columns<kRows, Isa::vectors(kRows)>(tile, 0);
+    }
+  }
+
+  // Modulo 2^32; a segment's sum itself is below 2^31.
+  template <int kColumns, int kLimbs>
+  static void add_segment(const int32_t* __restrict sums, int32_t correction, float scale,
+                          const float* __restrict weight_scales, float* __restrict out) {
+    for (int i = 0; i < kColumns; ++i) {
+      uint32_t sum = uint32_t(sums[i]) - uint32_t(correction);
+      if (kLimbs == 2) sum = (uint32_t(sums[i]) << 8) + uint32_t(sums[i + kColumns]) - uint32_t(correction);
+      out[i] += float(int32_t(sum)) * scale * weight_scales[i];
+    }
+  }
+
+  template <int kRows, int kVectors>
+  void multiply_columns(const Tile& tile, int64_t column) const {
+    alignas(64) int32_t sums[kRows * kVectors * 16];
+    constexpr int kColumns = 16 * kVectors;
+    for (; tile.width - column >= kColumns; column += kColumns) {
+      multiply<Isa, kRows, kVectors>(tile.weights + 4 * column, 4 * tile.width, tile.prefetch, tile.activations,
+                                     tile.steps, sums);
+      const float* weight_scales = tile.weight_scales + column;
+      float* out = tile.sums + column;
+      if (Isa::kBytes && limbs_ == 2) {
+        for (int row = 0; row < kRows / 2; ++row) {
+          add_segment<kColumns, 2>(sums + 2 * row * kColumns, tile.corrections[row], tile.scales[row], weight_scales,
+                                   out + row * kPanel);
+        }
+      } else {
+        for (int row = 0; row < kRows; ++row) {
+          add_segment<kColumns, 1>(sums + row * kColumns, tile.corrections[row], tile.scales[row], weight_scales,
+                                   out + row * kPanel);
+        }
+      }
+    }
+    if constexpr (kVectors > 1) {
+      if (column < tile.width) multiply_columns<kRows, kVectors / 2>(tile, column);
+    }
+  }
+
+  // A row that has no levels, as the product of floats that it stands for.
+  void multiply_floats(int64_t row, const uint8_t* data, const float* scales, int64_t width, float* sums) const {
+    for (int64_t i = 0; i < width; ++i) sums[i] = 0;
+    float x[kLongest];
+    for (const Segment& segment : segments_) {
+      load_floats(a_.type, a_.x, (first_ + row) * a_.k + segment.column, segment.size, x);
+      for (int64_t i = 0; i < width; ++i) {
+        float sum = 0;
+        for (int64_t k = 0; k < segment.size; ++k) {
+          const uint8_t stored = data[((segment.step + k / 4) * width + i) * 4 + k % 4];
+          sum += x[k] * float(int(stored) - 128);
+        }
+        sums[i] += sum * scales[segment.group * width + i];
+      }
+    }
+  }
+
+  const Int8Linear& a_;
+  const int64_t limbs_, tile_;
+  const Int8Layout layout_;
+  const int64_t steps_;
+  int64_t panels_ = 0, first_ = 0, rows_ = 0;
+  std::vector<Segment> segments_;
+  Buffer<Element> activations_;
+  Buffer<int32_t> corrections_;
+  Buffer<float> scales_;
+  std::vector<char> plain_;
+  std::atomic<int64_t> next_{0};
+};
+
+template <class Isa>
+void run_int8_linear(const Int8Linear& a) {
+  if (a.m > 0 && a.count > 0) Gemm<Isa>(a).run();
+}
+
+}  // namespace
+
+}  // namespace pg_kernels

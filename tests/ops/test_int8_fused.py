@@ -1,0 +1,179 @@
+"""Several packed weights at once, and rows of one: what a model needs besides int8_linear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import DEVICES, assert_compiles, randn
+from torch import Tensor
+
+from pg_kernels import PackedInt8Weight, int8_geglu, int8_linear, int8_projections, pack_int8, quantize_int8
+from pg_kernels import backend as use_backend
+
+OP = "int8_linear"
+ACTIVATIONS = ["keep", "int8"]
+# Relative Frobenius error of gelu_tanh(gate) · up: where it is not one call, gate and up are rounded on the way.
+BOUNDS = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def packed(n: int, k: int, group_size: int | None = None, device: str = "cpu") -> PackedInt8Weight:
+    with use_backend("auto"):
+        return pack_int8(*quantize_int8(randn(n, k, device=device) * k**-0.5, group_size=group_size))
+
+
+def dequantized(weight: PackedInt8Weight) -> Tensor:
+    return weight.rows(torch.arange(weight.shape[0], device=weight.device), torch.float64)
+
+
+# Rows
+
+
+@pytest.mark.parametrize("group_size", [None, 1, 2, 32])
+@pytest.mark.parametrize("shape", [(1, 1), (15, 70), (64, 64), (65, 33), (130, 588)], ids=str)
+def test_rows(shape: tuple[int, int], group_size: int | None) -> None:
+    qweight, scale = quantize_int8(randn(*shape), group_size=group_size)
+    columns = torch.arange(shape[1]) // (group_size or shape[1])
+    expected = qweight.float() * scale.view(shape[0], -1)[:, columns]
+    indices = torch.randint(0, shape[0], (3, 5))
+    weight = pack_int8(qweight, scale)
+    assert torch.equal(weight.rows(indices), expected[indices])
+    assert torch.equal(weight.rows(indices, torch.bfloat16), expected[indices].bfloat16())
+    assert weight.rows(indices[:0]).shape == (0, 5, shape[1])
+
+
+# Several projections of one input
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_projections_are_those_of_each(
+    device: str, backend: str, dtype: torch.dtype, group_size: int | None, activations: str
+) -> None:
+    weights = [packed(n, 70, group_size, device) for n in (128, 1, 65)]
+    biases = [None, randn(1, device=device), randn(65, device=device, dtype=dtype)]
+    x = randn(2, 5, 70, device=device, dtype=dtype)
+    outputs = int8_projections(x, weights, biases, activations=activations)
+    for y, weight, bias in zip(outputs, weights, biases, strict=True):
+        assert torch.equal(y, int8_linear(x, weight, bias=bias, activations=activations))
+
+
+def test_projections_with_groups_of_their_own(device: str, backend: str) -> None:
+    weights = [packed(16, 70, group_size, device) for group_size in (None, 32)]
+    x = randn(3, 70, device=device)
+    for y, weight in zip(int8_projections(x, weights), weights, strict=True):
+        assert torch.equal(y, int8_linear(x, weight))
+
+
+def test_projections_have_gradients(device: str, backend: str) -> None:
+    weights = [packed(n, 70, None, device) for n in (16, 33)]
+    x = randn(3, 70, device=device).requires_grad_()
+    bias = randn(16, device=device).requires_grad_()
+    outputs = int8_projections(x, weights, [bias, None])
+    cotangents = [randn(*y.shape, device=device) for y in outputs]
+    gradients = torch.autograd.grad(outputs, [x, bias], cotangents)
+    expected = sum(c.double() @ dequantized(w) for c, w in zip(cotangents, weights, strict=True))
+    torch.testing.assert_close(gradients[0].double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients[1], cotangents[0].sum(0))
+
+
+@pytest.mark.parametrize("shape", [(70,), (0, 70), (2, 0, 70)], ids=str)
+def test_projection_shapes(device: str, backend: str, shape: tuple[int, ...]) -> None:
+    weights = [packed(n, 70, None, device) for n in (16, 33)]
+    x = randn(*shape, device=device)
+    assert [y.shape for y in int8_projections(x, weights)] == [(*shape[:-1], 16), (*shape[:-1], 33)]
+    assert int8_geglu(x, weights[0], weights[0]).shape == (*shape[:-1], 16)
+
+
+# Gate and up
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("n", [1, 64, 100])
+def test_geglu(device: str, backend: str, dtype: torch.dtype, n: int, group_size: int | None, activations: str) -> None:
+    gate, up = (packed(n, 70, group_size, device) for _ in range(2))
+    x = randn(2, 9, 70, device=device, dtype=dtype)
+    y = int8_geglu(x, gate, up, activations=activations)
+    assert y.dtype == dtype and y.shape == (2, 9, n)
+    with use_backend("reference"):
+        left, right = (int8_linear(x.double(), w, activations=activations) for w in (gate, up))
+    exact = torch.nn.functional.gelu(left, approximate="tanh") * right
+    assert ((y.double() - exact).norm() / exact.norm()).item() <= BOUNDS[dtype]
+
+
+def test_geglu_far_from_zero(device: str, backend: str) -> None:
+    """gelu_tanh is 0 on one side and the identity on the other, without overflow on the way."""
+    one = pack_int8(torch.ones(1, 1, dtype=torch.int8, device=device), torch.ones(1, device=device))
+    x = torch.tensor([[-1e4], [-30.0], [0.0], [30.0], [1e4]], device=device)
+    y = int8_geglu(x, one, one)
+    torch.testing.assert_close(y[:, 0], torch.tensor([0.0, 0.0, 0.0, 900.0, 1e8], device=device), rtol=1e-4, atol=1e-30)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_geglu_has_gradients(device: str) -> None:
+    gate, up = (packed(33, 70, None, device) for _ in range(2))
+    x = randn(3, 70, device=device).requires_grad_()
+    (ours,) = torch.autograd.grad(int8_geglu(x, gate, up).sum(), x)
+    wide = x.detach().double().requires_grad_()
+    left, right = (wide @ dequantized(w).T for w in (gate, up))
+    (exact,) = torch.autograd.grad((torch.nn.functional.gelu(left, approximate="tanh") * right).sum(), wide)
+    assert ((ours.double() - exact).norm() / exact.norm()).item() <= 5e-4
+
+
+# Compilation and errors
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles(device: str, activations: str) -> None:
+    weights = [packed(33, 70, 32, device) for _ in range(2)]
+
+    def everything(x: Tensor) -> Tensor:
+        left, right = int8_projections(x, weights, activations=activations)
+        return left + right + int8_geglu(x, *weights, activations=activations)
+
+    x = randn(2, 3, 70, device=device)
+    assert_compiles(everything, [x])
+    with torch.no_grad():
+        compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), everything(x))
+
+
+@pytest.mark.backends("native")
+@pytest.mark.parametrize("m", [0, 3])
+def test_opcheck(device: str, backend: str, m: int) -> None:
+    weights = [packed(33, 70, 32, device) for _ in range(2)]
+    data, scales = [w._data for w in weights], [w._scale for w in weights]
+    x, ops = randn(m, 70, device=device), torch.ops.pg_kernels
+    torch.library.opcheck(ops.int8_projections.default, (x, data, scales, [None, randn(33)], [33, 33], 32, False))
+    torch.library.opcheck(ops.int8_geglu.default, (x, data[0], scales[0], data[1], scales[1], 33, 32, True))
+    qweight, scale = weights[0].unpack()
+    torch.library.opcheck(ops.pack_int8.default, (qweight, scale, 32))
+    torch.library.opcheck(ops.unpack_int8.default, (data[0], scales[0], 33, 70, 32))
+
+
+GOOD = packed(3, 70)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: int8_projections(x, []), ValueError, "^weights: expected one or more, .*; got 0 and 0"),
+        (lambda x: int8_projections(x, [GOOD], []), ValueError, "^weights: .*; got 1 and 0"),
+        (lambda x: int8_projections(x, [GOOD], [torch.ones(4)]), ValueError, r"^bias: expected shape \[3\]"),
+        (lambda x: int8_projections(x, [GOOD, packed(3, 71)]), ValueError, r"^x: expected shape \[..., 71\]"),
+        (lambda x: int8_projections(x.int(), [GOOD]), TypeError, "^x: expected float32, float16 or bfloat16"),
+        (
+            lambda x: int8_geglu(x, GOOD, packed(4, 70)),
+            ValueError,
+            r"^up: expected shape \[3, 70\] \(gate's\), got \[4, 70\]",
+        ),
+        (lambda x: int8_geglu(x[:, :69], GOOD, GOOD), ValueError, r"^x: expected shape \[..., 70\]"),
+        (lambda x: int8_geglu(x, GOOD, GOOD, activations="int4"), ValueError, "^activations: got 'int4'"),
+    ],
+)
+def test_errors(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(torch.ones(2, 70))
