@@ -5,7 +5,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready
 SAMPLE := model/embedded/samples/banana_and_owl.png
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
 # Test workers share the cores between them.
 THREADS := OMP_NUM_THREADS=1
 
@@ -22,7 +22,7 @@ ifeq ($(filter bench-compare,$(MAKECMDGOALS))$(BASE),bench-compare)
 $(error bench-compare: say which earlier run to compare with, BASE=folder)
 endif
 
-.PHONY: demo test bench bench-full bench-compare gpu lint format clean
+.PHONY: demo test sanitize bench bench-full bench-compare gpu lint format clean
 
 demo: $(READY)  ## answer about a shipped picture, and draw the answer
 	$(BIN)/pg-kernels run $(SAMPLE) "caption en"
@@ -30,6 +30,9 @@ demo: $(READY)  ## answer about a shipped picture, and draw the answer
 
 test: lint  ## all tests that run on this machine
 	$(THREADS) $(BIN)/pytest -q -n 2 --durations=10 -p no:benchmark
+
+sanitize: $(READY)  ## the C++ extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer; `make test` runs it too
+	$(BIN)/python tests/ops/sanitize.py
 
 bench: $(READY)  ## the quick cases of the benchmark suite, in a few minutes, into $(OUT)
 	mkdir -p $(OUT)

@@ -1,0 +1,84 @@
+"""Builds the C++ extension with AddressSanitizer and UndefinedBehaviorSanitizer, and runs its tests on that build.
+
+python tests/ops/sanitize.py; exits with 77 where the compiler has no sanitizers, else with pytest's status.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FLAGS = "-fsanitize=address,undefined"
+TESTS = ["test_int8.py", "test_int8_extension.py", "test_int8_fused.py"]
+# Compiled graphs say nothing more about memory, and take long.
+SELECTION = "(native or instruction_sets_a) and not compiles and not inductor"
+
+
+def main() -> int:
+    if sys.platform != "linux" or not _compiles():
+        print(
+            "sanitize: needs Linux and a compiler with AddressSanitizer and UndefinedBehaviorSanitizer", file=sys.stderr
+        )
+        return 77
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder, "pg_kernels")
+        shutil.copytree(ROOT / "pg_kernels", package, ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))
+        _build(Path(folder))
+        # The tests' own environment, except for where the package comes from and what Python itself was not built with.
+        environment = {
+            **os.environ,
+            "PYTHONPATH": folder,
+            "LD_PRELOAD": " ".join(_library(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")),
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python and PyTorch keep what they allocate
+        }
+        folder_of_tests = Path(__file__).parent
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:benchmark",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+        ]
+        command += ["-k", SELECTION, *(str(folder_of_tests / name) for name in TESTS)]
+        return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
+def _compiles() -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "empty.cpp")
+        source.write_text("int main() {}\n")
+        command = [_compiler(), *FLAGS.split(), str(source), "-o", str(Path(folder, "empty"))]
+        try:
+            return subprocess.run(command, capture_output=True).returncode == 0
+        except FileNotFoundError:
+            return False
+
+
+def _build(folder: Path) -> None:
+    flags = f"{FLAGS} -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+    environment = {**os.environ, "CFLAGS": flags, "LDFLAGS": flags}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(folder / "build")]
+    subprocess.run([*command, "--build-lib", str(folder)], cwd=ROOT, env=environment, check=True)
+
+
+def _library(name: str) -> str:
+    found = subprocess.run([_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
