@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/int8_linear.h"
+#include "cpu/token_ops.h"
 
 namespace py = pybind11;
 using pg_kernels::Int8Layout;
@@ -48,6 +49,46 @@ void unpack_int8(int64_t n, int64_t k, int64_t group, Address packed, Address pa
                           pointer<int8_t>(q), pointer<float>(scale));
 }
 
+pg_kernels::Float type_of(int type) { return static_cast<pg_kernels::Float>(type); }
+
+void rms_norm(Address x, Address residual, Address weight, Address y, Address total, Address rstd, int64_t rows,
+              int64_t columns, int type, int weight_type, float eps, float offset) {
+  const pg_kernels::InstructionSet& set = pg_kernels::instruction_set();
+  py::gil_scoped_release release;
+  set.rms_norm(pg_kernels::RmsNorm{rows, columns, type_of(type), type_of(weight_type), pointer<const void>(x),
+                                   pointer<const void>(residual), pointer<const void>(weight), pointer<void>(y),
+                                   pointer<void>(total), pointer<float>(rstd), eps, offset});
+}
+
+// A tensor [B, H, S, D]: address, H and the first three strides.
+using HeadsOf = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;
+
+pg_kernels::Heads heads(const HeadsOf& from) {
+  const auto& [data, count, batch, head, token] = from;
+  return {pointer<void>(data), count, {batch, head, token}};
+}
+
+void rotary(const HeadsOf& q, const HeadsOf& k, const HeadsOf& v, const HeadsOf& q_out, const HeadsOf& k_cache,
+            const HeadsOf& v_cache, Address positions, Address slots, Address frequencies, int64_t batch,
+            int64_t length, int64_t dim, int type, int cache_type) {
+  const pg_kernels::InstructionSet& set = pg_kernels::instruction_set();
+  py::gil_scoped_release release;
+  set.rotary(pg_kernels::Rotary{batch, length, dim, type_of(type), type_of(cache_type), heads(q), heads(k), heads(v),
+                                heads(q_out), heads(k_cache), heads(v_cache), pointer<const int64_t>(positions),
+                                pointer<const int64_t>(slots), pointer<const float>(frequencies)});
+}
+
+void attention(const HeadsOf& q, const HeadsOf& k, const HeadsOf& v, const HeadsOf& out,
+               const std::vector<int64_t>& prefix_ends, const std::vector<int64_t>& starts,
+               const std::vector<int64_t>& ends, const std::vector<int64_t>& q_starts, int64_t queries, int64_t keys,
+               int64_t dim, int type, bool causal, float scale, float softcap, int64_t window) {
+  const pg_kernels::InstructionSet& set = pg_kernels::instruction_set();
+  py::gil_scoped_release release;
+  set.attention(pg_kernels::Attention{int64_t(starts.size()), queries, keys, dim, type_of(type), heads(q), heads(k),
+                                      heads(v), heads(out), prefix_ends.data(), starts.data(), ends.data(),
+                                      q_starts.data(), causal, scale, softcap, window});
+}
+
 std::vector<std::string> instruction_sets() {
   const pg_kernels::InstructionSet* found[8];
   const int count = pg_kernels::instruction_sets(found, 8);
@@ -66,6 +107,16 @@ PYBIND11_MODULE(_C, module) {
              py::arg("scale"), py::arg("packed"), py::arg("packed_scale"));
   module.def("unpack_int8", &unpack_int8, py::kw_only(), py::arg("n"), py::arg("k"), py::arg("group"),
              py::arg("packed"), py::arg("packed_scale"), py::arg("q"), py::arg("scale"));
+  module.def("rms_norm", &rms_norm, py::kw_only(), py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("y"),
+             py::arg("total"), py::arg("rstd"), py::arg("rows"), py::arg("columns"), py::arg("type"),
+             py::arg("weight_type"), py::arg("eps"), py::arg("offset"));
+  module.def("rotary", &rotary, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_out"),
+             py::arg("k_cache"), py::arg("v_cache"), py::arg("positions"), py::arg("slots"), py::arg("frequencies"),
+             py::arg("batch"), py::arg("length"), py::arg("dim"), py::arg("type"), py::arg("cache_type"));
+  module.def("attention", &attention, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
+             py::arg("prefix_ends"), py::arg("starts"), py::arg("ends"), py::arg("q_starts"), py::arg("queries"),
+             py::arg("keys"), py::arg("dim"), py::arg("type"), py::arg("causal"), py::arg("scale"), py::arg("softcap"),
+             py::arg("window"));
   module.def(
       "instruction_set", [] { return pg_kernels::instruction_set().name; },
       "Name of the instruction set in use; ValueError if PG_KERNELS_ISA names one that is not there.");

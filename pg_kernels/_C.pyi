@@ -11,5 +11,59 @@ def int8_linear(
 ) -> None: ...
 def pack_int8(*, n: int, k: int, group: int, q: int, scale: int, packed: int, packed_scale: int) -> None: ...
 def unpack_int8(*, n: int, k: int, group: int, packed: int, packed_scale: int, q: int, scale: int) -> None: ...
+def rms_norm(
+    *,
+    x: int,
+    residual: int,
+    weight: int,
+    y: int,
+    total: int,
+    rstd: int,
+    rows: int,
+    columns: int,
+    type: int,
+    weight_type: int,
+    eps: float,
+    offset: float,
+) -> None: ...
+
+Heads = tuple[int, int, int, int, int]
+
+def rotary(
+    *,
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    q_out: Heads,
+    k_cache: Heads,
+    v_cache: Heads,
+    positions: int,
+    slots: int,
+    frequencies: int,
+    batch: int,
+    length: int,
+    dim: int,
+    type: int,
+    cache_type: int,
+) -> None: ...
+def attention(
+    *,
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    out: Heads,
+    prefix_ends: list[int],
+    starts: list[int],
+    ends: list[int],
+    q_starts: list[int],
+    queries: int,
+    keys: int,
+    dim: int,
+    type: int,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> None: ...
 def instruction_set() -> str: ...
 def instruction_sets() -> list[str]: ...

@@ -2,7 +2,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/int8_linear.h"
+#include "cpu/instruction_sets.h"
 
 namespace pg_kernels {
 

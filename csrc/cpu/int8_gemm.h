@@ -9,13 +9,10 @@
 
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <vector>
 
-#include "cpu/float16.h"
+#include "cpu/float_rows.h"
 #include "cpu/int8_linear.h"
 #include "cpu/parallel.h"
 
@@ -23,7 +20,7 @@ namespace pg_kernels {
 
 namespace {
 
-constexpr int64_t kBlock = 256;  // columns of x with one scale of 16 bits: their sum with 8-bit weights is below 2^31
+constexpr int64_t kBlock = 512;  // columns of x with one scale of 16 bits: their sum with 8-bit weights is below 2^31
 constexpr int64_t kLongest = 2048;  // columns of a segment at most: 64 rows of weights stay in the L2 cache
 constexpr int64_t kMostRows = 384;  // rows of x at once: their sums for a panel stay in the L2 cache
 constexpr uint32_t kInfinity = 0x7f800000;
@@ -36,84 +33,17 @@ struct Segment {
   int64_t group;
 };
 
-template <class T>
-T* allocate(int64_t count) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 64, size_t(count > 0 ? count : 1) * sizeof(T)) != 0) std::abort();
-  return static_cast<T*>(memory);
-}
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
-template <class T>
-using Buffer = std::unique_ptr<T[], Free>;
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-inline float rounded(float value) { return (value + 12582912.0f) - 12582912.0f; }  // to even, below 2^22
-
-inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-  const float n = rounded(x * 1.44269504f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r * r + r) + 1.0f;
-  return from_bits(to_bits(p) + (uint32_t(int32_t(n)) << 23));
-}
-
 // 0.5 · x · (1 + tanh(u)) = x / (1 + exp(−2u))
 inline float gelu_tanh(float x) {
   const float u = 0.797884561f * (x + 0.044715f * (x * x * x));
   return x / (1.0f + exponential(-2.0f * u));
 }
 
-inline void load_floats(Float type, const void* x, int64_t offset, int64_t size, float* out) {
-  switch (type) {
-    case Float::kFloat32:
-      std::memcpy(out, static_cast<const float*>(x) + offset, size_t(size) * sizeof(float));
-      break;
-    case Float::kFloat16: {
-      const uint16_t* from = static_cast<const uint16_t*>(x) + offset;
-      for (int64_t i = 0; i < size; ++i) out[i] = float16_to_float(from[i]);
-      break;
-    }
-    case Float::kBFloat16: {
-      const uint16_t* from = static_cast<const uint16_t*>(x) + offset;
-      for (int64_t i = 0; i < size; ++i) out[i] = bfloat16_to_float(from[i]);
-      break;
-    }
-  }
-}
-
-inline void store_floats(Float type, const float* values, int64_t size, void* y, int64_t offset) {
-  switch (type) {
-    case Float::kFloat32:
-      std::memcpy(static_cast<float*>(y) + offset, values, size_t(size) * sizeof(float));
-      break;
-    case Float::kFloat16: {
-      uint16_t* to = static_cast<uint16_t*>(y) + offset;
-      for (int64_t i = 0; i < size; ++i) to[i] = float_to_float16(values[i]);
-      break;
-    }
-    case Float::kBFloat16: {
-      uint16_t* to = static_cast<uint16_t*>(y) + offset;
-      for (int64_t i = 0; i < size; ++i) to[i] = float_to_bfloat16(values[i]);
-      break;
-    }
-  }
-}
-
 // kRows rows by kVectors · 16 columns by 4 · steps; the sums row after row.
 template <class Isa, int kRows, int kVectors>
-__attribute__((noinline)) void multiply(const uint8_t* weights, int64_t stride, int64_t prefetch,
-                                        const typename Isa::Element* activations, int64_t steps, int32_t* sums) {
+__attribute__((noinline)) void multiply(const uint8_t* weights, int64_t stride, const uint8_t* ahead,
+                                        int64_t ahead_stride, const typename Isa::Element* activations, int64_t steps,
+                                        int32_t* sums) {
   typename Isa::Sum sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
@@ -125,7 +55,7 @@ __attribute__((noinline)) void multiply(const uint8_t* weights, int64_t stride, 
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       w[v] = Isa::load(weights + 64 * v);
-      __builtin_prefetch(weights + 64 * v + prefetch);
+      __builtin_prefetch(ahead + 64 * v, 0, 2);  // into the L2 cache
     }
 #pragma GCC unroll 8
     for (int row = 0; row < kRows; ++row) {
@@ -134,6 +64,7 @@ __attribute__((noinline)) void multiply(const uint8_t* weights, int64_t stride, 
       for (int v = 0; v < kVectors; ++v) sum[row][v] = Isa::multiply_add(sum[row][v], w[v], x);
     }
     weights += stride;
+    ahead += ahead_stride;
     activations += 4 * kRows;
   }
 #pragma GCC unroll 8
@@ -152,21 +83,23 @@ class Gemm {
         tile_(Isa::kRows / limbs_),
         layout_(a.weights[0].layout),
         steps_(layout_.steps()) {
+    const int64_t longest = a.int8_activations ? kLongest : kBlock;
+    segments_.reset(allocate<Segment>(layout_.groups() * ((layout_.group + longest - 1) / longest)));
     for (int64_t group = 0; group < layout_.groups(); ++group) {
       const int64_t end = smaller(layout_.k, (group + 1) * layout_.group);
       int64_t step = group * layout_.group_steps();
       for (int64_t column = group * layout_.group; column < end;) {
-        const int64_t size = smaller(a.int8_activations ? kLongest : kBlock, end - column);
-        segments_.push_back({column, size, step, (size + 3) / 4, group});
+        const int64_t size = smaller(longest, end - column);
+        segments_[count_++] = {column, size, step, (size + 3) / 4, group};
         step += (size + 3) / 4;
         column += size;
       }
     }
     const int64_t rows = smaller(kMostRows, (a.m + tile_ - 1) / tile_ * tile_);
     activations_.reset(allocate<Element>(rows * limbs_ * steps_ * 4));
-    corrections_.reset(allocate<int32_t>(rows * count()));
-    scales_.reset(allocate<float>(rows * count()));
-    plain_.assign(size_t(rows), 0);
+    corrections_.reset(allocate<int32_t>(rows * count_));
+    scales_.reset(allocate<float>(rows * count_));
+    plain_.reset(allocate<bool>(rows));
     for (int64_t i = 0; i < (a.geglu ? 1 : a.count); ++i) panels_ += a.weights[i].layout.panels();
   }
 
@@ -189,11 +122,10 @@ class Gemm {
  private:
   using Element = typename Isa::Element;
 
-  int64_t count() const { return int64_t(segments_.size()); }
   Element* tile_activations(int64_t tile) const { return activations_.get() + tile * tile_ * limbs_ * steps_ * 4; }
 
   // A tile's corrections and scales, [segments][rows of a whole tile].
-  int64_t place(int64_t tile, int64_t segment) const { return (tile * count() + segment) * tile_; }
+  int64_t place(int64_t tile, int64_t segment) const { return (tile * count_ + segment) * tile_; }
 
   static void quantize_tile(void* self, int64_t tile) {
     Gemm& gemm = *static_cast<Gemm*>(self);
@@ -219,8 +151,8 @@ class Gemm {
     bool plain = true;
     int64_t block = -1;
     float scale = row_scale, inverse = 0;
-    for (int64_t s = 0; s < count(); ++s) {
-      const Segment& segment = segments_[size_t(s)];
+    for (int64_t s = 0; s < count_; ++s) {
+      const Segment& segment = segments_[s];
       if (!a_.int8_activations && segment.column / kBlock != block) {
         block = segment.column / kBlock;
         const int64_t size = smaller(kBlock, a_.k - block * kBlock);
@@ -239,7 +171,7 @@ class Gemm {
       corrections_[place(tile, s) + row] = Isa::kSigned ? 0 : 128 * sum;
       scales_[place(tile, s) + row] = scale;
     }
-    plain_[size_t(index)] = plain;
+    plain_[index] = plain;
   }
 
   // Give the levels' sum.
@@ -316,78 +248,100 @@ class Gemm {
   static void take_panels(void* self, int64_t) {
     Gemm& gemm = *static_cast<Gemm*>(self);
     Buffer<float> sums(allocate<float>(gemm.rows_ * kPanel * (gemm.a_.geglu ? 2 : 1)));
-    for (int64_t panel = gemm.next_++; panel < gemm.panels_; panel = gemm.next_++) {
+    for (Panel panel = gemm.next_panel(); panel.weight != nullptr;) {
+      const Panel next = gemm.next_panel();
       if (gemm.a_.geglu) {
-        gemm.geglu_panel(panel, sums.get());
+        gemm.geglu_panel(panel, next, sums.get());
       } else {
-        int64_t weight = 0, own = panel;
-        for (; own >= gemm.a_.weights[weight].layout.panels(); ++weight) own -= gemm.a_.weights[weight].layout.panels();
-        gemm.linear_panel(gemm.a_.weights[weight], own, sums.get());
+        gemm.multiply_panel(panel, next.data(), sums.get());
       }
+      gemm.store_panel(panel, sums.get());
+      panel = next;
     }
   }
 
-  void linear_panel(const Int8Weight& weight, int64_t panel, float* sums) const {
-    multiply_panel(weight, panel, sums);
-    store_panel(weight, panel, sums);
+  struct Panel {
+    const Int8Weight* weight;  // null behind the last one
+    int64_t index;
+
+    const uint8_t* data() const {
+      return weight == nullptr ? nullptr : weight->data + weight->layout.panel_data(index);
+    }
+  };
+
+  Panel next_panel() {
+    int64_t index = next_++;
+    if (index >= panels_) return {nullptr, 0};
+    const Int8Weight* weight = a_.weights;
+    for (; index >= weight->layout.panels(); ++weight) index -= weight->layout.panels();
+    return {weight, index};
   }
 
-  void geglu_panel(int64_t panel, float* gate) const {
+  void geglu_panel(const Panel& panel, const Panel& next, float* gate) const {
+    const Panel up_panel{&a_.weights[1], panel.index};
     float* up = gate + rows_ * kPanel;
-    multiply_panel(a_.weights[0], panel, gate);
-    multiply_panel(a_.weights[1], panel, up);
+    multiply_panel(panel, up_panel.data(), gate);
+    multiply_panel(up_panel, next.data(), up);
     for (int64_t i = 0; i < rows_ * kPanel; ++i) gate[i] = gelu_tanh(gate[i]) * up[i];
-    store_panel(a_.weights[0], panel, gate);
   }
 
-  void store_panel(const Int8Weight& weight, int64_t panel, const float* sums) const {
-    const int64_t n = weight.layout.n, size = smaller(kPanel, n - panel * kPanel);
+  void store_panel(const Panel& panel, const float* sums) const {
+    const int64_t n = panel.weight->layout.n, first = panel.index * kPanel, size = smaller(kPanel, n - first);
     for (int64_t row = 0; row < rows_; ++row) {
-      store_floats(a_.type, sums + row * kPanel, size, weight.y, (first_ + row) * n + panel * kPanel);
+      store_floats(a_.type, sums + row * kPanel, size, panel.weight->y, (first_ + row) * n + first);
     }
   }
 
-  // A panel's product in sums, [rows][kPanel], with its bias.
-  void multiply_panel(const Int8Weight& weight, int64_t panel, float* sums) const {
-    const int64_t width = weight.layout.width(panel);
-    const uint8_t* data = weight.data + weight.layout.panel_data(panel);
-    const float* scales = weight.scale + weight.layout.panel_scale(panel);
+  // A panel's product in sums, [rows][kPanel], with its bias. `next` is the data of the panel to come.
+  void multiply_panel(const Panel& panel, const uint8_t* next, float* sums) const {
+    const Int8Weight& weight = *panel.weight;
+    const int64_t width = weight.layout.width(panel.index), tiles = (rows_ + tile_ - 1) / tile_;
+    const uint8_t* data = panel.data();
+    const float* scales = weight.scale + weight.layout.panel_scale(panel.index);
     std::memset(sums, 0, size_t(rows_ * kPanel) * sizeof(float));
-    for (int64_t s = 0; s < count(); ++s) {
-      const Segment& segment = segments_[size_t(s)];
-      for (int64_t tile = 0; tile * tile_ < rows_; ++tile) {
+    for (int64_t s = 0; s < count_; ++s) {
+      const Segment& segment = segments_[s];
+      const uint8_t* weights = data + segment.step * width * 4;
+      const int64_t bytes = segment.steps * width * 4, share = (4 * width + tiles - 1) / tiles;
+      // A single tile waits for memory and looks a little ahead of itself; several share out the next segment, so that
+      // memory and arithmetic work at the same time.
+      const uint8_t* ahead = s + 1 < count_ || next == nullptr ? weights + bytes : next;
+      if (tiles == 1) ahead = weights + kPrefetch;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t rows = smaller(tile_, rows_ - tile * tile_);
-        // The first tile brings the weights into the cache for all others.
-        const Tile one{data + segment.step * width * 4,
+        const Tile one{weights,
+                       ahead + tile * segment.steps * share,
+                       share,
                        tile_activations(tile) + segment.step * 4 * rows * limbs_,
                        corrections_.get() + place(tile, s),
                        scales_.get() + place(tile, s),
                        scales + segment.group * width,
                        sums + tile * tile_ * kPanel,
                        width,
-                       segment.steps,
-                       tile == 0 ? kPrefetch : 0};
+                       segment.steps};
         multiply_tile<Isa::kRows>(one, rows * limbs_);
       }
     }
     for (int64_t row = 0; row < rows_; ++row) {
-      if (!plain_[size_t(row)]) multiply_floats(row, data, scales, width, sums + row * kPanel);
+      if (!plain_[row]) multiply_floats(row, data, scales, width, sums + row * kPanel);
     }
     if (weight.bias == nullptr) return;
-    const int64_t size = smaller(kPanel, weight.layout.n - panel * kPanel);
+    const int64_t first = panel.index * kPanel, size = smaller(kPanel, weight.layout.n - first);
     for (int64_t row = 0; row < rows_; ++row) {
-      for (int64_t i = 0; i < size; ++i) sums[row * kPanel + i] += weight.bias[panel * kPanel + i];
+      for (int64_t i = 0; i < size; ++i) sums[row * kPanel + i] += weight.bias[first + i];
     }
   }
 
   struct Tile {
     const uint8_t* weights;
+    const uint8_t* ahead;
+    int64_t ahead_stride;
     const Element* activations;
     const int32_t* corrections;
     const float* scales;
     const float* weight_scales;
     float* sums;
-    int64_t width, steps, prefetch;
+    int64_t width, steps;
   };
 
   template <int kRows>
@@ -415,8 +369,8 @@ class Gemm {
     alignas(64) int32_t sums[kRows * kVectors * 16];
     constexpr int kColumns = 16 * kVectors;
     for (; tile.width - column >= kColumns; column += kColumns) {
-      multiply<Isa, kRows, kVectors>(tile.weights + 4 * column, 4 * tile.width, tile.prefetch, tile.activations,
-                                     tile.steps, sums);
+      multiply<Isa, kRows, kVectors>(tile.weights + 4 * column, 4 * tile.width, tile.ahead + 4 * column,
+                                     tile.ahead_stride, tile.activations, tile.steps, sums);
       const float* weight_scales = tile.weight_scales + column;
       float* out = tile.sums + column;
       if (Isa::kBytes && limbs_ == 2) {
@@ -440,7 +394,8 @@ class Gemm {
   void multiply_floats(int64_t row, const uint8_t* data, const float* scales, int64_t width, float* sums) const {
     for (int64_t i = 0; i < width; ++i) sums[i] = 0;
     float x[kLongest];
-    for (const Segment& segment : segments_) {
+    for (int64_t s = 0; s < count_; ++s) {
+      const Segment& segment = segments_[s];
       load_floats(a_.type, a_.x, (first_ + row) * a_.k + segment.column, segment.size, x);
       for (int64_t i = 0; i < width; ++i) {
         float sum = 0;
@@ -457,12 +412,12 @@ class Gemm {
   const int64_t limbs_, tile_;
   const Int8Layout layout_;
   const int64_t steps_;
-  int64_t panels_ = 0, first_ = 0, rows_ = 0;
-  std::vector<Segment> segments_;
+  int64_t count_ = 0, panels_ = 0, first_ = 0, rows_ = 0;
+  Buffer<Segment> segments_;
   Buffer<Element> activations_;
   Buffer<int32_t> corrections_;
   Buffer<float> scales_;
-  std::vector<char> plain_;
+  Buffer<bool> plain_;
   std::atomic<int64_t> next_{0};
 };
 

@@ -1,11 +1,11 @@
-// The int8 GEMM: what a call says, how weights lie in memory, and the choice between instruction sets.
+// The int8 GEMM: what a call says, and how weights lie in memory.
 #pragma once
 
 #include <cstdint>
 
-namespace pg_kernels {
+#include "cpu/instruction_sets.h"
 
-enum class Float : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+namespace pg_kernels {
 
 // Packed weights are w + 128, unsigned, as the x86 instructions want one operand: [panels][steps][columns][4], where a
 // panel is 64 rows of the weight (columns of the product; the last panel has 16, 32 or 48 when that is enough) and a
@@ -47,29 +47,10 @@ struct Int8Linear {
   int64_t m, k;
   Float type;             // of x and y
   const void* x;          // [m, k]
-  bool int8_activations;  // quantise each row of x to 8 bits first; else to 16 bits per 256 columns
+  bool int8_activations;  // quantise each row of x to 8 bits first; else to 16 bits per 512 columns
   bool geglu;             // of two weights with as many rows: the first one's y = gelu(x · firstᵀ) · (x · secondᵀ)
   const Int8Weight* weights;
   int64_t count;
 };
-
-struct InstructionSet {
-  const char* name;
-  void (*int8_linear)(const Int8Linear&);
-};
-
-// Null where the compiler could not make it.
-const InstructionSet* avx512_vnni();
-const InstructionSet* avx_vnni();
-const InstructionSet* avx2();
-const InstructionSet* neon();
-const InstructionSet* scalar();
-
-// The best instruction set of this CPU, or the one that the environment variable PG_KERNELS_ISA names. Throws
-// std::invalid_argument when it names none that this CPU has.
-const InstructionSet& instruction_set();
-
-// The names of all that this CPU has, the best first, as many as fit; gives their number.
-int instruction_sets(const InstructionSet** found, int capacity);
 
 }  // namespace pg_kernels

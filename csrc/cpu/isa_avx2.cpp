@@ -1,10 +1,11 @@
 // AVX2: its product of bytes saturates, so weights are widened to 16 bits, where an activation needs no limbs.
-#include "cpu/int8_linear.h"
+#include "cpu/instruction_sets.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 
 #include "cpu/int8_gemm.h"
+#include "cpu/token_ops_impl.h"
 
 namespace pg_kernels {
 
@@ -55,7 +56,7 @@ struct Avx2 {
 }  // namespace
 
 const InstructionSet* avx2() {
-  static const InstructionSet set{"avx2", run_int8_linear<Avx2>};
+  static const InstructionSet set{"avx2", run_int8_linear<Avx2>, run_rms_norm, run_rotary, run_attention};
   return &set;
 }
 

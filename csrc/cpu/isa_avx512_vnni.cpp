@@ -1,10 +1,11 @@
 // AVX-512 VNNI: one instruction multiplies 64 unsigned by 64 signed bytes and adds fours of products to 16 sums.
-#include "cpu/int8_linear.h"
+#include "cpu/instruction_sets.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
 #include "cpu/int8_gemm.h"
+#include "cpu/token_ops_impl.h"
 
 namespace pg_kernels {
 
@@ -33,7 +34,7 @@ struct Avx512Vnni {
 }  // namespace
 
 const InstructionSet* avx512_vnni() {
-  static const InstructionSet set{"avx512_vnni", run_int8_linear<Avx512Vnni>};
+  static const InstructionSet set{"avx512_vnni", run_int8_linear<Avx512Vnni>, run_rms_norm, run_rotary, run_attention};
   return &set;
 }
 

@@ -1,10 +1,11 @@
 // AVX-VNNI: what AVX-512 VNNI does, on half the width and half the registers.
-#include "cpu/int8_linear.h"
+#include "cpu/instruction_sets.h"
 
 #if defined(__AVXVNNI__)
 #include <immintrin.h>
 
 #include "cpu/int8_gemm.h"
+#include "cpu/token_ops_impl.h"
 
 namespace pg_kernels {
 
@@ -45,7 +46,7 @@ struct AvxVnni {
 }  // namespace
 
 const InstructionSet* avx_vnni() {
-  static const InstructionSet set{"avx_vnni", run_int8_linear<AvxVnni>};
+  static const InstructionSet set{"avx_vnni", run_int8_linear<AvxVnni>, run_rms_norm, run_rotary, run_attention};
   return &set;
 }
 

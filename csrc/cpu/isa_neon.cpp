@@ -1,10 +1,11 @@
 // NEON with the dot product instruction (Armv8.2 and later, all Apple silicon): 16 products of signed bytes to 4 sums.
-#include "cpu/int8_linear.h"
+#include "cpu/instruction_sets.h"
 
 #if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
 
 #include "cpu/int8_gemm.h"
+#include "cpu/token_ops_impl.h"
 
 namespace pg_kernels {
 
@@ -46,7 +47,7 @@ struct Neon {
 }  // namespace
 
 const InstructionSet* neon() {
-  static const InstructionSet set{"neon", run_int8_linear<Neon>};
+  static const InstructionSet set{"neon", run_int8_linear<Neon>, run_rms_norm, run_rotary, run_attention};
   return &set;
 }
 

@@ -1,5 +1,6 @@
 // Portable C++, and what the compiler's vectoriser makes of it.
 #include "cpu/int8_gemm.h"
+#include "cpu/token_ops_impl.h"
 
 namespace pg_kernels {
 
@@ -8,7 +9,7 @@ namespace {
 struct Scalar {
   using Element = int16_t;
   struct Sum {
-    int32_t of[16];
+    uint32_t of[16];
   };
   struct Weights {
     const uint8_t* at;
@@ -25,8 +26,8 @@ struct Scalar {
   static Activations broadcast(const int16_t* x) { return {{x[0], x[1], x[2], x[3]}}; }
   static Sum multiply_add(Sum sum, Weights w, const Activations& x) {
     for (int i = 0; i < 16; ++i) {
-      // A segment's sum of products with unsigned bytes is just below 2^31.
-      for (int k = 0; k < 4; ++k) sum.of[i] += x.of[k] * int32_t(w.at[4 * i + k]);
+      // Modulo 2^32: what the 128 in the weights adds to a segment's sum may be beyond it.
+      for (int k = 0; k < 4; ++k) sum.of[i] += uint32_t(x.of[k] * int32_t(w.at[4 * i + k]));
     }
     return sum;
   }
@@ -36,7 +37,7 @@ struct Scalar {
 }  // namespace
 
 const InstructionSet* scalar() {
-  static const InstructionSet set{"scalar", run_int8_linear<Scalar>};
+  static const InstructionSet set{"scalar", run_int8_linear<Scalar>, run_rms_norm, run_rotary, run_attention};
   return &set;
 }
 

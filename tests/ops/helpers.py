@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor
+
+from pg_kernels.ops import extension
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+needs_extension = pytest.mark.skipif(
+    extension.obstacle("cpu") is not None, reason="the C++ extension is not built, which the installation allows"
+)
 
 
 def one_rounding(backend: str, device: str, dtype: torch.dtype) -> dict[str, float]:

@@ -14,7 +14,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FLAGS = "-fsanitize=address,undefined"
-TESTS = ["test_int8.py", "test_int8_extension.py", "test_int8_fused.py"]
+TESTS = [
+    "test_int8.py",
+    "test_int8_extension.py",
+    "test_int8_fused.py",
+    "test_rms_norm.py",
+    "test_apply_rotary.py",
+    "test_prefix_lm_attention.py",
+]
 # Compiled graphs say nothing more about memory, and take long.
 SELECTION = "(native or instruction_sets_a) and not compiles and not inductor"
 

@@ -5,16 +5,20 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import (
+    DTYPES,
     assert_accurate,
     assert_any_layout,
     assert_compiles,
     assert_frozen_inputs,
     assert_pure,
     assert_same,
+    assert_within,
     leaves,
+    needs_extension,
     one_rounding,
     randn,
     run,
+    shifted,
 )
 from torch import Tensor
 
@@ -334,6 +338,37 @@ def test_slots_outside_the_cache(device: str, backend: str, slot: int) -> None:
         ]
         torch.testing.assert_close(v_cache[1:], kept[1], rtol=0, atol=0)
         assert k_cache.isfinite().all()
+
+
+@needs_extension
+@pytest.mark.parametrize("layout", [lambda t: t, shifted, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)])
+@pytest.mark.parametrize("cache_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"dim": 2}, {"dim": 72, "kv_heads": 3}, {"dim": 256, "heads": 8, "kv_heads": 1}], ids=str
+)
+def test_native_cache(
+    sizes: dict[str, int], dtype: torch.dtype, cache_dtype: torch.dtype, layout: Callable[[Tensor], Tensor]
+) -> None:
+    """The C++ kernel against the definition in float64, beside the definition in the same dtype."""
+    inputs = cache_inputs("cpu", dtype, **{"heads": 3, **sizes})
+    inputs[4:6] = [cache.to(cache_dtype) for cache in inputs[4:6]]
+    exact = [t.double() if t.is_floating_point() else t for t in inputs]
+    plain, ours = [t.clone() for t in inputs], [layout(t.clone()) if t.dim() == 4 else t for t in inputs]
+    results = []
+    for backend, tensors in (("native", ours), ("reference", plain), ("reference", exact)):
+        with use_backend(backend):
+            results.append([apply_rotary_to_cache(*tensors), *tensors[4:6]])
+    for our, low, reference in zip(*results, strict=True):
+        assert_within(our, low, reference)
+
+
+@needs_extension
+def test_the_cpp_kernel_is_for_few_tokens_and_heads_that_fit() -> None:
+    inputs = cache_inputs("cpu", dim=258)
+    with use_backend("native"), pytest.raises(RuntimeError, match="heads longer than 256"):
+        apply_rotary_to_cache(*inputs)
+    apply_rotary_to_cache(*inputs)
 
 
 def test_cache_takes_no_gradients() -> None:

@@ -20,6 +20,7 @@ from helpers import (
     assert_pure,
     assert_within,
     leaves,
+    needs_extension,
     randn,
     run,
     shifted,
@@ -29,16 +30,12 @@ from torch import Tensor
 
 from pg_kernels import PackedInt8Weight, int8_linear, pack_int8, quantize_int8
 from pg_kernels import backend as use_backend
-from pg_kernels.backends import available
 
 OP = "int8_linear"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 COLUMNS = [1, 3, 4, 63, 70, 588, 1152, 4304]
 ROWS = [1, 15, 16, 65, 1152]
 GROUPS = [None, 1, 32, 128]
-needs_extension = pytest.mark.skipif(
-    "native" not in available(OP, "cpu"), reason="the C++ extension is not built, which the installation allows"
-)
 # A cached graph is found by the names of the ops in it, and would keep an older backward pass of theirs.
 WITHOUT_CACHES = torch._inductor.config.patch(force_disable_caches=True)
 # Relative Frobenius error: 5e-4 of the product itself, more where the output's own rounding is coarser.

@@ -11,20 +11,15 @@ import sys
 
 import pytest
 import torch
-from helpers import randn
+from helpers import needs_extension, randn
 from torch import Tensor
 
 from pg_kernels import backend as use_backend
 from pg_kernels import int8_linear, pack_int8, quantize_int8
-from pg_kernels.backends import available
 
 OP = "int8_linear"
 ACTIVATIONS = ["keep", "int8"]
 BOUNDS = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 2.5e-3}
-
-needs_extension = pytest.mark.skipif(
-    "native" not in available(OP, "cpu"), reason="the C++ extension is not built, which the installation allows"
-)
 
 
 def weights(n: int, k: int, group_size: int | None, device: str) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,22 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pg_kernels.backends import offer, select
-from pg_kernels.ops import checks, launch
+from pg_kernels.ops import checks, extension, launch
 from pg_kernels.ops.apply_rotary import reference, tiles
+from pg_kernels.ops.extension import _C, FLOAT_CODES
 from pg_kernels.ops.library import define_composite, define_opaque, refuse_second_derivative
+
+_NATIVE_DIM = 256
+"""The longest head that the C++ kernel takes."""
+_FEW_TOKENS = 64
+"""For more than these PyTorch's functions, with threads and vectors for sines, are faster than the C++ kernel."""
 
 
 def _rotate(q: Tensor, k: Tensor, positions: Tensor, theta: float, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -28,6 +35,41 @@ def _to_cache(
     q_out = torch.empty_like(q)
     _launch((q, k, v), positions, theta, (q_out, k_cache, v_cache), slots, inverse=False)
     return q_out
+
+
+def _to_cache_native(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, theta: float, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+) -> Tensor:
+    q_out = torch.empty_like(q)
+    batch, _, length, dim = q.shape
+    tokens = (batch, length)
+    # Kept until the call is over.
+    positions, slots = (t.expand(tokens).to(torch.int64).contiguous() for t in (positions, slots))
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    frequencies = _frequencies(dim, theta)
+    _C.rotary(
+        q=extension.heads(q),
+        k=extension.heads(k),
+        v=extension.heads(v),
+        q_out=extension.heads(q_out),
+        k_cache=extension.heads(k_cache),
+        v_cache=extension.heads(v_cache),
+        positions=positions.data_ptr(),
+        slots=slots.data_ptr(),
+        frequencies=frequencies.data_ptr(),
+        batch=batch,
+        length=length,
+        dim=dim,
+        type=FLOAT_CODES[q.dtype],
+        cache_type=FLOAT_CODES[k_cache.dtype],
+    )
+    return q_out
+
+
+@cache
+def _frequencies(dim: int, theta: float) -> Tensor:
+    """fp32 [D / 2]"""
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
 
 
 def _launch(
@@ -116,6 +158,8 @@ class _Rotate(torch.autograd.Function):
 
 
 offer("apply_rotary", "triton", launch.obstacle)
+offer("apply_rotary_to_cache", "triton", launch.obstacle)
+offer("apply_rotary_to_cache", "native", extension.obstacle)
 define_composite(
     "apply_rotary(Tensor q, Tensor k, Tensor positions, float theta) -> (Tensor, Tensor)", reference.apply_rotary
 )
@@ -133,6 +177,7 @@ define_opaque(
     f"apply_rotary_to_cache{_TO_CACHE}", reference.apply_rotary_to_cache, lambda q, *rest: torch.empty_like(q)
 )
 define_opaque(f"apply_rotary_to_cache_triton{_TO_CACHE}", _to_cache, lambda q, *rest: torch.empty_like(q))
+define_opaque(f"apply_rotary_to_cache_native{_TO_CACHE}", _to_cache_native, lambda q, *rest: torch.empty_like(q))
 
 
 def apply_rotary(q: Tensor, k: Tensor, positions: Tensor, *, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
@@ -207,10 +252,15 @@ def apply_rotary_to_cache(
         wrong = slots[(slots < 0) | (slots >= k_cache.shape[2])]
         if len(wrong):
             raise ValueError(f"slots: {int(wrong[0])} is outside the cache's [0, {k_cache.shape[2]})")
-    obstacle = launch.unfit(q, k_cache)
-    triton = select("apply_rotary", q.device.type, {"triton": obstacle}) == "triton"
-    op = torch.ops.pg_kernels.apply_rotary_to_cache_triton if triton else torch.ops.pg_kernels.apply_rotary_to_cache
-    return op(q, k, v, positions, theta, k_cache, v_cache, slots)
+    native = extension.unfit(q, k_cache)
+    if q.shape[3] > _NATIVE_DIM or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        native = f"heads longer than {_NATIVE_DIM}, or caches whose rows are not contiguous"
+    obstacles = {"triton": launch.unfit(q, k_cache), "native": native}
+    # It turns one token after the other, for decoding.
+    avoid = ("native",) if q.shape[0] * q.shape[2] > _FEW_TOKENS else ()
+    backend = select("apply_rotary_to_cache", q.device.type, obstacles, avoid)
+    name = "apply_rotary_to_cache" if backend == "reference" else f"apply_rotary_to_cache_{backend}"
+    return getattr(torch.ops.pg_kernels, name)(q, k, v, positions, theta, k_cache, v_cache, slots)
 
 
 def _checked(q: Tensor, k: Tensor, positions: Tensor, theta: float) -> Tensor:

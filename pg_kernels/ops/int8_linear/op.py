@@ -8,19 +8,13 @@ import torch
 from torch import Tensor
 
 from pg_kernels.backends import offer, select
-from pg_kernels.ops import checks
+from pg_kernels.ops import checks, extension
+from pg_kernels.ops.extension import _C, FLOAT_CODES
 from pg_kernels.ops.geglu import geglu
 from pg_kernels.ops.int8_linear import reference
 from pg_kernels.ops.library import define_opaque, refuse_second_derivative
 from pg_kernels.ops.quantize_int8.reference import dequantize_int8
 
-try:
-    from pg_kernels import _C
-except ImportError as error:  # no compiler when the package was installed, or a build for another Python
-    _C = None  # type: ignore[assignment]
-    _WHY_NOT = f"the C++ extension pg_kernels._C is not there ({error})"
-
-_FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PANEL, _STEP = 64, 4
 """Rows of a weight that lie together in the layout of csrc/cpu/int8_linear.h, and how many neighbouring columns do."""
 
@@ -98,12 +92,6 @@ class PackedInt8Weight:
         return f"PackedInt8Weight({list(self.shape)}, group_size={self.group_size}, device={str(self.device)!r})"
 
 
-def _native_obstacle(device_type: str) -> str | None:
-    if _C is None:
-        return _WHY_NOT
-    return None if device_type == "cpu" else "the C++ extension has no kernels for it"
-
-
 def _pack(qweight: Tensor, scale: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     qweight, scale = qweight.contiguous(), scale.contiguous()
     data, packed_scale = _fake_pack(qweight, scale, group_size)
@@ -174,7 +162,7 @@ def _multiply(
         m=x.shape[0],
         k=x.shape[1],
         group=group_size,
-        type=_FLOAT_CODES[x.dtype],
+        type=FLOAT_CODES[x.dtype],
         weights=[
             (n, weight.data_ptr(), scale.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr())
             for n, weight, scale, bias, y in zip(
@@ -275,7 +263,7 @@ def _fake_geglu(
     return x.new_empty(x.shape[0], n)
 
 
-offer("int8_linear", "native", _native_obstacle)
+offer("int8_linear", "native", extension.obstacle)
 # With backend "native" weight and scale are in the extension's layout, else int8 [N, K] and [N, groups].
 define_opaque(
     "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, SymInt n, SymInt group_size, bool int8_activations, "
@@ -326,7 +314,7 @@ def pack_int8(qweight: Tensor, scale: Tensor) -> PackedInt8Weight:
         ValueError: shapes or devices that do not fit, scales that are not finite (looked at on the CPU only).
     """
     weight = _checked("qweight", qweight, scale)
-    if _native_obstacle(weight.device.type) is not None:
+    if extension.obstacle(weight.device.type) is not None:
         return weight
     data, packed_scale = torch.ops.pg_kernels.pack_int8(weight._data, weight._scale, weight.group_size)
     return PackedInt8Weight(weight.shape, weight.group_size, data, packed_scale, weight._one_scale)
@@ -381,7 +369,7 @@ def int8_linear(
         weight: packed, or int8 [N, K] with its `scale`, which is packed for every call anew.
         scale: fp32 [N] or [N, groups]; only with an unpacked weight.
         bias: [N], fp32, fp16 or bf16.
-        activations: "keep" multiplies x (W8A16: the C++ kernel sees 16 bits of it, scaled for every 256 columns of a row);
+        activations: "keep" multiplies x (W8A16: the C++ kernel sees 16 bits of it, scaled for every 512 columns of a row);
             "int8" first rounds every row of x to 255 levels (W8A8).
 
     Returns:
@@ -501,7 +489,7 @@ def _prepared(
             checks.check_shape("bias", bias, [weight.shape[0]], " (the weight's N)")
         checks.check_device(x=x, weight=weight._data, bias=bias)
     (x,) = checks.autocast(x)
-    return x, select("int8_linear", x.device.type) if x.dtype in _FLOAT_CODES else "reference"
+    return x, select("int8_linear", x.device.type) if x.dtype in FLOAT_CODES else "reference"
 
 
 def _records(*tensors: Tensor | None) -> bool:

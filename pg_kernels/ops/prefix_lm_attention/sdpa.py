@@ -1,4 +1,7 @@
-"""On the CPU, where lengths can be looked at: PyTorch's attention over what each block of queries sees, and no more."""
+"""On the CPU, where lengths can be looked at: attention over what each block of queries sees, and no more.
+
+PyTorch's, or for a few queries the C++ extension's: PyTorch's costs more than the work itself there.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pg_kernels.ops import extension
 from pg_kernels.ops.prefix_lm_attention.reference import visible_keys
 
 ROWS = 256
 """Queries that share a mask, where they need any: [ROWS, keys in sight], never [Sq, Skv]."""
+DECODED = 16
+"""Queries that the C++ extension attends for, each key and value read once for all of them."""
 
 Example = tuple[int, int, int, int]
 """Prefix length, start, end, position of the first query."""
@@ -43,6 +49,8 @@ class Rows:
 
 def prefix_lm_attention(q: Tensor, k: Rows, v: Rows, examples: Sequence[Example], scores: Scores) -> Tensor:
     """Attention of q [B, H, Sq, D]; examples that are alike are done at once."""
+    if _is_decoding(q, k, v):
+        return _decode(q, k.tensor, v.tensor, examples, scores)
     outs, first = [], 0
     for example, alike in groupby(examples):
         which = slice(first, first + len(list(alike)))
@@ -50,6 +58,38 @@ def prefix_lm_attention(q: Tensor, k: Rows, v: Rows, examples: Sequence[Example]
         outs.append(torch.cat([_block(q, k, v, which, example, block, scores) for block in blocks], dim=2))
         first = which.stop
     return torch.cat(outs) if outs else q * (k.tensor.sum() + v.tensor.sum())
+
+
+def _is_decoding(q: Tensor, k: Rows, v: Rows) -> bool:
+    tensors = (q, k.tensor, v.tensor)
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    fits = q.dtype in extension.FLOAT_CODES and k.scale is None and q.shape[3] <= 256 and q.numel() > 0
+    return fits and not recorded and q.shape[2] <= DECODED and extension.obstacle(q.device.type) is None
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, examples: Sequence[Example], scores: Scores) -> Tensor:
+    q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    out = torch.empty_like(q)
+    prefix_lens, starts, ends, q_starts = (list(numbers) for numbers in zip(*examples, strict=True))
+    extension._C.attention(
+        q=extension.heads(q),
+        k=extension.heads(k),
+        v=extension.heads(v),
+        out=extension.heads(out),
+        prefix_ends=[start + prefix for start, prefix in zip(starts, prefix_lens, strict=True)],
+        starts=starts,
+        ends=ends,
+        q_starts=q_starts,
+        queries=q.shape[2],
+        keys=k.shape[2],
+        dim=q.shape[3],
+        type=extension.FLOAT_CODES[q.dtype],
+        causal=scores.causal,
+        scale=scores.scale,
+        softcap=scores.softcap or 0.0,
+        window=scores.window or 0,
+    )
+    return out
 
 
 def prefix_lm_attention_varlen(

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pg_kernels.backends import offer, select
-from pg_kernels.ops import checks, launch
+from pg_kernels.ops import checks, extension, launch
+from pg_kernels.ops.extension import _C, FLOAT_CODES
 from pg_kernels.ops.library import define_composite, define_opaque, refuse_second_derivative
 from pg_kernels.ops.rms_norm import reference, tiles
 
@@ -39,6 +41,29 @@ def _forward(
                 num_warps=chosen.warps,
                 enable_fp_fusion=True,
             )
+    return y, total, rstd
+
+
+def _native_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = x.contiguous(), weight.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    y, total, rstd = _fake_forward(x, residual)
+    _C.rms_norm(
+        x=x.data_ptr(),
+        residual=0 if residual is None else residual.data_ptr(),
+        weight=weight.data_ptr(),
+        y=y.data_ptr(),
+        total=total.data_ptr(),
+        rstd=rstd.data_ptr(),
+        rows=rstd.numel(),
+        columns=x.shape[-1],
+        type=FLOAT_CODES[x.dtype],
+        weight_type=FLOAT_CODES[weight.dtype],
+        eps=eps,
+        offset=weight_offset,
+    )
     return y, total, rstd
 
 
@@ -91,6 +116,26 @@ def _backward(
     return grad_x, grad_weight if partial is None else partial.sum(0).to(weight.dtype)
 
 
+def _native_backward(
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    weight_offset: float,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    normed, grad = x.float() * rstd[..., None], grad_y.float()
+    grad_normed = grad * (weight_offset + weight.float())
+    grad_x = (grad_normed - normed * (grad_normed * normed).mean(-1, keepdim=True)) * rstd[..., None]
+    if grad_total is not None:
+        grad_x += grad_total
+    _, grad_weight = _fake_backward(grad_y, grad_total, x, weight, rstd, weight_offset, needs_weight)
+    if needs_weight:
+        grad_weight = (grad * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+    return grad_x.to(x.dtype), grad_weight
+
+
 def _fake_backward(
     grad_y: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
@@ -100,10 +145,11 @@ def _fake_backward(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
+        ctx: Any, name: str, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
     ) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            y, total, rstd = torch.ops.pg_kernels.rms_norm_triton(x, residual, weight, eps, weight_offset)
+            y, total, rstd = getattr(torch.ops.pg_kernels, name)(x, residual, weight, eps, weight_offset)
+        ctx.name = name
         ctx.save_for_backward(x if residual is None else total, weight, rstd)
         ctx.weight_offset = weight_offset
         ctx.mark_non_differentiable(*((total, rstd) if residual is None else (rstd,)))
@@ -113,13 +159,14 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("rms_norm")
-        needs_x, needs_residual, needs_weight = ctx.needs_input_grad[:3]
+        needs_x, needs_residual, needs_weight = ctx.needs_input_grad[1:4]
         if grad_y is None:  # only the sum was used
-            return grad_total, grad_total if needs_residual else None, None, None, None
-        grad_x, grad_weight = torch.ops.pg_kernels.rms_norm_triton_backward(
+            return None, grad_total, grad_total if needs_residual else None, None, None, None
+        grad_x, grad_weight = getattr(torch.ops.pg_kernels, f"{ctx.name}_backward")(
             grad_y, grad_total, *ctx.saved_tensors, ctx.weight_offset, needs_weight
         )
         return (
+            None,
             grad_x if needs_x else None,
             grad_x if needs_residual else None,
             grad_weight if needs_weight else None,
@@ -129,23 +176,28 @@ class _RMSNorm(torch.autograd.Function):
 
 
 offer("rms_norm", "triton", launch.obstacle)
+offer("rms_norm", "native", extension.obstacle)
 define_composite("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset) -> Tensor", reference.rms_norm)
 define_composite(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset) -> (Tensor, Tensor)",
     reference.add_rms_norm,
 )
-define_opaque(
-    "rms_norm_triton(Tensor x, Tensor? residual, Tensor weight, float eps, float weight_offset) -> (Tensor, Tensor, Tensor)",
-    _forward,
-    _fake_forward,
-    _RMSNorm.apply,
-)
-define_opaque(
-    "rms_norm_triton_backward(Tensor grad_y, Tensor? grad_total, Tensor x, Tensor weight, Tensor rstd, float weight_offset, "
-    "bool needs_weight) -> (Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-)
+for _name, _implementations in {
+    "rms_norm_triton": (_forward, _backward),
+    "rms_norm_native": (_native_forward, _native_backward),
+}.items():
+    define_opaque(
+        f"{_name}(Tensor x, Tensor? residual, Tensor weight, float eps, float weight_offset) -> (Tensor, Tensor, Tensor)",
+        _implementations[0],
+        _fake_forward,
+        partial(_RMSNorm.apply, _name),
+    )
+    define_opaque(
+        f"{_name}_backward(Tensor grad_y, Tensor? grad_total, Tensor x, Tensor weight, Tensor rstd, float weight_offset, "
+        "bool needs_weight) -> (Tensor, Tensor)",
+        _implementations[1],
+        _fake_backward,
+    )
 
 
 def rms_norm(
@@ -179,11 +231,13 @@ def rms_norm(
     obstacle = launch.unfit(x, weight, residual)
     if x.shape[-1] > tiles.MAX_COLUMNS:
         obstacle = f"rows of {x.shape[-1]} are longer than {tiles.MAX_COLUMNS}"
-    if select("rms_norm", x.device.type, {"triton": obstacle}) == "triton":
+    backend = select("rms_norm", x.device.type, {"triton": obstacle, "native": extension.unfit(x, weight, residual)})
+    if backend != "reference":
+        fused = getattr(torch.ops.pg_kernels, f"rms_norm_{backend}")
         if residual is None:
-            return torch.ops.pg_kernels.rms_norm_triton(x, None, weight, eps, weight_offset)[0]
+            return fused(x, None, weight, eps, weight_offset)[0]
         dtype = torch.promote_types(x.dtype, residual.dtype)
-        return torch.ops.pg_kernels.rms_norm_triton(x.to(dtype), residual.to(dtype), weight, eps, weight_offset)[:2]
+        return fused(x.to(dtype), residual.to(dtype), weight, eps, weight_offset)[:2]
     if residual is None:
         return torch.ops.pg_kernels.rms_norm(x, weight, eps, weight_offset)
     return torch.ops.pg_kernels.add_rms_norm(x, residual, weight, eps, weight_offset)

@@ -1,0 +1,87 @@
+// Rows of floats of any type, and functions of them that the compiler vectorises. In an unnamed namespace: code
+// compiled for one instruction set must not be what the linker takes for another's.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "cpu/float16.h"
+#include "cpu/instruction_sets.h"
+
+namespace pg_kernels {
+
+namespace {
+
+template <class T>
+T* allocate(int64_t count) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, size_t(count > 0 ? count : 1) * sizeof(T)) != 0) std::abort();
+  return static_cast<T*>(memory);
+}
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline float rounded(float value) { return (value + 12582912.0f) - 12582912.0f; }  // to even, below 2^22
+
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+  const float n = rounded(x * 1.44269504f);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r * r + r) + 1.0f;
+  return from_bits(to_bits(p) + (uint32_t(int32_t(n)) << 23));
+}
+
+inline void load_floats(Float type, const void* x, int64_t offset, int64_t size, float* out) {
+  switch (type) {
+    case Float::kFloat32:
+      std::memcpy(out, static_cast<const float*>(x) + offset, size_t(size) * sizeof(float));
+      break;
+    case Float::kFloat16: {
+      const uint16_t* from = static_cast<const uint16_t*>(x) + offset;
+      for (int64_t i = 0; i < size; ++i) out[i] = float16_to_float(from[i]);
+      break;
+    }
+    case Float::kBFloat16: {
+      const uint16_t* from = static_cast<const uint16_t*>(x) + offset;
+      for (int64_t i = 0; i < size; ++i) out[i] = bfloat16_to_float(from[i]);
+      break;
+    }
+  }
+}
+
+inline void store_floats(Float type, const float* values, int64_t size, void* y, int64_t offset) {
+  switch (type) {
+    case Float::kFloat32:
+      std::memcpy(static_cast<float*>(y) + offset, values, size_t(size) * sizeof(float));
+      break;
+    case Float::kFloat16: {
+      uint16_t* to = static_cast<uint16_t*>(y) + offset;
+      for (int64_t i = 0; i < size; ++i) to[i] = float_to_float16(values[i]);
+      break;
+    }
+    case Float::kBFloat16: {
+      uint16_t* to = static_cast<uint16_t*>(y) + offset;
+      for (int64_t i = 0; i < size; ++i) to[i] = float_to_bfloat16(values[i]);
+      break;
+    }
+  }
+}
+
+}  // namespace
+
+}  // namespace pg_kernels

@@ -1,0 +1,34 @@
+"""The C++ extension `pg_kernels._C`, which may not be there, and how tensors go into it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    from pg_kernels import _C
+except ImportError as error:  # no compiler when the package was installed, or a build for another Python
+    _C = None  # type: ignore[assignment]
+    _WHY_NOT = f"the C++ extension pg_kernels._C is not there ({error})"
+
+FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def obstacle(device_type: str) -> str | None:
+    """Why the extension's kernels cannot run on tensors of a device type here, or None when they can."""
+    if _C is None:
+        return _WHY_NOT
+    return None if device_type == "cpu" else "the C++ extension has no kernels for it"
+
+
+def unfit(*tensors: Tensor | None) -> str | None:
+    """Why they cannot take these tensors, or None when they can."""
+    if any(tensor is not None and tensor.dtype not in FLOAT_CODES for tensor in tensors):
+        return "float64 runs on backend 'reference' only"
+    return None
+
+
+def heads(tensor: Tensor) -> tuple[int, int, int, int, int]:
+    """A tensor [B, H, S, D] with contiguous rows, as the extension takes it."""
+    batch, head, token, _ = tensor.stride()
+    return tensor.data_ptr(), tensor.shape[1], batch, head, token
