@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -23,9 +24,14 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+pg_kernels::Float type_of(int type) { return static_cast<pg_kernels::Float>(type); }
+
+// k, softcap, and the addresses of values, indices and log-sums.
+using TopOf = std::tuple<int64_t, float, Address, Address, Address>;
+
 void int8_linear(Address x, int64_t m, int64_t k, int64_t group, int type,
                  const std::vector<std::tuple<int64_t, Address, Address, Address, Address>>& weights,
-                 bool int8_activations, bool geglu) {
+                 bool int8_activations, bool geglu, const std::optional<TopOf>& top_of) {
   const pg_kernels::InstructionSet& set = pg_kernels::instruction_set();
   py::gil_scoped_release release;
   std::vector<Int8Weight> all;
@@ -33,8 +39,20 @@ void int8_linear(Address x, int64_t m, int64_t k, int64_t group, int type,
     all.push_back({Int8Layout{n, k, group}, pointer<const uint8_t>(data), pointer<const float>(scale),
                    pointer<const float>(bias), pointer<void>(y)});
   }
-  set.int8_linear(Int8Linear{m, k, static_cast<pg_kernels::Float>(type), pointer<const void>(x), int8_activations,
-                             geglu, all.data(), int64_t(all.size())});
+  pg_kernels::TopK top{};
+  if (top_of.has_value()) {
+    const auto& [count, softcap, values, indices, log_sums] = *top_of;
+    top = {count, softcap, pointer<float>(values), pointer<int64_t>(indices), pointer<float>(log_sums)};
+  }
+  set.int8_linear(Int8Linear{m, k, type_of(type), pointer<const void>(x), int8_activations, geglu,
+                             top_of.has_value() ? &top : nullptr, all.data(), int64_t(all.size())});
+}
+
+void quantize_int8(int64_t n, int64_t k, int64_t group, int type, Address weight, Address q, Address scale) {
+  const pg_kernels::InstructionSet& set = pg_kernels::instruction_set();
+  py::gil_scoped_release release;
+  set.quantize_int8(pg_kernels::QuantizeInt8{Int8Layout{n, k, group}, type_of(type), pointer<const void>(weight),
+                                             pointer<int8_t>(q), pointer<float>(scale)});
 }
 
 void pack_int8(int64_t n, int64_t k, int64_t group, Address q, Address scale, Address packed, Address packed_scale) {
@@ -49,7 +67,13 @@ void unpack_int8(int64_t n, int64_t k, int64_t group, Address packed, Address pa
                           pointer<int8_t>(q), pointer<float>(scale));
 }
 
-pg_kernels::Float type_of(int type) { return static_cast<pg_kernels::Float>(type); }
+void dequantize_rows(int64_t n, int64_t k, int64_t group, Address packed, Address packed_scale, Address indices,
+                     int64_t count, Address out) {
+  py::gil_scoped_release release;
+  pg_kernels::dequantize_rows(Int8Layout{n, k, group}, pointer<const uint8_t>(packed),
+                              pointer<const float>(packed_scale), pointer<const int64_t>(indices), count,
+                              pointer<float>(out));
+}
 
 void rms_norm(Address x, Address residual, Address weight, Address y, Address total, Address rstd, int64_t rows,
               int64_t columns, int type, int weight_type, float eps, float offset) {
@@ -101,12 +125,16 @@ std::vector<std::string> instruction_sets() {
 
 PYBIND11_MODULE(_C, module) {
   module.def("int8_linear", &int8_linear, py::kw_only(), py::arg("x"), py::arg("m"), py::arg("k"), py::arg("group"),
-             py::arg("type"), py::arg("weights"), py::arg("int8_activations"), py::arg("geglu"),
+             py::arg("type"), py::arg("weights"), py::arg("int8_activations"), py::arg("geglu"), py::arg("top"),
              "Each weight is its rows, packed data, packed scales, bias or 0, and the product.");
   module.def("pack_int8", &pack_int8, py::kw_only(), py::arg("n"), py::arg("k"), py::arg("group"), py::arg("q"),
              py::arg("scale"), py::arg("packed"), py::arg("packed_scale"));
+  module.def("quantize_int8", &quantize_int8, py::kw_only(), py::arg("n"), py::arg("k"), py::arg("group"),
+             py::arg("type"), py::arg("weight"), py::arg("q"), py::arg("scale"));
   module.def("unpack_int8", &unpack_int8, py::kw_only(), py::arg("n"), py::arg("k"), py::arg("group"),
              py::arg("packed"), py::arg("packed_scale"), py::arg("q"), py::arg("scale"));
+  module.def("dequantize_rows", &dequantize_rows, py::kw_only(), py::arg("n"), py::arg("k"), py::arg("group"),
+             py::arg("packed"), py::arg("packed_scale"), py::arg("indices"), py::arg("count"), py::arg("out"));
   module.def("rms_norm", &rms_norm, py::kw_only(), py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("y"),
              py::arg("total"), py::arg("rstd"), py::arg("rows"), py::arg("columns"), py::arg("type"),
              py::arg("weight_type"), py::arg("eps"), py::arg("offset"));

@@ -4,7 +4,7 @@ from pg_kernels.backends import backend
 from pg_kernels.ops.apply_rotary import apply_rotary, apply_rotary_to_cache
 from pg_kernels.ops.geglu import geglu
 from pg_kernels.ops.geglu_mlp import geglu_mlp
-from pg_kernels.ops.int8_linear import PackedInt8Weight, int8_geglu, int8_linear, int8_projections, pack_int8
+from pg_kernels.ops.int8_linear import PackedInt8Weight, int8_geglu, int8_linear, int8_projections, int8_topk, pack_int8
 from pg_kernels.ops.layer_norm import layer_norm
 from pg_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from pg_kernels.ops.prefix_lm_attention import prefix_lm_attention, prefix_lm_attention_varlen
@@ -23,6 +23,7 @@ __all__ = [
     "int8_geglu",
     "int8_linear",
     "int8_projections",
+    "int8_topk",
     "layer_norm",
     "linear_cross_entropy",
     "pack_int8",

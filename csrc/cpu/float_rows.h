@@ -46,6 +46,15 @@ inline float exponential(float x) {
   return from_bits(to_bits(p) + (uint32_t(int32_t(n)) << 23));
 }
 
+inline float hyperbolic_tangent(float x) {
+  const float magnitude = x < 0 ? -x : x, e = exponential(2.0f * magnitude);
+  const float z = x * x;
+  // Near 0 the difference of exponentials would cancel.
+  const float series = x * (1.0f + z * (-0.3333333333f + z * (0.1333333333f - z * 0.05396825397f)));
+  const float far = 1.0f - 2.0f / (e + 1.0f);
+  return magnitude < 0.1f ? series : x < 0 ? -far : far;
+}
+
 inline void load_floats(Float type, const void* x, int64_t offset, int64_t size, float* out) {
   switch (type) {
     case Float::kFloat32:

@@ -8,6 +8,7 @@ namespace pg_kernels {
 enum class Float : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 struct Int8Linear;
+struct QuantizeInt8;
 struct RmsNorm;
 struct Rotary;
 struct Attention;
@@ -15,6 +16,7 @@ struct Attention;
 struct InstructionSet {
   const char* name;
   void (*int8_linear)(const Int8Linear&);
+  void (*quantize_int8)(const QuantizeInt8&);
   void (*rms_norm)(const RmsNorm&);
   void (*rotary)(const Rotary&);
   void (*attention)(const Attention&);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -27,11 +28,72 @@ constexpr uint32_t kInfinity = 0x7f800000;
 constexpr float kLargest16 = 32639.0f;  // 256 · 127 + 127
 constexpr int64_t kPrefetch = 4096;     // bytes ahead
 
+// Σ exp(y) as exp(highest) · sum.
+struct LogSum {
+  float highest, sum;
+};
+
+inline LogSum log_sum(const float* y, int64_t size) {
+  LogSum all{y[0], 0};
+  for (int64_t i = 1; i < size; ++i) all.highest = y[i] > all.highest || y[i] != y[i] ? y[i] : all.highest;
+  if ((to_bits(all.highest) & 0x7fffffff) >= 0x7f800000) {  // with no finite maximum it is no number
+    all.sum = std::numeric_limits<float>::quiet_NaN();
+    return all;
+  }
+  float lanes[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= size; i += 16) {
+    for (int64_t lane = 0; lane < 16; ++lane) lanes[lane] += exponential(y[i + lane] - all.highest);
+  }
+  for (int64_t lane = 0; i + lane < size; ++lane) lanes[lane] += exponential(y[i + lane] - all.highest);
+  for (float lane : lanes) all.sum += lane;
+  return all;
+}
+
+inline LogSum sum_of(const LogSum& a, const LogSum& b) {
+  const float highest = a.highest > b.highest ? a.highest : b.highest;
+  return {highest, a.sum * exponential(a.highest - highest) + b.sum * exponential(b.highest - highest)};
+}
+
 struct Segment {
   int64_t column, size;
   int64_t step, steps;
   int64_t group;
 };
+
+// As bits, which order magnitudes as numbers do, NaN last.
+inline uint32_t largest_magnitude(const float* x, int64_t size) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const uint32_t bits = to_bits(x[i]) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+// Levels of 8 bits, and their sum.
+template <class Level>
+int32_t round_to_8(const float* x, float scale, int64_t size, Level* levels) {
+  if (!(scale > 0 && scale <= std::numeric_limits<float>::max())) {  // all zeros, or not finite, which the scale tells
+    std::memset(levels, 0, size_t(size) * sizeof(Level));
+    return 0;
+  }
+  int32_t sum = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    float level = rounded(x[i] / scale);
+    level = level < -127.0f ? -127.0f : level;
+    level = level > 127.0f ? 127.0f : level;
+    levels[i] = Level(int32_t(level));
+    sum += int32_t(level);
+  }
+  return sum;
+}
+
+// Whether a product of row i of the weight comes before one of row j.
+inline bool before(float a, int64_t i, float b, int64_t j) {
+  if (a != a || b != b) return a != a && (b == b || i < j);
+  return a > b || (a == b && i < j);
+}
 
 // 0.5 · x · (1 + tanh(u)) = x / (1 + exp(−2u))
 inline float gelu_tanh(float x) {
@@ -101,6 +163,11 @@ class Gemm {
     scales_.reset(allocate<float>(rows * count_));
     plain_.reset(allocate<bool>(rows));
     for (int64_t i = 0; i < (a.geglu ? 1 : a.count); ++i) panels_ += a.weights[i].layout.panels();
+    if (a.top == nullptr) return;
+    const int64_t listed = thread_count() * rows * a.top->k;
+    top_values_.reset(allocate<float>(listed));
+    top_indices_.reset(allocate<int64_t>(listed));
+    if (a.top->log_sums != nullptr) log_sums_.reset(allocate<LogSum>(panels_ * rows));
   }
 
   void run() {
@@ -115,7 +182,9 @@ class Gemm {
       // Panels go to whoever is free: a fixed share would wait for the thread that something else delays.
       next_ = 0;
       const bool small = rows_ * a_.k * panels_ < 1 << 14;
-      parallel_for(small ? 1 : smaller(threads, panels_), take_panels, this);
+      const int64_t lists = small ? 1 : smaller(threads, panels_);
+      parallel_for(lists, take_panels, this);
+      if (a_.top != nullptr) merge_top(lists);
     }
   }
 
@@ -174,23 +243,7 @@ class Gemm {
     plain_[index] = plain;
   }
 
-  // Give the levels' sum.
-  static int32_t round_to_8(const float* x, float scale, int64_t size, int16_t* levels) {
-    if (!(scale > 0)) {  // nothing but zeros, or not finite, which the scale tells
-      std::memset(levels, 0, size_t(size) * sizeof(int16_t));
-      return 0;
-    }
-    int32_t sum = 0;
-    for (int64_t i = 0; i < size; ++i) {
-      float level = rounded(x[i] / scale);
-      level = level < -127.0f ? -127.0f : level;
-      level = level > 127.0f ? 127.0f : level;
-      levels[i] = int16_t(int32_t(level));
-      sum += int32_t(level);
-    }
-    return sum;
-  }
-
+  // Gives the levels' sum.
   static int32_t round_to_16(const float* x, float inverse, int64_t size, int16_t* levels) {
     int32_t sum = 0;
     for (int64_t i = 0; i < size; ++i) {
@@ -199,16 +252,6 @@ class Gemm {
       sum += level;
     }
     return sum;
-  }
-
-  // As bits, which order magnitudes as numbers do, NaN last.
-  static uint32_t largest_magnitude(const float* x, int64_t size) {
-    uint32_t largest = 0;
-    for (int64_t i = 0; i < size; ++i) {
-      const uint32_t bits = to_bits(x[i]) & 0x7fffffff;
-      largest = bits > largest ? bits : largest;
-    }
-    return largest;
   }
 
   // A power of two, so that scaling is exact, with the largest magnitude in (kLargest16 / 2, kLargest16]. False for
@@ -245,9 +288,10 @@ class Gemm {
     }
   }
 
-  static void take_panels(void* self, int64_t) {
+  static void take_panels(void* self, int64_t list) {
     Gemm& gemm = *static_cast<Gemm*>(self);
     Buffer<float> sums(allocate<float>(gemm.rows_ * kPanel * (gemm.a_.geglu ? 2 : 1)));
+    if (gemm.a_.top != nullptr) gemm.clear_top(list);
     for (Panel panel = gemm.next_panel(); panel.weight != nullptr;) {
       const Panel next = gemm.next_panel();
       if (gemm.a_.geglu) {
@@ -255,7 +299,11 @@ class Gemm {
       } else {
         gemm.multiply_panel(panel, next.data(), sums.get());
       }
-      gemm.store_panel(panel, sums.get());
+      if (gemm.a_.top != nullptr) {
+        gemm.top_of_panel(panel, sums.get(), list);
+      } else {
+        gemm.store_panel(panel, sums.get());
+      }
       panel = next;
     }
   }
@@ -289,6 +337,58 @@ class Gemm {
     const int64_t n = panel.weight->layout.n, first = panel.index * kPanel, size = smaller(kPanel, n - first);
     for (int64_t row = 0; row < rows_; ++row) {
       store_floats(a_.type, sums + row * kPanel, size, panel.weight->y, (first_ + row) * n + first);
+    }
+  }
+
+  // Every thread keeps a list of its best products for each row.
+  int64_t listed(int64_t list, int64_t row) const { return (list * rows_ + row) * a_.top->k; }
+
+  void clear_top(int64_t list) const {
+    for (int64_t i = listed(list, 0); i < listed(list + 1, 0); ++i) {
+      top_values_[i] = -std::numeric_limits<float>::infinity();
+      top_indices_[i] = std::numeric_limits<int64_t>::max();
+    }
+  }
+
+  void insert_top(int64_t list, int64_t row, float value, int64_t index) const {
+    float* values = &top_values_[listed(list, row)];
+    int64_t* indices = &top_indices_[listed(list, row)];
+    int64_t place = a_.top->k - 1;
+    if (!before(value, index, values[place], indices[place])) return;
+    for (; place > 0 && before(value, index, values[place - 1], indices[place - 1]); --place) {
+      values[place] = values[place - 1];
+      indices[place] = indices[place - 1];
+    }
+    values[place] = value;
+    indices[place] = index;
+  }
+
+  void top_of_panel(const Panel& panel, float* sums, int64_t list) const {
+    const int64_t first = panel.index * kPanel, size = smaller(kPanel, panel.weight->layout.n - first);
+    for (int64_t row = 0; row < rows_; ++row) {
+      float* y = sums + row * kPanel;
+      if (a_.top->softcap != 0) {
+        for (int64_t i = 0; i < size; ++i) y[i] = a_.top->softcap * hyperbolic_tangent(y[i] / a_.top->softcap);
+      }
+      if (a_.top->log_sums != nullptr) log_sums_[panel.index * rows_ + row] = log_sum(y, size);
+      for (int64_t i = 0; i < size; ++i) insert_top(list, row, y[i], first + i);
+    }
+  }
+
+  // The order of the lists makes no difference to which are the best; the panels' sums are added in theirs.
+  void merge_top(int64_t lists) const {
+    for (int64_t row = 0; row < rows_; ++row) {
+      for (int64_t list = 1; list < lists; ++list) {
+        const int64_t from = listed(list, row);
+        for (int64_t i = from; i < from + a_.top->k; ++i) insert_top(0, row, top_values_[i], top_indices_[i]);
+      }
+      const int64_t to = (first_ + row) * a_.top->k;
+      std::memcpy(a_.top->values + to, &top_values_[listed(0, row)], size_t(a_.top->k) * sizeof(float));
+      std::memcpy(a_.top->indices + to, &top_indices_[listed(0, row)], size_t(a_.top->k) * sizeof(int64_t));
+      if (a_.top->log_sums == nullptr) continue;
+      LogSum all = log_sums_[row];
+      for (int64_t panel = 1; panel < panels_; ++panel) all = sum_of(all, log_sums_[panel * rows_ + row]);
+      a_.top->log_sums[first_ + row] = all.highest + std::log(all.sum);
     }
   }
 
@@ -418,8 +518,38 @@ class Gemm {
   Buffer<int32_t> corrections_;
   Buffer<float> scales_;
   Buffer<bool> plain_;
+  Buffer<float> top_values_;
+  Buffer<int64_t> top_indices_;
+  Buffer<LogSum> log_sums_;
   std::atomic<int64_t> next_{0};
 };
+
+inline void quantize_row(void* context, int64_t row) {
+  const QuantizeInt8& a = *static_cast<const QuantizeInt8*>(context);
+  alignas(64) float x[kLongest];
+  for (int64_t group = 0; group < a.layout.groups(); ++group) {
+    const int64_t first = group * a.layout.group, end = smaller(a.layout.k, first + a.layout.group);
+    uint32_t largest = 0;
+    for (int64_t start = first; start < end; start += kLongest) {
+      const int64_t size = smaller(kLongest, end - start);
+      load_floats(a.type, a.weight, row * a.layout.k + start, size, x);
+      const uint32_t one = largest_magnitude(x, size);
+      largest = one > largest ? one : largest;
+    }
+    const float scale = from_bits(largest) / 127.0f;
+    a.scale[row * a.layout.groups() + group] = scale;
+    for (int64_t start = first; start < end; start += kLongest) {
+      const int64_t size = smaller(kLongest, end - start);
+      load_floats(a.type, a.weight, row * a.layout.k + start, size, x);
+      round_to_8(x, scale, size, a.q + row * a.layout.k + start);
+    }
+  }
+}
+
+inline void run_quantize_int8(const QuantizeInt8& a) {
+  QuantizeInt8 copy = a;
+  parallel_for(a.layout.n, quantize_row, &copy);
+}
 
 template <class Isa>
 void run_int8_linear(const Int8Linear& a) {

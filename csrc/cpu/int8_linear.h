@@ -34,12 +34,26 @@ struct Int8Layout {
 void pack_int8(const Int8Layout&, const int8_t* q, const float* scale, uint8_t* packed, float* packed_scale);
 void unpack_int8(const Int8Layout&, const uint8_t* packed, const float* packed_scale, int8_t* q, float* scale);
 
+// Some rows as fp32 [count, k]; indices in [0, n).
+void dequantize_rows(const Int8Layout&, const uint8_t* packed, const float* packed_scale, const int64_t* indices,
+                     int64_t count, float* out);
+
 struct Int8Weight {
   Int8Layout layout;
   const uint8_t* data;
   const float* scale;
   const float* bias;  // [n] or null
   void* y;            // [m, n]
+};
+
+// The largest products of every row instead of all of them: the best first, of equals the one further to the left; NaN
+// counts as the largest.
+struct TopK {
+  int64_t k;
+  float softcap;     // 0: none; else y = softcap · tanh(y / softcap)
+  float* values;     // [m, k]
+  int64_t* indices;  // [m, k]: rows of the weight
+  float* log_sums;   // [m], or null: log Σ exp(y) over all of a row
 };
 
 // y = x · weightᵀ + bias for each of some weights with the same number of columns. x and y are contiguous.
@@ -49,8 +63,18 @@ struct Int8Linear {
   const void* x;          // [m, k]
   bool int8_activations;  // quantise each row of x to 8 bits first; else to 16 bits per 512 columns
   bool geglu;             // of two weights with as many rows: the first one's y = gelu(x · firstᵀ) · (x · secondᵀ)
+  const TopK* top;        // of a single weight, whose y is not written then; or null
   const Int8Weight* weights;
   int64_t count;
+};
+
+// weight ≈ q · scale: the largest magnitude of a group becomes ±127, everything else the nearest level.
+struct QuantizeInt8 {
+  Int8Layout layout;
+  Float type;
+  const void* weight;  // [n, k], finite
+  int8_t* q;           // [n, k]
+  float* scale;        // [n, groups]
 };
 
 }  // namespace pg_kernels

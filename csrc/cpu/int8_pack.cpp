@@ -16,6 +16,14 @@ struct Packing {
   float* packed_scale;
 };
 
+struct Rows {
+  const Int8Layout& layout;
+  const uint8_t* packed;
+  const float* packed_scale;
+  const int64_t* indices;
+  float* out;
+};
+
 struct Unpacking {
   const Int8Layout& layout;
   const uint8_t* packed;
@@ -68,6 +76,19 @@ void unpack_panel(void* context, int64_t panel) {
   }
 }
 
+void dequantize_row(void* context, int64_t i) {
+  const Rows& a = *static_cast<const Rows*>(context);
+  const Int8Layout& layout = a.layout;
+  const int64_t panel = a.indices[i] / kPanel, row = a.indices[i] % kPanel, width = layout.width(panel);
+  const uint8_t* data = a.packed + layout.panel_data(panel);
+  const float* scale = a.packed_scale + layout.panel_scale(panel);
+  float* out = a.out + i * layout.k;
+  for_steps(layout, [&](int64_t k, int64_t size, int64_t step) {
+    const float of_group = scale[k / layout.group * width + row];
+    for (int64_t j = 0; j < size; ++j) out[k + j] = float(data[(step * width + row) * 4 + j] - 128) * of_group;
+  });
+}
+
 }  // namespace
 
 void pack_int8(const Int8Layout& layout, const int8_t* q, const float* scale, uint8_t* packed, float* packed_scale) {
@@ -78,6 +99,16 @@ void pack_int8(const Int8Layout& layout, const int8_t* q, const float* scale, ui
 void unpack_int8(const Int8Layout& layout, const uint8_t* packed, const float* packed_scale, int8_t* q, float* scale) {
   Unpacking unpacking{layout, packed, packed_scale, q, scale};
   parallel_for(layout.panels(), unpack_panel, &unpacking);
+}
+
+void dequantize_rows(const Int8Layout& layout, const uint8_t* packed, const float* packed_scale, const int64_t* indices,
+                     int64_t count, float* out) {
+  Rows rows{layout, packed, packed_scale, indices, out};
+  if (count * layout.k < 1 << 15) {
+    for (int64_t i = 0; i < count; ++i) dequantize_row(&rows, i);
+  } else {
+    parallel_for(count, dequantize_row, &rows);
+  }
 }
 
 }  // namespace pg_kernels

@@ -34,7 +34,8 @@ struct Avx512Vnni {
 }  // namespace
 
 const InstructionSet* avx512_vnni() {
-  static const InstructionSet set{"avx512_vnni", run_int8_linear<Avx512Vnni>, run_rms_norm, run_rotary, run_attention};
+  static const InstructionSet set{
+      "avx512_vnni", run_int8_linear<Avx512Vnni>, run_quantize_int8, run_rms_norm, run_rotary, run_attention};
   return &set;
 }
 

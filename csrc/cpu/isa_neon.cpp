@@ -47,7 +47,8 @@ struct Neon {
 }  // namespace
 
 const InstructionSet* neon() {
-  static const InstructionSet set{"neon", run_int8_linear<Neon>, run_rms_norm, run_rotary, run_attention};
+  static const InstructionSet set{"neon",     run_int8_linear<Neon>, run_quantize_int8, run_rms_norm,
+                                  run_rotary, run_attention};
   return &set;
 }
 

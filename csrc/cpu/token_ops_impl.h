@@ -146,7 +146,7 @@ inline void attention_share(void* context, int64_t index) {
         continue;
       }
       score = dot(&q[row * a.dim], row_of, a.dim) * a.scale;
-      if (a.softcap != 0) score = a.softcap * std::tanh(score / a.softcap);
+      if (a.softcap != 0) score = a.softcap * hyperbolic_tangent(score / a.softcap);
     }
   }
   for (int64_t row = 0; row < rows; ++row) {

@@ -23,7 +23,7 @@ std::vector<float> multiply(const InstructionSet& set, int64_t m, const Int8Layo
   std::vector<float> packed_scale(layout.padded_n() * layout.groups());
   pack_int8(layout, q.data(), scale.data(), data.data(), packed_scale.data());
   const Int8Weight weight{layout, data.data(), packed_scale.data(), bias.data(), y.data()};
-  set.int8_linear(Int8Linear{m, layout.k, Float::kFloat32, x.data(), int8_activations, false, &weight, 1});
+  set.int8_linear(Int8Linear{m, layout.k, Float::kFloat32, x.data(), int8_activations, false, nullptr, &weight, 1});
   return y;
 }
 

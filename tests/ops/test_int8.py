@@ -30,6 +30,7 @@ from torch import Tensor
 
 from pg_kernels import PackedInt8Weight, int8_linear, pack_int8, quantize_int8
 from pg_kernels import backend as use_backend
+from pg_kernels.backends import available
 
 OP = "int8_linear"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -141,14 +142,30 @@ def test_quantising_compiles(compiler: str, k: int, group_size: int | None) -> N
 
 @pytest.mark.parametrize("group_size", [32, 70])
 def test_opcheck_of_quantising(group_size: int) -> None:
-    torch.library.opcheck(torch.ops.pg_kernels.quantize_int8.default, (randn(5, 70), group_size))
+    for op in (torch.ops.pg_kernels.quantize_int8, torch.ops.pg_kernels.quantize_int8_native):
+        torch.library.opcheck(op.default, (randn(5, 70), group_size))
+
+
+@needs_extension
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("k", [*COLUMNS, 5000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_native_quantising_agrees_bit_for_bit(dtype: torch.dtype, k: int, group_size: int | None) -> None:
+    weight = randn(9, k, dtype=dtype)
+    weight[3], weight[4] = 0, weight[4] * 1e-6
+    with use_backend("reference"):
+        expected = quantize_int8(weight, group_size=group_size)
+    with use_backend("native"):
+        for actual, wanted in zip(quantize_int8(weight, group_size=group_size), expected, strict=True):
+            assert torch.equal(actual, wanted)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite(value: float) -> None:
+@pytest.mark.parametrize("name", available("quantize_int8", "cpu"))
+def test_weights_that_are_not_finite(name: str, value: float) -> None:
     weight = torch.ones(2, 3)
     weight[1, 2] = value
-    with pytest.raises(ValueError, match=r"^weight: holds NaN or infinity"):
+    with use_backend(name), pytest.raises(ValueError, match=r"^weight: holds NaN or infinity"):
         quantize_int8(weight)
 
 
@@ -605,7 +622,7 @@ def test_native_stays_inside_its_memory(n: int, k: int, int8_activations: bool) 
     guarded = {name: guard(tensor) for name, tensor in tensors.items()}
     addresses = {name: tensor.data_ptr() for name, tensor in guarded.items()}
     weight = (n, addresses["data"], addresses["scale"], addresses["bias"], addresses["y"])
-    options = {"type": 0, "int8_activations": int8_activations, "geglu": False}
+    options = {"type": 0, "int8_activations": int8_activations, "geglu": False, "top": None}
     _C.int8_linear(x=addresses["x"], m=3, k=k, group=min(32, k), weights=[weight], **options)
     with use_backend("native"):
         expected = int8_linear(x, packed, bias=bias, activations="int8" if int8_activations else "keep")

@@ -9,7 +9,7 @@ import torch
 from helpers import DEVICES, assert_compiles, randn
 from torch import Tensor
 
-from pg_kernels import PackedInt8Weight, int8_geglu, int8_linear, int8_projections, pack_int8, quantize_int8
+from pg_kernels import PackedInt8Weight, int8_geglu, int8_linear, int8_projections, int8_topk, pack_int8, quantize_int8
 from pg_kernels import backend as use_backend
 
 OP = "int8_linear"
@@ -40,7 +40,82 @@ def test_rows(shape: tuple[int, int], group_size: int | None) -> None:
     weight = pack_int8(qweight, scale)
     assert torch.equal(weight.rows(indices), expected[indices])
     assert torch.equal(weight.rows(indices, torch.bfloat16), expected[indices].bfloat16())
+    assert torch.equal(weight.rows(indices.int()), expected[indices])
     assert weight.rows(indices[:0]).shape == (0, 5, shape[1])
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_rows_that_are_not_there(index: int) -> None:
+    for weight in (GOOD, PackedInt8Weight(GOOD.shape, 70, *quantize_int8(randn(3, 70), group_size=128), False)):
+        with pytest.raises(ValueError, match=rf"^indices: expected numbers in \[0, 3\), got {min(index, 1)} to"):
+            weight.rows(torch.tensor([1, index]))
+    with pytest.raises(TypeError, match="^indices: expected int32 or int64, got torch.float32"):
+        GOOD.rows(torch.ones(2))
+
+
+# The largest products
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("log_probs", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (63, 5), (64, 64), (1000, 1), (1000, 70)])
+def test_topk(
+    device: str,
+    backend: str,
+    dtype: torch.dtype,
+    n: int,
+    k: int,
+    softcap: float | None,
+    log_probs: bool,
+    activations: str,
+) -> None:
+    weight = packed(n, 70, 32, device)
+    x = randn(2, 5, 70, device=device, dtype=dtype)
+    values, indices = int8_topk(x, weight, k, softcap=softcap, log_probs=log_probs, activations=activations)
+    with use_backend("reference"):
+        exact = int8_linear(x.float(), weight, activations=activations).double()
+    exact = exact if softcap is None else softcap * torch.tanh(exact / softcap)
+    exact = exact.log_softmax(-1) if log_probs else exact
+    assert values.dtype == torch.float32 and indices.dtype == torch.int64 and values.shape == (2, 5, k)
+    # As large as the best ones are, in their order, and where they say they are.
+    torch.testing.assert_close(values.double(), exact.sort(descending=True).values[..., :k], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(values.double(), exact.gather(-1, indices), rtol=1e-4, atol=1e-3)
+    assert bool((values.diff() <= 0).all()) and all(len(set(row.tolist())) == k for row in indices.view(-1, k))
+
+
+def test_topk_of_equals_and_numbers_that_are_none(device: str, backend: str) -> None:
+    levels = torch.tensor([1, 3, 3, 2, 3], dtype=torch.int8, device=device)[:, None].repeat(40, 1)
+    weight = pack_int8(levels, torch.ones(200, device=device))
+    values, indices = int8_topk(torch.ones(1, 1, device=device), weight, 4)
+    assert indices.tolist() == [[1, 2, 4, 6]] and values.tolist() == [[3.0] * 4]
+    values, indices = int8_topk(torch.full((1, 1), float("nan"), device=device), weight, 2, log_probs=True)
+    assert indices.tolist() == [[0, 1]] and bool(values.isnan().all())
+
+
+@pytest.mark.backends("native")
+def test_topk_does_not_depend_on_threads_and_batch(device: str, backend: str) -> None:
+    weight, x = packed(5000, 70), randn(400, 70)
+    threads = torch.get_num_threads()
+    expected = int8_topk(x, weight, 9, log_probs=True)
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for rows in (slice(None), slice(5, 6), slice(380, 400)):
+                for actual, wanted in zip(int8_topk(x[rows], weight, 9, log_probs=True), expected, strict=True):
+                    assert torch.equal(actual, wanted[rows])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_log_probabilities_of_large_products(device: str, backend: str) -> None:
+    """exp of the products themselves would be infinite, or all zero."""
+    weight = pack_int8(
+        torch.tensor([[100], [99], [-100]], dtype=torch.int8, device=device), torch.ones(3, device=device)
+    )
+    for sign in (1.0, -1.0):
+        values, _ = int8_topk(torch.full((1, 1), 10 * sign, device=device), weight, 2, log_probs=True)
+        torch.testing.assert_close(values[0, 0], torch.tensor(0.0, device=device), rtol=0, atol=1e-4)
 
 
 # Several projections of one input
@@ -132,7 +207,8 @@ def test_compiles(device: str, activations: str) -> None:
 
     def everything(x: Tensor) -> Tensor:
         left, right = int8_projections(x, weights, activations=activations)
-        return left + right + int8_geglu(x, *weights, activations=activations)
+        best, _ = int8_topk(x, weights[0], 33, activations=activations)
+        return left + right + int8_geglu(x, *weights, activations=activations) + best
 
     x = randn(2, 3, 70, device=device)
     assert_compiles(everything, [x])
@@ -150,6 +226,8 @@ def test_opcheck(device: str, backend: str, m: int) -> None:
     torch.library.opcheck(ops.int8_projections.default, (x, data, scales, [None, randn(33)], [33, 33], 32, False))
     torch.library.opcheck(ops.int8_geglu.default, (x, data[0], scales[0], data[1], scales[1], 33, 32, True))
     qweight, scale = weights[0].unpack()
+    torch.library.opcheck(ops.int8_topk.default, (x, data[0], scales[0], 33, 32, False, 4, 2.0, True, "native"))
+    torch.library.opcheck(ops.int8_rows.default, (data[0], scales[0], torch.arange(m), 33, 70, 32))
     torch.library.opcheck(ops.pack_int8.default, (qweight, scale, 32))
     torch.library.opcheck(ops.unpack_int8.default, (data[0], scales[0], 33, 70, 32))
 
@@ -170,6 +248,11 @@ GOOD = packed(3, 70)
             ValueError,
             r"^up: expected shape \[3, 70\] \(gate's\), got \[4, 70\]",
         ),
+        (lambda x: int8_topk(x, GOOD, 0), ValueError, r"^k: expected a number in \[1, 3\] \(the weight's N\), got 0"),
+        (lambda x: int8_topk(x, GOOD, 4), ValueError, r"^k: expected a number in \[1, 3\] .*, got 4"),
+        (lambda x: int8_topk(x, GOOD, 1.0), TypeError, "^k: expected an int, got float"),
+        (lambda x: int8_topk(x, GOOD, softcap=0.0), ValueError, "^softcap: expected a positive number, got 0.0"),
+        (lambda x: int8_topk([1.0], GOOD), TypeError, "^x: expected a tensor, got list"),
         (lambda x: int8_geglu(x[:, :69], GOOD, GOOD), ValueError, r"^x: expected shape \[..., 70\]"),
         (lambda x: int8_geglu(x, GOOD, GOOD, activations="int4"), ValueError, "^activations: got 'int4'"),
     ],

@@ -15,8 +15,8 @@ from pg_kernels.ops.int8_linear import reference
 from pg_kernels.ops.library import define_opaque, refuse_second_derivative
 from pg_kernels.ops.quantize_int8.reference import dequantize_int8
 
-_PANEL, _STEP = 64, 4
-"""Rows of a weight that lie together in the layout of csrc/cpu/int8_linear.h, and how many neighbouring columns do."""
+_STEP = 4
+"""Columns of a weight that lie together in the layout of csrc/cpu/int8_linear.h."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,14 +47,28 @@ class PackedInt8Weight:
         qweight, scale = self._canonical()
         return qweight, scale[:, 0] if self._one_scale else scale
 
+    def to(self, device: torch.device | str) -> PackedInt8Weight:
+        """The same weight on another device, laid out for it; itself where it is there already."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        qweight, scale = self.unpack()
+        return pack_int8(qweight.to(device), scale.to(device))
+
     def rows(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Dequantise some rows: int64 [...], each in [0, N), to [..., K] in `dtype`, rounded once from fp32."""
-        chosen = indices.flatten()
+        """Dequantise some rows: int32 or int64 [...], each in [0, N), to [..., K] in `dtype`, rounded once from fp32.
+
+        Raises TypeError for other indices, ValueError for a row that is not there (looked at on the CPU only).
+        """
+        checks.check_integer(indices=indices)
+        chosen, (n, k) = indices.flatten(), self.shape
         if self._is_native:
-            qweight, scale = self._native_rows(chosen)
+            rows = torch.ops.pg_kernels.int8_rows(self._data, self._scale, chosen.long(), n, k, self.group_size)
         else:
-            qweight, scale = self._data[chosen], self._scale[chosen]
-        return dequantize_int8(qweight, scale, self.group_size).to(dtype).view(*indices.shape, self.shape[1])
+            if checks.values_are_free(chosen):
+                _check_rows(chosen, n)
+            rows = dequantize_int8(self._data[chosen], self._scale[chosen], self.group_size)
+        return rows.to(dtype).view(*indices.shape, k)
 
     @property
     def _is_native(self) -> bool:
@@ -73,20 +87,6 @@ class PackedInt8Weight:
         if self._is_native:
             return self._data, self._scale
         return torch.ops.pg_kernels.pack_int8(self._data, self._scale, self.group_size)
-
-    def _native_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        (n, k), groups = self.shape, -(-self.shape[1] // self.group_size)
-        group_steps = -(-self.group_size // _STEP)
-        steps, panel = _steps(k, self.group_size), rows // _PANEL
-        width = (_padded_rows(n) - panel * _PANEL).clamp(max=_PANEL)
-        column = torch.arange(k, device=rows.device)
-        group = column // self.group_size
-        within = column - group * self.group_size
-        step, byte = group * group_steps + within // _STEP, within % _STEP
-        inner = (step * width[:, None] + (rows % _PANEL)[:, None]) * _STEP + byte
-        data = self._data[(panel * (_PANEL * steps * _STEP))[:, None] + inner]
-        places = (panel * (_PANEL * groups) + rows % _PANEL)[:, None] + width[:, None] * torch.arange(groups)
-        return (data.to(torch.int16) - 128).to(torch.int8), self._scale[places]
 
     def __repr__(self) -> str:
         return f"PackedInt8Weight({list(self.shape)}, group_size={self.group_size}, device={str(self.device)!r})"
@@ -143,6 +143,32 @@ def _fake_unpack(data: Tensor, packed_scale: Tensor, n: int, k: int, group_size:
     return data.new_empty(n, k, dtype=torch.int8), packed_scale.new_empty(n, -(-k // group_size))
 
 
+def _rows(data: Tensor, packed_scale: Tensor, indices: Tensor, n: int, k: int, group_size: int) -> Tensor:
+    _check_rows(indices, n)
+    indices = indices.contiguous()
+    rows = _fake_rows(data, packed_scale, indices, n, k)
+    _C.dequantize_rows(
+        n=n,
+        k=k,
+        group=group_size,
+        packed=data.data_ptr(),
+        packed_scale=packed_scale.data_ptr(),
+        indices=indices.data_ptr(),
+        count=len(indices),
+        out=rows.data_ptr(),
+    )
+    return rows
+
+
+def _check_rows(indices: Tensor, n: int) -> None:
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < n:
+        raise ValueError(f"indices: expected numbers in [0, {n}), got {int(indices.min())} to {int(indices.max())}")
+
+
+def _fake_rows(data: Tensor, packed_scale: Tensor, indices: Tensor, n: int, k: int, *rest: Any) -> Tensor:
+    return packed_scale.new_empty(len(indices), k)
+
+
 def _multiply(
     x: Tensor,
     data: Sequence[Tensor],
@@ -171,6 +197,7 @@ def _multiply(
         ],
         int8_activations=int8_activations,
         geglu=gated,
+        top=None,
     )
     return outputs
 
@@ -263,6 +290,43 @@ def _fake_geglu(
     return x.new_empty(x.shape[0], n)
 
 
+def _topk(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    n: int,
+    group_size: int,
+    int8_activations: bool,
+    k: int,
+    softcap: float | None,
+    log_probs: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if backend == "reference":
+        return reference.int8_topk(x, weight, scale, group_size, int8_activations, k, softcap, log_probs)
+    x = x.contiguous()
+    values, indices = _fake_topk(x, weight, scale, n, group_size, int8_activations, k)
+    log_sums = values.new_empty(len(x) if log_probs else 0)
+    _C.int8_linear(
+        x=x.data_ptr(),
+        m=x.shape[0],
+        k=x.shape[1],
+        group=group_size,
+        type=FLOAT_CODES[x.dtype],
+        weights=[(n, weight.data_ptr(), scale.data_ptr(), 0, 0)],
+        int8_activations=int8_activations,
+        geglu=False,
+        top=(k, softcap or 0.0, values.data_ptr(), indices.data_ptr(), log_sums.data_ptr() if log_probs else 0),
+    )
+    return values - log_sums[:, None] if log_probs else values, indices
+
+
+def _fake_topk(
+    x: Tensor, weight: Tensor, scale: Tensor, n: int, group_size: int, int8_activations: bool, k: int, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(len(x), k, dtype=torch.float32), x.new_empty(len(x), k, dtype=torch.int64)
+
+
 offer("int8_linear", "native", extension.obstacle)
 # With backend "native" weight and scale are in the extension's layout, else int8 [N, K] and [N, groups].
 define_opaque(
@@ -284,6 +348,11 @@ define_opaque(
     _unpack,
     _fake_unpack,
 )
+define_opaque(
+    "int8_rows(Tensor data, Tensor scale, Tensor indices, SymInt n, SymInt k, SymInt group_size) -> Tensor",
+    _rows,
+    _fake_rows,
+)
 # Without gradients, for weights in the extension's layout.
 define_opaque(
     "int8_projections(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, SymInt[] sizes, SymInt group_size, "
@@ -296,6 +365,12 @@ define_opaque(
     "bool int8_activations) -> Tensor",
     _geglu,
     _fake_geglu,
+)
+define_opaque(
+    "int8_topk(Tensor x, Tensor weight, Tensor scale, SymInt n, SymInt group_size, bool int8_activations, int k, "
+    "float? softcap, bool log_probs, str backend) -> (Tensor, Tensor)",
+    _topk,
+    _fake_topk,
 )
 
 
@@ -472,6 +547,52 @@ def int8_geglu(x: Tensor, gate: PackedInt8Weight, up: PackedInt8Weight, *, activ
         activations == "int8",
     )
     return y.reshape(*x.shape[:-1], gate.shape[0])
+
+
+def int8_topk(
+    x: Tensor,
+    weight: PackedInt8Weight,
+    k: int = 1,
+    *,
+    softcap: float | None = None,
+    log_probs: bool = False,
+    activations: str = "keep",
+) -> tuple[Tensor, Tensor]:
+    """The k largest of x · (weight · scale)ᵀ and where they are: an output head that does not write its logits.
+
+    Args:
+        x: [..., K], fp32, fp16 or bf16. Under autocast x is cast.
+        weight: packed, [N, K].
+        k: in [1, N].
+        softcap: a positive c turns every product y into c · tanh(y / c).
+        log_probs: give log-probabilities over all N instead of the products.
+        activations: as for `int8_linear`.
+
+    Returns:
+        fp32 [..., k], the largest first, and int64 [..., k] in [0, N); of equal ones the lower index comes first, and NaN counts
+        as the largest. Without gradients.
+
+    Raises:
+        TypeError, ValueError: as `int8_linear`; ValueError for a k out of range or a softcap that is not positive.
+    """
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k: expected an int, got {type(k).__name__}")
+    checks.check_positive(softcap=softcap)
+    x, backend = _prepared(x.detach() if isinstance(x, Tensor) else x, [weight], [None], activations)
+    if not 1 <= k <= weight.shape[0]:
+        raise ValueError(f"k: expected a number in [1, {weight.shape[0]}] (the weight's N), got {k}")
+    values, indices = torch.ops.pg_kernels.int8_topk(
+        x.reshape(-1, x.shape[-1]),
+        *weight._operands(backend),
+        weight.shape[0],
+        weight.group_size,
+        activations == "int8",
+        k,
+        softcap,
+        log_probs,
+        backend,
+    )
+    return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
 
 
 def _prepared(

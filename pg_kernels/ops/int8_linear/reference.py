@@ -19,6 +19,28 @@ def int8_linear(
         return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
 
+def int8_topk(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    group_size: int,
+    int8_activations: bool,
+    k: int,
+    softcap: float | None,
+    log_probs: bool,
+) -> tuple[Tensor, Tensor]:
+    """The k largest products of each row of x, fp32 [M, k], and their places; of equal ones the first."""
+    y = int8_linear(
+        x.to(torch.promote_types(x.dtype, torch.float32)), qweight, scale, None, group_size, int8_activations
+    )
+    if softcap is not None:
+        y = softcap * torch.tanh(y / softcap)
+    if log_probs:
+        y = y.log_softmax(-1)
+    values, indices = y.sort(dim=-1, descending=True, stable=True)
+    return values[:, :k].float(), indices[:, :k].contiguous()
+
+
 def input_gradient(grad: Tensor, qweight: Tensor, scale: Tensor, group_size: int) -> Tensor:
     """grad [M, N] times qweight · scale: [M, K]. A scale can be beyond fp16, so only the sum is cast down."""
     wide = torch.promote_types(grad.dtype, torch.float32)

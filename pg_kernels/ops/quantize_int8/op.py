@@ -4,11 +4,25 @@ import torch
 from torch import Tensor
 
 from pg_kernels.backends import offer, select
-from pg_kernels.ops import checks
+from pg_kernels.ops import checks, extension
+from pg_kernels.ops.extension import _C, FLOAT_CODES
 from pg_kernels.ops.library import define_opaque
 from pg_kernels.ops.quantize_int8 import reference
 
-offer("quantize_int8", "reference", lambda device_type: None)
+
+def _native(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    weight = weight.contiguous()
+    qweight, scale = _fake(weight, group_size)
+    _C.quantize_int8(
+        n=weight.shape[0],
+        k=weight.shape[1],
+        group=group_size,
+        type=FLOAT_CODES[weight.dtype],
+        weight=weight.data_ptr(),
+        q=qweight.data_ptr(),
+        scale=scale.data_ptr(),
+    )
+    return qweight, scale
 
 
 def _fake(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -19,6 +33,8 @@ def _fake(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 # Opaque, although plain PyTorch: where the last group is shorter, Inductor's code for CPUs (torch 2.13) reads beyond the scales.
 define_opaque("quantize_int8(Tensor weight, int group_size) -> (Tensor, Tensor)", reference.quantize_int8, _fake)
+define_opaque("quantize_int8_native(Tensor weight, int group_size) -> (Tensor, Tensor)", _native, _fake)
+offer("quantize_int8", "native", extension.obstacle)
 
 
 def quantize_int8(weight: Tensor, *, group_size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -48,9 +64,11 @@ def quantize_int8(weight: Tensor, *, group_size: int | None = None) -> tuple[Ten
             raise TypeError(f"group_size: expected an int, got {type(group_size).__name__}")
         if group_size < 1 or group_size & (group_size - 1):
             raise ValueError(f"group_size: expected a power of two, got {group_size}")
-    if checks.values_are_free(weight) and not bool(weight.isfinite().all()):
-        raise ValueError("weight: holds NaN or infinity, which int8 cannot")
-    select("quantize_int8", weight.device.type)
+    native = select("quantize_int8", weight.device.type, {"native": extension.unfit(weight)}) == "native"
+    quantize = torch.ops.pg_kernels.quantize_int8_native if native else torch.ops.pg_kernels.quantize_int8
     columns = weight.shape[1]
-    qweight, scale = torch.ops.pg_kernels.quantize_int8(weight.detach(), min(group_size or columns, columns))
+    qweight, scale = quantize(weight.detach(), min(group_size or columns, columns))
+    # Numbers that are not finite make such a scale, which is quicker to look through than the weight.
+    if checks.values_are_free(scale) and not bool(scale.isfinite().all()):
+        raise ValueError("weight: holds NaN or infinity, which int8 cannot")
     return qweight, scale if group_size is not None else scale[:, 0]
