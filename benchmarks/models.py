@@ -217,7 +217,8 @@ def _our_siglip(inputs: Inputs) -> Candidate:
 
 
 def _our_prefill(inputs: Inputs) -> Candidate:
-    return _inference(lambda: Decoder(inputs["model"], ANSWER).prefill(*_prompt(inputs), None))
+    model = inputs["model"]
+    return _inference(lambda: model.logits(Decoder(model, ANSWER).prefill(*_prompt(inputs), None)))
 
 
 def _our_decode_step(inputs: Inputs) -> Candidate:
@@ -230,7 +231,7 @@ def _our_decode_step(inputs: Inputs) -> Candidate:
     def rewind() -> None:
         decoder.visible = start
 
-    return _inference(lambda: decoder.step(inputs["suffix"][:, 0]), rewind)
+    return _inference(lambda: decoder.model.logits(decoder.step(inputs["suffix"][:, 0])), rewind)
 
 
 def _our_generate(inputs: Inputs) -> Candidate:
@@ -442,12 +443,19 @@ def _vision_flops(trial: ModelTrial, batch: int) -> int:
 
 
 def _decoder_flops(trial: ModelTrial, batch: int, queries: int, tokens: int, prefix: int, scored: int) -> int:
-    """Of each example's `queries` new tokens, the last of `tokens`, of which `scored` go through the output head."""
+    """Of each example's `queries` new tokens, the last of `tokens`, of which `scored` go through the output head.
+
+    In generation that is one, and of the other tokens the last layer needs keys and values only.
+    """
     text = trial.config.text_config
     q, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-    projections = text.hidden_size * (2 * q + 2 * kv + 3 * text.intermediate_size)
-    pairs = visible_pairs({"queries": queries, "tokens": tokens, "prefix": prefix})
-    layers = text.num_hidden_layers * (2 * queries * projections + 4 * q * pairs)
+
+    def layer(wanted: int) -> int:
+        pairs = visible_pairs({"queries": wanted, "tokens": tokens, "prefix": prefix})
+        products = queries * 2 * kv + wanted * (2 * q + 3 * text.intermediate_size)
+        return 2 * text.hidden_size * products + 4 * q * pairs
+
+    layers = (text.num_hidden_layers - 1) * layer(queries) + layer(1 if scored == 1 else queries)
     return batch * (layers + 2 * scored * text.hidden_size * text.vocab_size)
 
 

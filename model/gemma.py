@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from pg_kernels import apply_rotary, apply_rotary_to_cache, prefix_lm_attention
-from pg_kernels.nn import GeGLUMLP, RMSNorm
+from pg_kernels.nn import GeGLUMLP, RMSNorm, projections
 
 from .config import TextConfig
 
@@ -55,11 +55,17 @@ class GemmaAttention(nn.Module):
         self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, positions: Tensor, visibility: Visibility, cache: KVCache | None, slots: Tensor | None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        visibility: Visibility,
+        cache: KVCache | None,
+        slots: Tensor | None,
+        only: Tensor | None,
     ) -> Tensor:
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for y in projections(x, (self.q_proj, self.k_proj, self.v_proj))
         )
         if cache is None or slots is None:
             q, k = apply_rotary(q, k, positions, theta=self.theta)
@@ -67,6 +73,9 @@ class GemmaAttention(nn.Module):
             keys, values = cache.keys[self.layer], cache.values[self.layer]
             q = apply_rotary_to_cache(q, k, v, positions, keys, values, slots, theta=self.theta)
             k, v = keys, values
+        if only is not None:
+            q = q.gather(2, only[:, None, None, None].expand(-1, q.shape[1], 1, q.shape[3]))
+            visibility = replace(visibility, q_starts=visibility.q_starts + only.int())
         out = prefix_lm_attention(
             q,
             k,
@@ -92,8 +101,9 @@ class GemmaDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GeGLUMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, *attention: object) -> Tensor:
-        normed, x = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), *attention), residual=x)
+    def forward(self, x: Tensor, *attention: object, only: Tensor | None = None) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), *attention, only)
+        normed, x = self.post_attention_layernorm(attended, residual=_picked(x, only))
         return x + self.mlp(normed)
 
 
@@ -109,10 +119,15 @@ class Gemma2DecoderLayer(nn.Module):
         self.mlp = GeGLUMLP(config.hidden_size, config.intermediate_size)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, *attention: object) -> Tensor:
-        attended = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), *attention))
-        normed, x = self.pre_feedforward_layernorm(attended, residual=x)
+    def forward(self, x: Tensor, *attention: object, only: Tensor | None = None) -> Tensor:
+        attended = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), *attention, only))
+        normed, x = self.pre_feedforward_layernorm(attended, residual=_picked(x, only))
         return x + self.post_feedforward_layernorm(self.mlp(normed))
+
+
+def _picked(x: Tensor, only: Tensor | None) -> Tensor:
+    """x [B, S, D], or [B, 1, D] of it at `only` [B]."""
+    return x if only is None else x[torch.arange(len(only), device=only.device), only][:, None]
 
 
 class GemmaModel(nn.Module):
@@ -140,9 +155,15 @@ class GemmaModel(nn.Module):
         visibility: Visibility,
         cache: KVCache | None = None,
         slots: Tensor | None = None,
+        only: Tensor | None = None,
     ) -> Tensor:
-        """Run all layers; positions [B, S] turn the rotary embedding, slots [B, S] say where the cache takes the keys."""
+        """Run all layers; positions [B, S] turn the rotary embedding, slots [B, S] say where the cache takes the keys.
+
+        With `only`, int64 [B], give one state for each example, [B, 1, D], of the token there: the last layer needs nothing of
+        the others but keys and values.
+        """
         x = embeddings
-        for layer in self.layers:
-            x = layer(x, positions, visibility, cache, slots)
+        for index, layer in enumerate(self.layers):
+            last = index == len(self.layers) - 1
+            x = layer(x, positions, visibility, cache, slots, only=only if last else None)
         return self.norm(x)

@@ -76,26 +76,26 @@ def generate(
     end_ids = model.config.eos_token_id if eos_token_id is None else eos_token_id
     ends = torch.tensor([end_ids] if isinstance(end_ids, int) else list(end_ids), device=input_ids.device)
     decoder = Decoder(model, max_new_tokens)
-    logits = decoder.prefill(input_ids, pixel_values, attention_mask, token_type_ids, image_features)
+    hidden = decoder.prefill(input_ids, pixel_values, attention_mask, token_type_ids, image_features)
     if num_beams > 1:
-        return _beam_search(decoder, logits, max_new_tokens, ends, num_beams)
+        return _beam_search(decoder, hidden, max_new_tokens, ends, num_beams)
 
     pad = model.config.pad_token_id
     finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     tokens: list[Tensor] = []
     while True:
-        token = _choose(logits, temperature, top_k, top_p, generator).masked_fill(finished, pad)
+        token = _choose(model, hidden, temperature, top_k, top_p, generator).masked_fill(finished, pad)
         tokens.append(token)
         if stream is not None:
             stream(token)
         finished |= torch.isin(token, ends)
         if len(tokens) == max_new_tokens or bool(finished.all()):
             return torch.stack(tokens, 1)
-        logits = decoder.step(token)
+        hidden = decoder.step(token)
 
 
 class Decoder:
-    """A batch of sequences with their cache: each step feeds one token a row and gives the next token's logits."""
+    """A batch of sequences with their cache: each step feeds one token a row and gives the state that predicts the next one."""
 
     cache: KVCache
     visible: Visibility
@@ -112,24 +112,24 @@ class Decoder:
         token_type_ids: Tensor | None,
         image_features: Tensor | None,
     ) -> Tensor:
-        """Take the prompts [B, S] and give the logits [B, V] after their last tokens."""
+        """Take the prompts [B, S] and give the hidden states [B, D] of their last tokens."""
         batch, length = input_ids.shape
         embeddings = self.model.embed(input_ids, pixel_values, image_features)
         self.visible, positions = self.model.visibility(input_ids, attention_mask, token_type_ids)
         self.cache = self.model.new_cache(batch, length + self.max_new_tokens)
         slots = torch.arange(length, device=input_ids.device).expand(batch, -1)
-        hidden = self.model.model.language_model(embeddings, positions, self.visible, self.cache, slots)
         last = (self.visible.kv_lens - 1).clamp(min=0).long()
-        return self.model.logits(hidden[torch.arange(batch, device=last.device), last])
+        return self.model.model.language_model(embeddings, positions, self.visible, self.cache, slots, last)[:, 0]
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Append tokens [B], each right behind its row's last one (over right padding), and give the logits [B, V]."""
+        """Append tokens [B], each right behind its row's last one (over right padding), and give their states [B, D]."""
         slots = self.visible.kv_lens
         self.visible = replace(self.visible, kv_lens=slots + 1, q_starts=slots)
         embeddings = self.model.model.language_model.embed(tokens[:, None])
         positions = (slots - self.visible.kv_starts)[:, None]
-        hidden = self.model.model.language_model(embeddings, positions, self.visible, self.cache, slots[:, None].long())
-        return self.model.logits(hidden[:, 0])
+        return self.model.model.language_model(embeddings, positions, self.visible, self.cache, slots[:, None].long())[
+            :, 0
+        ]
 
     def select_rows(self, rows: Tensor) -> None:
         """Continue with these rows (int64 [B']) of the batch, some perhaps repeated."""
@@ -141,15 +141,24 @@ class Decoder:
 
 
 def _choose(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+    model: PaliGemma,
+    hidden: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
 ) -> Tensor:
-    """Pick a token [B] from each row of logits [B, V]."""
+    """Pick the token [B] after each hidden state [B, D]."""
     if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k is not None:
-        threshold = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
+        return model.likeliest(hidden, 1)[1][:, 0]
+    if top_k is None:
+        return _draw(model.logits(hidden) / temperature, top_p, generator)
+    logits, ids = model.likeliest(hidden, min(top_k, model.config.text_config.vocab_size))
+    return ids.gather(1, _draw(logits / temperature, top_p, generator)[:, None])[:, 0]
+
+
+def _draw(logits: Tensor, top_p: float | None, generator: torch.Generator | None) -> Tensor:
+    """Draw a column [B] from each row of logits [B, n]."""
     if top_p is not None:
         ordered, order = logits.softmax(-1).sort(-1, descending=True)
         # A token stays when those before it fall short of top_p, so the likeliest always does.
@@ -166,22 +175,23 @@ class _Finished:
     tokens: Tensor
 
 
-def _beam_search(decoder: Decoder, logits: Tensor, max_new_tokens: int, ends: Tensor, beams: int) -> Tensor:
+def _beam_search(decoder: Decoder, hidden: Tensor, max_new_tokens: int, ends: Tensor, beams: int) -> Tensor:
     """Keep the `beams` best unfinished sequences; at every step each of them may also end, and the best ended one is kept.
 
     A prompt is done once no live beam scores above its best ended sequence: more tokens only lower a score.
     """
-    pad, device = decoder.model.config.pad_token_id, logits.device
-    batch, vocabulary = logits.shape
+    pad, device = decoder.model.config.pad_token_id, hidden.device
+    batch, vocabulary = len(hidden), decoder.model.config.text_config.vocab_size
     decoder.select_rows(torch.arange(batch, device=device).repeat_interleave(beams))
     live = torch.full((batch, beams), float("-inf"), device=device)
     live[:, 0] = 0.0
     tokens = torch.full((batch, beams, max_new_tokens), pad, device=device)
     best = _Finished(torch.full((batch,), float("-inf"), device=device), tokens[:, 0].clone())
-    logits = logits.repeat_interleave(beams, 0)
+    hidden = hidden.repeat_interleave(beams, 0)
     examples = torch.arange(batch, device=device)[:, None]
     for step in range(max_new_tokens):
-        scores = live[:, :, None] + logits.log_softmax(-1).view(batch, beams, vocabulary)
+        log_probs = decoder.model.logits(hidden).log_softmax(-1)
+        scores = live[:, :, None] + log_probs.view(batch, beams, vocabulary)
         _finish(best, scores[:, :, ends], tokens, ends, step)
         scores[:, :, ends] = float("-inf")
         live, flat = scores.flatten(1).topk(beams)
@@ -191,7 +201,7 @@ def _beam_search(decoder: Decoder, logits: Tensor, max_new_tokens: int, ends: Te
         tokens = tokens[examples, parents]
         tokens[:, :, step] = chosen
         decoder.select_rows((examples * beams + parents).flatten())
-        logits = decoder.step(chosen.flatten())
+        hidden = decoder.step(chosen.flatten())
     length = int((best.tokens != pad).sum(1).max())
     return best.tokens[:, : max(length, 1)]
 

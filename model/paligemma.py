@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pg_kernels import linear_cross_entropy
-from pg_kernels.nn import LayerNorm, RMSNorm
+from pg_kernels import int8_topk, linear_cross_entropy
+from pg_kernels.nn import Int8Linear, LayerNorm, RMSNorm
 from pg_kernels.ops.checks import values_are_free
 
 from .config import PaliGemmaConfig
@@ -71,6 +71,7 @@ class PaliGemma(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         image_size: int | None = None,
+        quantize: str | None = None,
     ) -> PaliGemma:
         """Load a Hugging Face folder (safetensors) or a big_vision `.npz` file, in evaluation mode.
 
@@ -78,6 +79,8 @@ class PaliGemma(nn.Module):
             path: the folder or file.
             dtype: of the parameters; default: the checkpoint's.
             device: default: the CPU.
+            quantize: "int8" loads linear layers and embedding as int8 (W8A16); "int8-dynamic" also rounds activations to int8, by
+                token (W8A8). A checkpoint saved in int8 is loaded as it was saved, and needs this to change that only.
             image_size: side of the square images in pixels; another one than the checkpoint's resamples its position embedding.
 
         Raises:
@@ -85,13 +88,13 @@ class PaliGemma(nn.Module):
         """
         from .checkpoints import load  # the reader builds this class
 
-        model = load(path, dtype=dtype, device=device)
+        model = load(path, dtype=dtype, device=device, quantize=quantize)
         if image_size is not None:
             model.set_image_size(image_size)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a Hugging Face folder that transformers loads too; OSError when it cannot be written."""
+        """Write a Hugging Face folder; in floats transformers loads it too. OSError when it cannot be written."""
         from .checkpoints import save_huggingface
 
         save_huggingface(self, folder)
@@ -191,9 +194,18 @@ class PaliGemma(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Score hidden states [..., D] over the vocabulary: fp32 [..., V], softcapped where the configuration says so."""
-        logits = self.lm_head(hidden).float()
+        # An int8 head's sums are fp32: they are rounded only if asked for in a shorter type.
+        logits = self.lm_head(hidden.float() if type(self.lm_head) is Int8Linear else hidden).float()
         softcap = self.config.text_config.final_logit_softcapping
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def likeliest(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest of the same logits, fp32 [..., k] and the largest first, and their ids [..., k]."""
+        if type(self.lm_head) is Int8Linear:
+            softcap = self.config.text_config.final_logit_softcapping
+            return int8_topk(hidden, self.lm_head.weight, k, softcap=softcap, activations=self.lm_head.activations)
+        logits = self.logits(hidden)
+        return logits.max(-1, keepdim=True) if k == 1 else logits.topk(k)
 
     def visibility(
         self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
@@ -218,15 +230,16 @@ class PaliGemma(nn.Module):
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """Give an empty key-value cache for `batch` rows of `capacity` tokens, in the model's dtype and place."""
-        weight = self.model.language_model.embed_tokens.weight
+        weight = self.model.language_model.norm.weight
         return KVCache(self.config.text_config, batch, capacity, dtype=weight.dtype, device=weight.device)
 
     def _loss(self, hidden: Tensor, labels: Tensor, reduction: str, label_smoothing: float) -> Tensor:
         targets = labels[:, 1:]
         softcap = self.config.text_config.final_logit_softcapping
+        weight = self.lm_head.weight
         losses = linear_cross_entropy(
             hidden[:, :-1],
-            self.lm_head.weight,
+            weight.dequantize(hidden.dtype) if type(self.lm_head) is Int8Linear else weight,
             targets,
             softcap=softcap,
             label_smoothing=label_smoothing,

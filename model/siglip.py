@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pg_kernels import prefix_lm_attention
-from pg_kernels.nn import LayerNorm
+from pg_kernels.nn import LayerNorm, projections
 
 from .config import VisionConfig
 
@@ -33,8 +33,8 @@ class SiglipAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for y in projections(x, (self.q_proj, self.k_proj, self.v_proj))
         )
         return self.out_proj(prefix_lm_attention(q, k, v, causal=False).transpose(1, 2).flatten(2))
 

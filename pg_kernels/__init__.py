@@ -10,6 +10,7 @@ from pg_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from pg_kernels.ops.prefix_lm_attention import prefix_lm_attention, prefix_lm_attention_varlen
 from pg_kernels.ops.quantize_int8 import quantize_int8
 from pg_kernels.ops.rms_norm import rms_norm
+from pg_kernels.quantization import quantize_
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "pack_int8",
     "prefix_lm_attention",
     "prefix_lm_attention_varlen",
+    "quantize_",
     "quantize_int8",
     "rms_norm",
 ]

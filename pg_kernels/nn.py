@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from pg_kernels.ops.geglu import geglu
 from pg_kernels.ops.geglu_mlp import geglu_mlp
+from pg_kernels.ops.int8_linear import int8_geglu, int8_linear, int8_projections, pack_int8
 from pg_kernels.ops.layer_norm import layer_norm
+from pg_kernels.ops.quantize_int8 import quantize_int8
 from pg_kernels.ops.rms_norm import rms_norm
 
 
@@ -57,7 +62,194 @@ class GeGLUMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., dim] to [..., dim]."""
         projections = (self.gate_proj, self.up_proj, self.down_proj)
-        # A LoRA or quantised layer also has a `.weight`, but its forward is more than a product with it.
+        # A LoRA layer also has a `.weight`, but its forward is more than a product with it.
         if all(type(projection) is nn.Linear for projection in projections):
             return geglu_mlp(x, *(projection.weight for projection in projections))
+        gate: Any = self.gate_proj
+        up: Any = self.up_proj
+        if _share_activations((gate, up)):
+            return self.down_proj(int8_geglu(x, gate.weight, up.weight, activations=gate.activations))
         return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class _Int8Module(nn.Module):
+    """Has an int8 weight, which is no parameter: frozen, never cast, laid out for its device.
+
+    In a state_dict it is `weight`, int8 [N, K], and `weight_scale`, fp32 [N] or [N, groups], whatever the layout.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        group_size: int | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.group_size = group_size
+        self.dtype = dtype or torch.get_default_dtype()
+        with torch.device(torch.get_default_device() if device is None else device):
+            self.weight = pack_int8(torch.zeros(rows, columns, dtype=torch.int8), torch.zeros(rows))
+
+    def set_weight(self, weight: Tensor, scale: Tensor | None = None) -> None:
+        """Take int8 [N, K] with its fp32 scale, or floats [N, K], which are quantised; the weight goes to their device.
+
+        Raises ValueError for another shape than the module's, and what `quantize_int8` and `pack_int8` raise.
+        """
+        if weight.shape != self.weight.shape:
+            raise ValueError(f"weight: expected shape {list(self.weight.shape)}, got {list(weight.shape)}")
+        if scale is None:
+            weight, scale = quantize_int8(weight, group_size=self.group_size)
+        self.weight.replace_(weight, scale)
+        self.group_size = None if scale.dim() == 1 else self.weight.group_size
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        moved = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device))
+        self.weight.move_(moved.device)
+        self.dtype = moved.dtype
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"], destination[f"{prefix}weight_scale"] = self.weight.unpack()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        _, _, missing, _, errors = rest
+        weight, scale = (state_dict.get(f"{prefix}{name}") for name in ("weight", "weight_scale"))
+        if weight is None:
+            missing.append(f"{prefix}weight")
+        elif not weight.is_floating_point() and scale is None:
+            missing.append(f"{prefix}weight_scale")
+        else:
+            device = weight.device if self.weight.device.type == "meta" else self.weight.device
+            try:
+                self.set_weight(weight.detach().to(device), None if scale is None else scale.to(device))
+            except (TypeError, ValueError) as error:
+                errors.append(f"{prefix}weight cannot be loaded: {error}")
+        own = (f"{prefix}weight", f"{prefix}weight_scale")
+        super()._load_from_state_dict({k: v for k, v in state_dict.items() if k not in own}, prefix, *rest)
+
+
+class Int8Linear(_Int8Module):
+    """`pg_kernels.int8_linear` in the place of an nn.Linear: a frozen int8 weight; gradients flow to the input and the bias.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for nn.Linear; the weight starts as zeros, the dtype is the bias's.
+        group_size: columns that share a scale in what `set_weight` quantises, a power of two; default: the whole row.
+        activations: "keep" or "int8", as for `int8_linear`.
+
+    Raises ValueError for unknown `activations`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        group_size: int | None = None,
+        activations: str = "keep",
+    ) -> None:
+        if activations not in ("keep", "int8"):
+            raise ValueError(f"activations: got {activations!r}, expected 'keep' or 'int8'")
+        super().__init__(out_features, in_features, group_size, device, dtype)
+        self.in_features, self.out_features, self.activations = in_features, out_features, activations
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, group_size: int | None = None, activations: str = "keep") -> Int8Linear:
+        """Quantise an nn.Linear's weight (on the meta device: leave it open); its bias is shared.
+
+        Raises TypeError and ValueError as `quantize_int8` does for the weight.
+        """
+        module = cls._replacing(linear, group_size, activations)
+        if not linear.weight.is_meta:
+            module.set_weight(linear.weight)
+        return module
+
+    @classmethod
+    def from_torchao(cls, linear: nn.Linear) -> Int8Linear:
+        """Take over levels and scales of an nn.Linear that torchao's `quantize_` has made int8; its bias is shared.
+
+        Activations are quantised where torchao does so. Raises TypeError for a weight that is not torchao's Int8Tensor,
+        ValueError for one that is not symmetric.
+        """
+        from torchao.quantization import Int8Tensor
+
+        weight = linear.weight.data
+        if not isinstance(weight, Int8Tensor):
+            raise TypeError(f"linear: expected a weight of torchao's Int8Tensor, got {type(weight).__name__}")
+        if weight.zero_point is not None and bool(weight.zero_point.any()):
+            raise ValueError("linear: expected symmetric int8, got zero points that are not 0")
+        module = cls._replacing(linear, None, "keep" if weight.act_quant_kwargs is None else "int8")
+        scale = weight.scale.float().expand(len(weight.qdata), -1)
+        module.set_weight(weight.qdata, scale[:, 0] if scale.shape[1] == 1 else scale)
+        return module
+
+    @classmethod
+    def _replacing(cls, linear: nn.Linear, group_size: int | None, activations: str) -> Int8Linear:
+        module = cls(
+            linear.in_features,
+            linear.out_features,
+            False,
+            "meta",
+            linear.weight.dtype,
+            group_size=group_size,
+            activations=activations,
+        )
+        module.bias = linear.bias
+        return module.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., in_features] to [..., out_features]."""
+        return int8_linear(x, self.weight, bias=self.bias, activations=self.activations)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"group_size={self.group_size}, activations={self.activations!r}"
+        )
+
+
+class Int8Embedding(_Int8Module):
+    """An nn.Embedding of int8 rows, which it gives in `dtype`: for tables that are an Int8Linear's weight, too.
+
+    Args:
+        num_embeddings, embedding_dim, device, dtype: as for nn.Embedding; the rows start as zeros.
+        group_size: as for Int8Linear.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        group_size: int | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, group_size, device, dtype)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Look up indices [...], int32 or int64, giving [..., embedding_dim]."""
+        return self.weight.rows(indices, self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, group_size={self.group_size}"
+
+
+def projections(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:
+    """What each of some linear layers makes of x [..., in_features]; int8 layers read and quantise it once."""
+    if not _share_activations(layers):
+        return tuple(layer(x) for layer in layers)
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    return int8_projections(x, weights, biases, activations=layers[0].activations)
+
+
+def _share_activations(layers: Sequence[Any]) -> bool:
+    """Whether they are Int8Linear, and no more than that, with activations of one kind."""
+    return all(type(layer) is Int8Linear and layer.activations == layers[0].activations for layer in layers)

@@ -218,7 +218,7 @@ class Gemm {
       row_scale = largest < kInfinity ? from_bits(largest) / 127.0f : std::numeric_limits<float>::quiet_NaN();
     }
     bool plain = true;
-    int64_t block = -1;
+    int64_t block = -1, begin = 0, end = 0;  // steps that levels holds
     float scale = row_scale, inverse = 0;
     for (int64_t s = 0; s < count_; ++s) {
       const Segment& segment = segments_[s];
@@ -228,18 +228,24 @@ class Gemm {
         load_floats(a_.type, a_.x, offset + block * kBlock, size, x);
         plain = choose_scale16(largest_magnitude(x, size), &scale, &inverse) && plain;
       }
+      if ((segment.step + segment.steps - begin) * 4 > kLongest) {
+        write_levels(tile, rows, row, levels, begin, end);
+        begin = segment.step;
+      }
+      end = segment.step + segment.steps;
+      int16_t* const own = levels + (segment.step - begin) * 4;
       int32_t sum;
       if (a_.int8_activations) {
         load_floats(a_.type, a_.x, offset + segment.column, segment.size, x);
-        sum = round_to_8(x, row_scale, segment.size, levels);
+        sum = round_to_8(x, row_scale, segment.size, own);
       } else {
-        sum = round_to_16(x + segment.column % kBlock, inverse, segment.size, levels);
+        sum = round_to_16(x + segment.column % kBlock, inverse, segment.size, own);
       }
-      for (int64_t i = segment.size; i < segment.steps * 4; ++i) levels[i] = 0;
-      write_levels(tile_activations(tile) + segment.step * 4 * rows * limbs_, rows, row, levels, segment.steps);
+      for (int64_t i = segment.size; i < segment.steps * 4; ++i) own[i] = 0;
       corrections_[place(tile, s) + row] = Isa::kSigned ? 0 : 128 * sum;
       scales_[place(tile, s) + row] = scale;
     }
+    write_levels(tile, rows, row, levels, begin, end);
     plain_[index] = plain;
   }
 
@@ -267,7 +273,11 @@ class Gemm {
     return true;
   }
 
-  void write_levels(Element* out, int64_t rows, int64_t row, const int16_t* levels, int64_t steps) const {
+  // Row by row within a step, as the product reads them. Many steps at once: what is read here was written just before,
+  // and a processor waits for wide writes that are read in pieces.
+  void write_levels(int64_t tile, int64_t rows, int64_t row, const int16_t* levels, int64_t begin, int64_t end) const {
+    const int64_t steps = end - begin;
+    Element* const out = tile_activations(tile) + begin * 4 * rows * limbs_;
     if constexpr (Isa::kBytes) {
       alignas(64) int8_t high[kLongest], low[kLongest];
       if (limbs_ == 1) {

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
+
+from pg_kernels import PackedInt8Weight
+from pg_kernels.nn import Int8Embedding, Int8Linear
+from pg_kernels.quantization import ACTIVATIONS, quantize_
 
 from ..config import PaliGemmaConfig
 from ..paligemma import PaliGemma
 from .big_vision import BigVisionReader, write_big_vision
 from .huggingface import HuggingFaceReader, write_huggingface
-from .layout import EMBEDDING, FLOAT_DTYPES, HEAD, Reader, TensorSpec
+from .layout import EMBEDDING, FLOAT_DTYPES, HEAD, SCALE, Reader, TensorSpec
 
 __all__ = ["convert", "load", "save_big_vision", "save_huggingface"]
 
@@ -40,30 +45,40 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     config: PaliGemmaConfig | None = None,
+    quantize: str | None = None,
     progress: bool = True,
 ) -> PaliGemma:
     """Loads a PaliGemma from a Hugging Face folder or a big_vision .npz file, whichever `path` is.
 
     `dtype` None keeps the checkpoint's own (config.json's, else the widest of its tensors); `device` None is the
     CPU. `config` replaces the folder's config.json, or what is inferred from the .npz file's shapes; the
-    tensors' shapes must still agree with it. Tensors are read one at a time straight to their dtype and device, so peak
-    memory is the model and little more, and stay independent of the file. With `progress`, a bar appears on stderr, if
+    tensors' shapes must still agree with it. `quantize` makes the linear layers int8 as `pg_kernels.quantize_` does, "int8" or
+    "int8-dynamic"; in a checkpoint that is int8 already it says what becomes of activations. Tensors are read one at a
+    time straight to their dtype and device, or into int8, so peak memory is the model and little more, and stay
+    independent of the file. With `progress`, a bar appears on stderr, if
     that is a terminal, once loading has taken a second. The model is returned in evaluation mode.
 
     Raises FileNotFoundError for a path, config.json or shard that does not exist; ValueError naming file and tensor for
-    unreadable files, other architectures, and missing, unexpected or wrongly shaped tensors; TypeError for a dtype that
-    is not float32, float16 or bfloat16.
+    unreadable files, other architectures, and missing, unexpected or wrongly shaped tensors, or an unknown `quantize`; TypeError
+    for a dtype that is not float32, float16 or bfloat16.
     """
     _check_dtype(dtype)
+    if quantize is not None and quantize not in ACTIVATIONS:
+        raise ValueError(f"quantize: got {quantize!r}, expected one of {', '.join(map(repr, ACTIVATIONS))} or None")
     reader = _open(path)
     config, names = _resolve(reader, config)
-    model = _meta_model(config)
     target_dtype = dtype or reader.dtype
     target_device = torch.device("cpu" if device is None else device)
+    model = _meta_model(config).to(target_dtype)
+    _make_int8(model, reader, names, quantize)
+    waiting: dict[str, Tensor] = {}
     for file_name, tensor in _streamed(reader, names, target_dtype, target_device, progress):
-        _assign(model, names[file_name], tensor)
+        try:
+            _assign(model, names[file_name], tensor, waiting)
+        except ValueError as error:
+            raise ValueError(f"{reader.describe(file_name)}: {error}") from error
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.get_parameter(EMBEDDING)
+        model.lm_head.weight = model.model.language_model.embed_tokens.weight
     return model.eval()
 
 
@@ -72,15 +87,25 @@ def save_huggingface(model: PaliGemma, folder: str | os.PathLike[str], *, max_sh
 
     The tensors keep their dtypes and get the names that transformers 4.48 to 5.x read; they are split into shards of
     `max_shard_bytes` at most where one file would be larger. Other files of an existing folder are kept, and no file
-    is ever half-written. Raises OSError naming `folder` if it cannot be written; ValueError if the model does not hold
-    exactly PaliGemma's floating-point parameters (quantised or wrapped layers).
+    is ever half-written. int8 layers are written as int8 with their scales beside them, for this package alone to read.
+    Raises OSError naming `folder` if it cannot be written; ValueError if the model does not hold exactly PaliGemma's
+    parameters, in floats or int8 (wrapped layers).
     """
-    parameters = _parameters(model)
-    specs = [TensorSpec(name, tuple(p.shape), p.dtype) for name, p in parameters.items()]
+    entries = _entries(model)
     # Wide dtypes first, so that every tensor of a file with several of them starts aligned.
-    specs.sort(key=lambda spec: -spec.dtype.itemsize)
-    tensors = ((spec.name, parameters[spec.name]) for spec in specs)
-    write_huggingface(model.config, specs, tensors, Path(folder), max_shard_bytes=max_shard_bytes)
+    specs = sorted((spec for spec, _ in entries.values()), key=lambda spec: -spec.dtype.itemsize)
+    tensors = ((spec.name, entries[spec.name][1]()) for spec in specs)
+    kinds = {module.activations for module in model.modules() if type(module) is Int8Linear}
+    if len(kinds) > 1:
+        raise ValueError("model cannot be saved: some of its int8 layers quantise activations and some do not")
+    write_huggingface(
+        model.config,
+        specs,
+        tensors,
+        Path(folder),
+        max_shard_bytes=max_shard_bytes,
+        activations=kinds.pop() if kinds else None,
+    )
 
 
 def save_big_vision(model: PaliGemma, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
@@ -91,8 +116,10 @@ def save_big_vision(model: PaliGemma, path: str | os.PathLike[str], *, dtype: to
     PaliGemma's floating-point parameters.
     """
     _check_dtype(dtype)
-    parameters = _parameters(model)
-    write_big_vision(model.config, parameters.__getitem__, Path(path), dtype or parameters[EMBEDDING].dtype)
+    entries = _entries(model)
+    if any(spec.dtype == torch.int8 for spec, _ in entries.values()):
+        raise ValueError(f"{path}: .npz files hold no int8 weights; save the model before quantising it")
+    write_big_vision(model.config, lambda name: entries[name][1](), Path(path), dtype or entries[EMBEDDING][0].dtype)
 
 
 def convert(
@@ -122,6 +149,8 @@ def convert(
         return
 
     reader = _open(source)
+    if reader.quantization is not None:
+        raise ValueError(f"{source} holds int8 weights, which are not converted; convert the original checkpoint")
     config, names = _resolve(reader, None)
     target_dtype, cpu = dtype or reader.dtype, torch.device("cpu")
     if target.suffix == ".npz":
@@ -187,6 +216,15 @@ def _resolve(reader: Reader, config: PaliGemmaConfig | None) -> tuple[PaliGemmaC
         del names[HEAD]
 
     expected = _expected_shapes(config)
+    for file_name in [name for name in names if name.endswith(SCALE)]:
+        weight = file_name.removesuffix(SCALE)
+        if weight not in names:
+            del names[file_name]  # of a head that is the embedding's
+            continue
+        names[file_name] = names[weight] + SCALE
+        rows = expected.get(names[weight], (0,))[:1]
+        # One scale for each row, or for each group of its columns: how many, packing checks.
+        expected[names[file_name]] = rows + reader.shapes[file_name][1:2]
     present = set(names.values())
     _refuse(reader, "tensor(s) missing", [name for name in expected if name not in present])
     _refuse(reader, "unexpected tensor(s)", [file_name for file_name, name in names.items() if name not in expected])
@@ -223,27 +261,72 @@ def _streamed(
             bar.update(tensor.nbytes)
 
 
-def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def _make_int8(model: PaliGemma, reader: Reader, names: dict[str, str], quantize: str | None) -> None:
+    """Put int8 layers where the checkpoint has them, or everywhere if it has none and `quantize` says so."""
+    layers = {name.removesuffix(f".weight{SCALE}") for name in names.values() if name.endswith(SCALE)}
+    if not layers and quantize is None:
+        return
+    modes = {activations: mode for mode, activations in ACTIVATIONS.items()}
+    mode = quantize or modes.get((reader.quantization or {}).get("activations", "keep"))
+    if mode is None:
+        raise ValueError(f"{reader.path}: config.json's quantization_config has unknown activations")
+    embedding = EMBEDDING.removesuffix(".weight")
+    wanted = layers | ({"lm_head"} if model.config.tie_word_embeddings and embedding in layers else set())
+    quantize_(model, mode, skip=lambda name, _: bool(layers) and name not in wanted)
+    for name in layers:
+        if not isinstance(model.get_submodule(name), (Int8Linear, Int8Embedding)):
+            raise ValueError(f"{reader.describe(f'{name}.weight')} is int8, which this layer cannot be")
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor, waiting: dict[str, Tensor]) -> None:
+    """Hand a tensor to its module; an int8 weight and its scale, one of which is `waiting` for the other, together."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
+    if isinstance(module, (Int8Linear, Int8Embedding)) and leaf != "bias":
+        if leaf == "weight" and tensor.is_floating_point():
+            module.set_weight(tensor)
+        elif owner in waiting:
+            other = waiting.pop(owner)
+            module.set_weight(*((tensor, other) if leaf == "weight" else (other, tensor)))
+        else:
+            waiting[owner] = tensor
+        return
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=getattr(module, leaf).requires_grad))
 
 
-def _parameters(model: PaliGemma) -> dict[str, torch.Tensor]:
-    """The model's parameters, a tied head left out. Raises ValueError if they are not PaliGemma's."""
+def _entries(model: PaliGemma) -> dict[str, tuple[TensorSpec, Callable[[], Tensor]]]:
+    """What is to be written of a model, a tied head left out, by name. Raises ValueError if it is not PaliGemma's."""
     expected = _expected_shapes(model.config)
-    found = dict(model.named_parameters(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    entries: dict[str, tuple[TensorSpec, Callable[[], Tensor]]] = {}
     for name, shape in expected.items():
+        module = modules.get(name.rpartition(".")[0])
+        if isinstance(module, (Int8Linear, Int8Embedding)) and name.endswith(".weight"):
+            weight = module.weight
+            scale = TensorSpec(name + SCALE, weight.scale_shape, torch.float32)
+            entries[name] = TensorSpec(name, tuple(weight.shape), torch.int8), partial(_unpacked, weight, 0)
+            entries[name + SCALE] = scale, partial(_unpacked, weight, 1)
+            continue
         parameter = found.get(name)
         if parameter is None or tuple(parameter.shape) != shape or parameter.dtype not in FLOAT_DTYPES:
             what = "missing" if parameter is None else f"{parameter.dtype} {list(parameter.shape)}"
             raise ValueError(
                 f"model cannot be saved: {name} is {what}, expected a floating-point parameter of shape {list(shape)}; "
-                "save the model before quantising or wrapping its layers"
+                "save the model before wrapping its layers"
             )
+        entries[name] = TensorSpec(name, shape, parameter.dtype), partial(_given, parameter)
     unexpected = [name for name in found if name not in expected and name != HEAD]
     if unexpected:
         raise ValueError(
             f"model cannot be saved: {len(unexpected)} unexpected parameter(s): {', '.join(unexpected[:5])}"
         )
-    return {name: found[name] for name in expected}
+    return entries
+
+
+def _unpacked(weight: PackedInt8Weight, index: int) -> Tensor:
+    return weight.unpack()[index]
+
+
+def _given(tensor: Tensor) -> Tensor:
+    return tensor

@@ -251,6 +251,7 @@ class BigVisionReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.quantization: dict[str, Any] | None = None
         try:
             self._zip = zipfile.ZipFile(path)
         except zipfile.BadZipFile as error:

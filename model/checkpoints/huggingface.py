@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..config import PaliGemmaConfig
 from ..files import json_bytes, read_json_object, temporary_sibling, unreadable
-from .layout import EMBEDDING, HEAD, TensorSpec, raw_bytes
+from .layout import EMBEDDING, HEAD, SCALE, TensorSpec, raw_bytes
 
 # File key -> parameter name, first match wins. The layouts: `language_model.model.` and `vision_tower.vision_model.`
 # (transformers up to 4.51), everything under `model.` (4.52), no `vision_model.` (5.x in memory), and the mixture of
@@ -39,7 +39,8 @@ _MODEL_TO_FILE = (
 _IGNORED = re.compile(r"vision_tower\.(?:vision_model\.)?head\.|rotary_emb\.inv_freq$|embeddings\.position_ids$")
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()} | {torch.int8: "I8"}
+_QUANTIZER = "pg_kernels"
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -92,12 +93,13 @@ class HuggingFaceReader:
     """An open Hugging Face folder.
 
     Raises FileNotFoundError for a folder without config.json or a listed shard, ValueError for anything else that is not
-    an unquantised PaliGemma in safetensors.
+    a PaliGemma in safetensors, in floats or in this package's int8.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self._config = self._read_config_json()
+        self.quantization: dict[str, Any] | None = self._config.get("quantization_config")
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._keys: dict[str, tuple[Path, str]] = {}
         self._file_dtypes: dict[str, torch.dtype] = {}
@@ -116,8 +118,8 @@ class HuggingFaceReader:
         config = read_json_object(path)
         if config.get("model_type") != "paligemma":
             raise ValueError(f"{path}: model_type is {config.get('model_type')!r}, expected 'paligemma'")
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method", "unknown")
+        method = (config.get("quantization_config") or {}).get("quant_method", "unknown")
+        if config.get("quantization_config") and method != _QUANTIZER:
             raise ValueError(f"{path}: the weights are quantised ({method}); load the unquantised checkpoint instead")
         return config
 
@@ -132,10 +134,11 @@ class HuggingFaceReader:
                     raise ValueError(f"{file}: {key} holds the same parameter as {self.describe(name)}")
                 tensor = handle.get_slice(key)
                 code = tensor.get_dtype()
-                if code not in _DTYPES:
-                    raise ValueError(f"{file}: {key} has dtype {code}, expected one of {', '.join(_DTYPES)}")
+                known = _DTYPES if self.quantization is None else _DTYPES | {"I8": torch.int8}
+                if code not in known:
+                    raise ValueError(f"{file}: {key} has dtype {code}, expected one of {', '.join(known)}")
                 self.shapes[name] = tuple(tensor.get_shape())
-                self._file_dtypes[name] = _DTYPES[code]
+                self._file_dtypes[name] = known[code]
                 self._keys[name] = (file, key)
 
     def _own_dtype(self) -> torch.dtype:
@@ -143,7 +146,7 @@ class HuggingFaceReader:
         dtype = getattr(torch, str(declared).removeprefix("torch."), None)
         if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
             return dtype
-        return reduce(torch.promote_types, self._file_dtypes.values(), torch.bfloat16)
+        return _common_dtype(self._file_dtypes)
 
     def read_config(self) -> PaliGemmaConfig:
         try:
@@ -177,7 +180,9 @@ class HuggingFaceReader:
             with _open(self._keys[group[0]][0]) as handle:
                 for name in group:
                     # copy=True: the handle's tensors are the mapped file itself, which the user may replace.
-                    yield name, handle.get_tensor(self._keys[name][1]).to(device, dtype, copy=True)
+                    own = self._file_dtypes[name] == torch.int8 or name.endswith(SCALE)
+                    wanted_dtype = self._file_dtypes[name] if own else dtype
+                    yield name, handle.get_tensor(self._keys[name][1]).to(device, wanted_dtype, copy=True)
 
     def _groups(self, names: list[str]) -> Iterator[list[str]]:
         """Neighbours in the same file, of at most _MAPPED_BYTES unless a single tensor is larger."""
@@ -241,13 +246,14 @@ def write_huggingface(
     *,
     max_shard_bytes: float = 5e9,
     copied_files: Mapping[str, Path] | None = None,
+    activations: str | None = None,
 ) -> None:
     """Writes a Hugging Face folder from a stream of tensors that come in the order of `specs`.
 
     Everything is written beside `folder` first and then moved: a new folder appears at once, in an existing one each file
     is replaced by a complete one, weight files of another sharding are removed and all others kept. `copied_files` maps
-    names in the folder to files copied there. Raises OSError naming `folder` if it cannot be written, ValueError for a
-    shard limit that is not positive.
+    names in the folder to files copied there; `activations` says what int8 layers do to theirs, if there are any. Raises
+    OSError naming `folder` if it cannot be written, ValueError for a shard limit that is not positive.
     """
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
@@ -264,16 +270,23 @@ def write_huggingface(
         if len(shards) > 1:
             total = sum(spec.nbytes for spec in specs)
             (temporary / _INDEX).write_bytes(json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map}))
-        dtype = reduce(torch.promote_types, (spec.dtype for spec in specs))
+        dtype = _common_dtype({spec.name: spec.dtype for spec in specs})
         # "torch_dtype" is the name that old and new transformers read.
-        (temporary / "config.json").write_bytes(
-            json_bytes(config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")})
-        )
+        content = config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
+        if activations is not None:
+            content["quantization_config"] = {"quant_method": _QUANTIZER, "bits": 8, "activations": activations}
+        (temporary / "config.json").write_bytes(json_bytes(content))
         ids = {f"{kind}_token_id": getattr(config, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         (temporary / "generation_config.json").write_bytes(json_bytes(ids))
         for name, file in (copied_files or {}).items():
             shutil.copyfile(file, temporary / name)
         _move_into(temporary, folder)
+
+
+def _common_dtype(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    """The widest of a checkpoint's tensors, int8 weights and their scales aside."""
+    floats = [dtype for name, dtype in dtypes.items() if dtype != torch.int8 and not name.endswith(SCALE)]
+    return reduce(torch.promote_types, floats or [torch.bfloat16])
 
 
 def _move_into(source: Path, folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -12,6 +12,8 @@ from ..config import PaliGemmaConfig
 
 EMBEDDING = "model.language_model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+SCALE = "_scale"
+"""Behind the name of an int8 weight: its fp32 scales."""
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -33,6 +35,8 @@ class Reader(Protocol):
     path: Path
     dtype: torch.dtype
     shapes: dict[str, tuple[int, ...]]
+    quantization: dict[str, Any] | None
+    """config.json's, where some weights are int8 and have scales beside them."""
 
     def read_config(self) -> PaliGemmaConfig: ...
 
@@ -45,7 +49,10 @@ class Reader(Protocol):
     def tensors(
         self, names: Iterable[str], dtype: torch.dtype, device: torch.device
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the named tensors in the order of `shapes`, each in memory of its own, never tied to the file."""
+        """Yields the named tensors in the order of `shapes`, each in memory of its own, never tied to the file.
+
+        int8 weights and their scales keep their dtypes.
+        """
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

@@ -42,18 +42,28 @@ class PackedInt8Weight:
         """Where the weight is."""
         return self._data.device
 
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Of the scales that `unpack` gives."""
+        rows, columns = self.shape
+        return (rows,) if self._one_scale else (rows, -(-columns // self.group_size))
+
     def unpack(self) -> tuple[Tensor, Tensor]:
         """Give back exactly what was packed: int8 [N, K] and its fp32 scales."""
         qweight, scale = self._canonical()
         return qweight, scale[:, 0] if self._one_scale else scale
 
-    def to(self, device: torch.device | str) -> PackedInt8Weight:
-        """The same weight on another device, laid out for it; itself where it is there already."""
-        device = torch.device(device)
-        if device == self.device:
-            return self
-        qweight, scale = self.unpack()
-        return pack_int8(qweight.to(device), scale.to(device))
+    def move_(self, device: torch.device | str) -> None:
+        """Move to another device, in the layout for it; whoever holds this weight finds it there."""
+        if torch.device(device) == self.device:
+            return
+        # What is on the meta device has no numbers yet.
+        self.replace_(*(torch.zeros_like(t, device=device) if t.is_meta else t.to(device) for t in self.unpack()))
+
+    def replace_(self, qweight: Tensor, scale: Tensor) -> None:
+        """Pack another weight in this one's place; whoever holds it finds that. Raises what `pack_int8` raises."""
+        for name, value in vars(pack_int8(qweight, scale)).items():
+            object.__setattr__(self, name, value)
 
     def rows(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantise some rows: int32 or int64 [...], each in [0, N), to [..., K] in `dtype`, rounded once from fp32.
@@ -69,6 +79,14 @@ class PackedInt8Weight:
                 _check_rows(chosen, n)
             rows = dequantize_int8(self._data[chosen], self._scale[chosen], self.group_size)
         return rows.to(dtype).view(*indices.shape, k)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """All rows, [N, K]."""
+        whole = torch.empty(self.shape, dtype=dtype, device=self.device)
+        # In parts, as rows come in fp32 first.
+        for indices in torch.arange(self.shape[0], device=self.device).split(4096):
+            whole[indices[0] : indices[-1] + 1] = self.rows(indices, dtype)
+        return whole
 
     @property
     def _is_native(self) -> bool:

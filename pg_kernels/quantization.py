@@ -1,0 +1,89 @@
+"""Whole models in int8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from pg_kernels.nn import Int8Embedding, Int8Linear
+from pg_kernels.ops.checks import values_are_free
+
+ACTIVATIONS = {"int8": "keep", "int8-dynamic": "int8"}
+"""What a mode does to activations, as `int8_linear` calls it."""
+
+
+def quantize_(
+    model: nn.Module,
+    mode: str = "int8",
+    *,
+    group_size: int | None = None,
+    skip: Callable[[str, nn.Module], bool] | None = None,
+) -> nn.Module:
+    """Replace the linear layers of a model by int8 ones, in place; each float weight is released as soon as it is replaced.
+
+    Every nn.Linear becomes an `Int8Linear`, and an nn.Embedding that shares its weight with one an `Int8Embedding` that still
+    does. Subclasses of them are left alone, as is everything else.
+
+    Args:
+        model: any module that holds linear layers.
+        mode: "int8" keeps activations (W8A16); "int8-dynamic" rounds them to int8 by token, too (W8A8).
+        group_size: columns that share a scale, a power of two; default: one scale for every row.
+        skip: called with each layer's name and the layer; true leaves it as it is.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: unknown mode, a group size that is no power of two, weights with NaN or infinity; before anything is
+            replaced. Also a model that is a linear layer itself: use `Int8Linear.from_linear`.
+    """
+    if mode not in ACTIVATIONS:
+        raise ValueError(f"mode: got {mode!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
+    if group_size is not None and (group_size < 1 or group_size & (group_size - 1)):
+        raise ValueError(f"group_size: expected a power of two, got {group_size}")
+    if type(model) is nn.Linear:
+        raise ValueError("model: a linear layer cannot replace itself; use Int8Linear.from_linear")
+    linears: dict[nn.Linear, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) is nn.Linear and not (skip is not None and skip(name, module)):
+            linears.setdefault(module, []).append(name)
+    for linear, names in linears.items():
+        weight = linear.weight.detach()
+        # The largest magnitude tells, in one pass.
+        if values_are_free(weight) and not bool(torch.linalg.vector_norm(weight, torch.inf).isfinite()):
+            raise ValueError(f"{names[0]}.weight: holds NaN or infinity, which int8 cannot")
+    total = sum(linear.weight.nbytes for linear in linears)
+    with tqdm(
+        total=total, desc="quantising", unit="B", unit_scale=True, unit_divisor=1024, delay=1.0, disable=None
+    ) as bar:
+        while linears:
+            linear, names = linears.popitem()
+            module = Int8Linear.from_linear(linear, group_size=group_size, activations=ACTIVATIONS[mode])
+            for name in names:
+                _replace(model, name, module)
+            tied = [name for name, other in model.named_modules() if _shares_weight(other, linear)]
+            for name in tied:
+                _replace(model, name, _embedding(model.get_submodule(name), module))
+            bar.update(linear.weight.nbytes)
+    return model
+
+
+def _shares_weight(module: nn.Module, linear: nn.Linear) -> bool:
+    return type(module) is nn.Embedding and module.weight is linear.weight
+
+
+def _embedding(embedding: Any, linear: Int8Linear) -> Int8Embedding:
+    """An embedding's replacement, around the weight of the layer that it is tied to."""
+    size = (embedding.num_embeddings, embedding.embedding_dim)
+    module = Int8Embedding(*size, "meta", embedding.weight.dtype, group_size=linear.group_size)
+    module.weight = linear.weight
+    return module.train(embedding.training)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)
