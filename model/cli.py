@@ -1,4 +1,4 @@
-"""The command line: `pg-kernels run`, `bench`, `tune`, `info` and `convert`."""
+"""The command line: `pg-kernels run`, `compare`, `bench`, `tune`, `info` and `convert`."""
 
 from __future__ import annotations
 
@@ -8,24 +8,33 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib import metadata, util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
 import pg_kernels
 from pg_kernels.backends import explain
+from pg_kernels.ops.extension import instruction_sets
+from pg_kernels.quantization import ACTIVATIONS
 
 from . import EMBEDDED_CHECKPOINT
 from .checkpoints import convert, load
 from .config import PaliGemmaConfig
 from .files import temporary_sibling
 from .locations import Detection
+from .paligemma import PaliGemma
 from .processor import RESIZE_MODES, Processor, load_image
+from .quality import compare, table
 from .segmentation import MaskVQVAE
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .training.evaluation import Scores
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -83,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     run.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the checkpoint's)")
     run.add_argument(
+        "--quantize",
+        choices=ACTIVATIONS,
+        help="int8 weights, a half of bfloat16's memory and on CPUs much faster; int8-dynamic also rounds activations to "
+        "int8: a faster first token, answers a little less exact (default: as the checkpoint is)",
+    )
+    run.add_argument(
         "--resize", choices=RESIZE_MODES, default="hf", help="how images become squares (default: %(default)s)"
     )
     run.add_argument(
@@ -101,6 +116,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--json", action="store_true", help="print one JSON object: text, objects, tokens, seconds")
     run.set_defaults(command=_run)
+
+    comparison = commands.add_parser(
+        "compare",
+        help="what int8 costs: a quantised model beside its original",
+        description="Compare a quantised model with its original: the relative error of every layer, how far the next token's "
+        "distribution moves, how many answers stay the same. The built-in model is also scored on fresh pictures of "
+        "emoji, for which Debian's fonts-noto-color-emoji must be there; other checkpoints need pictures.",
+    )
+    comparison.add_argument(
+        "images", nargs="*", type=Path, metavar="IMAGE", help="picture to ask about; several are several prompts"
+    )
+    comparison.add_argument(
+        "--prompt", default="caption en", help="what to ask about each IMAGE (default: %(default)s)"
+    )
+    comparison.add_argument(
+        "--checkpoint", type=Path, metavar="PATH", help="folder of the original (default: the built-in model)"
+    )
+    comparison.add_argument(
+        "--quantize", choices=ACTIVATIONS, default="int8", help="how to quantise it (default: %(default)s)"
+    )
+    comparison.add_argument("--pictures", type=int, default=200, metavar="N", help="fresh ones (default: %(default)s)")
+    comparison.add_argument("--seed", type=int, default=1, help="of the fresh pictures (default: %(default)s)")
+    comparison.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    comparison.add_argument("--dtype", choices=DTYPES, help="of the original (default: the checkpoint's)")
+    comparison.add_argument("--json", action="store_true", help="print one JSON object")
+    comparison.set_defaults(command=_compare)
 
     bench = commands.add_parser(
         "bench",
@@ -148,10 +189,11 @@ def _run(options: argparse.Namespace) -> None:
     device = _device(options.device or _default_device())
     started = time.perf_counter()
     checkpoint = options.checkpoint or EMBEDDED_CHECKPOINT
-    model = load(checkpoint, dtype=DTYPES.get(options.dtype), device=device)
+    model = load(checkpoint, dtype=DTYPES.get(options.dtype), device=device, quantize=options.quantize)
     processor = _processor(checkpoint, model.config, options)
     inputs = {name: tensor.to(device) for name, tensor in processor([images], [options.prompt]).items()}
-    _note(f"loaded {checkpoint} on {device} in {time.perf_counter() - started:.1f} s")
+    kind = f" as {options.quantize}" if options.quantize else ""
+    _note(f"loaded {checkpoint}{kind} on {device} in {time.perf_counter() - started:.1f} s")
 
     decoder, arrivals = processor.stream_decoder(), [time.perf_counter()]
 
@@ -191,6 +233,52 @@ def _run(options: argparse.Namespace) -> None:
             os.replace(temporary, options.draw)
         _note(f"wrote {options.draw}")
     _note(_speed(arrivals, ids.shape[1], seconds))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    if bool(options.images) == (options.checkpoint is None):
+        raise ValueError("give images with --checkpoint; the built-in model, without it, gets fresh pictures")
+    if options.pictures < 1:
+        raise ValueError(f"--pictures: expected at least 1, got {options.pictures}")
+    device, checkpoint = _device(options.device or _default_device()), options.checkpoint or EMBEDDED_CHECKPOINT
+    processor = Processor.from_pretrained(checkpoint)
+    tasks, score = [(load_image(path), options.prompt) for path in options.images], None
+    if not tasks:
+        tasks, score = _fresh_pictures(options, processor)
+    original, quantised = (
+        load(checkpoint, dtype=DTYPES.get(options.dtype), device=device, quantize=mode)
+        for mode in (None, options.quantize)
+    )
+    found = compare(original, quantised, processor, tasks)
+    models = {"original": original, options.quantize: quantised}
+    scores = {} if score is None else {name: score(model) for name, model in models.items()}
+    if options.json:
+        content = {**found.as_json(), "scores": {name: asdict(result) for name, result in scores.items()}}
+        print(json.dumps(content, ensure_ascii=False))
+        return
+    print(f"Relative error of each layer's output, {options.quantize} against the original:")
+    for line in table(found.layers):
+        print(f"  {line}")
+    print(f"\nOver {found.tokens} tokens of {found.prompts} answers:")
+    print(f"  KL divergence        {found.kl_divergence:.2e} nats a token")
+    print(f"  same likeliest token {found.top1_agreement:.2%}")
+    print(f"  same answers         {found.same_answers:.2%}")
+    for name, result in scores.items():
+        print(f"\n{name}\n" + "\n".join(f"  {line}" for line in str(result).splitlines()))
+
+
+def _fresh_pictures(
+    options: argparse.Namespace, processor: Processor
+) -> tuple[list[tuple[Image.Image, str]], Callable[[PaliGemma], Scores]]:
+    """Prompts about them for a comparison, and what scores a model on them."""
+    from .training.evaluation import evaluate, held_out_rng
+    from .training.world import World
+
+    world = World()
+    pictures = [world.sample(held_out_rng(options.seed, i)) for i in range(options.pictures)]
+    tasks = [(picture.image, "caption en") for picture in pictures]
+    tasks += [(picture.image, f"detect {picture.objects[0][0]}") for picture in pictures]
+    return tasks, lambda model: evaluate(model, processor, world, pictures=options.pictures, seed=options.seed)
 
 
 def _default_device() -> str:
@@ -264,6 +352,9 @@ def _info(options: argparse.Namespace) -> None:
     for package in ("triton", "transformers"):
         print(f"{package:11} {metadata.version(package) if util.find_spec(package) else 'not installed'}")
     print(f"CPU         {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    used, available = instruction_sets()
+    choice = "any of them by PG_KERNELS_ISA: " + ", ".join(available)
+    print(f"extension   {f'{used} ({choice})' if used else 'not built: see below'}")
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         print(f"cuda:{index}      {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")

@@ -218,10 +218,12 @@ def _resolve(reader: Reader, config: PaliGemmaConfig | None) -> tuple[PaliGemmaC
     expected = _expected_shapes(config)
     for file_name in [name for name in names if name.endswith(SCALE)]:
         weight = file_name.removesuffix(SCALE)
-        if weight not in names:
-            del names[file_name]  # of a head that is the embedding's
+        if weight == HEAD and HEAD not in names:
+            del names[file_name]  # the head is the embedding
             continue
-        names[file_name] = names[weight] + SCALE
+        names[file_name] = names.get(weight, weight) + SCALE
+        if weight not in names:
+            continue
         rows = expected.get(names[weight], (0,))[:1]
         # One scale for each row, or for each group of its columns: how many, packing checks.
         expected[names[file_name]] = rows + reader.shapes[file_name][1:2]
@@ -291,6 +293,8 @@ def _assign(model: nn.Module, name: str, tensor: Tensor, waiting: dict[str, Tens
         else:
             waiting[owner] = tensor
         return
+    if not tensor.is_floating_point():
+        raise ValueError("it is int8 without a scale")
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=getattr(module, leaf).requires_grad))
 
 

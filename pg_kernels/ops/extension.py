@@ -21,6 +21,14 @@ def obstacle(device_type: str) -> str | None:
     return None if device_type == "cpu" else "the C++ extension has no kernels for it"
 
 
+def instruction_sets() -> tuple[str, list[str]]:
+    """The CPU's instruction set that the kernels use, and all that it has, the best first; empty without the extension.
+
+    Raises ValueError when PG_KERNELS_ISA names one that it does not have.
+    """
+    return ("", []) if _C is None else (_C.instruction_set(), _C.instruction_sets())
+
+
 def unfit(*tensors: Tensor | None) -> str | None:
     """Why they cannot take these tensors, or None when they can."""
     if any(tensor is not None and tensor.dtype not in FLOAT_CODES for tensor in tensors):

@@ -23,6 +23,7 @@ from pg_kernels.model import PaliGemma, PaliGemmaConfig, Processor, TextConfig, 
 from pg_kernels.model.checkpoints import save_big_vision
 from pg_kernels.model.tokenizer import Tokenizer
 from pg_kernels.model.training.vocabulary import train_tokenizer
+from pg_kernels.ops.extension import instruction_sets
 
 POSITIONS = 128
 SIZE = (80, 60)  # of the picture, in pixels
@@ -423,6 +424,8 @@ def test_info(run: Run) -> None:
     done = run("info")
     assert (done.code, done.err) == (0, "")
     assert f"pg_kernels  {pg_kernels.__version__}" in done.out and f"torch       {torch.__version__}" in done.out
+    used, available = instruction_sets()
+    assert f"extension   {used} (any of them by PG_KERNELS_ISA: {', '.join(available)})" in done.out or not used
     table = done.out.partition("Backend of each op on cpu")[2].partition("Backend of each op on cuda")[0]
     rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in table.splitlines()[1:] if line.strip()}
     expected = backends.explain("cpu")
@@ -531,3 +534,52 @@ def test_a_reader_that_goes_away() -> None:
     done = subprocess.run([*MODULE, "info"], stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# int8
+
+
+def test_quantised_answers(run: Run, answering: Path, picture: Path) -> None:
+    for mode in ("int8", "int8-dynamic"):
+        done = run("run", picture, "detect fox", "--checkpoint", answering, "--quantize", mode)
+        assert done.code == 0 and done.out.startswith(f"{ANSWER}\n")
+        assert f"as {mode} on cpu in" in done.err
+
+
+def test_comparing_on_pictures(run: Run, random_checkpoint: Path, picture: Path) -> None:
+    arguments = ["compare", picture, picture, "--checkpoint", random_checkpoint, "--prompt", "detect fox"]
+    done = run(*arguments)
+    assert done.code == 0, done.err
+    assert "Relative error of each layer's output, int8 against the original:" in done.out
+    assert re.search(r"model\.language_model\.layers\.1 +\d\.\d+%", done.out)
+    assert re.search(r"Over \d+ tokens of 2 answers:", done.out) and "same answers" in done.out
+    content = json.loads(run(*arguments, "--json", "--quantize", "int8-dynamic").out)
+    assert content["prompts"] == 2 and content["scores"] == {}
+    assert all(0 < error < 0.2 for error in content["layers"].values()) and content["kl_divergence"] > 0
+
+
+def test_comparing_the_built_in_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pg_kernels.model.training import world
+
+    sample = Image.open(cli.EMBEDDED_CHECKPOINT / "samples" / "banana_and_owl.png").resize((112, 112))
+    objects = [("banana", (1, 36, 62, 106)), ("owl", (79, 42, 124, 101))]
+    fake = type("World", (), {"sample": lambda self, rng: world.Picture(sample, objects)})
+    monkeypatch.setattr(world, "World", fake)
+    done = run("compare", "--pictures", 2)
+    assert done.code == 0, done.err
+    assert done.out.count("caption exact match 2/2 = 100.0%") == 2 and "\noriginal\n" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["PICTURE"], "give images with --checkpoint"),
+        (["--checkpoint", "CHECKPOINT"], "give images with --checkpoint"),
+        (["--pictures", "0"], "--pictures: expected at least 1, got 0"),
+    ],
+)
+def test_comparisons_that_do_not_fit(
+    run: Run, random_checkpoint: Path, picture: Path, arguments: list[str], message: str
+) -> None:
+    places = {"PICTURE": picture, "CHECKPOINT": random_checkpoint}
+    assert message in error_of(run("compare", *(places.get(argument, argument) for argument in arguments)))
