@@ -143,7 +143,14 @@ def _ops(model: str, resolution: int, batch: int, dtype: str = "bfloat16") -> It
         yield int8("q", rows, text.hidden_size, q_width, quick=quick and rows > batch)
         yield int8("k", rows, text.hidden_size, kv_width, quick=False)
     yield int8("head", batch, text.hidden_size, text.vocab_size, quick=False)
-    yield int8("SigLIP fc1", batch * image, vision.hidden_size, vision.intermediate_size, quick=False)
+    patch = 3 * vision.patch_size**2
+    for what, inputs, outputs in (
+        ("SigLIP patch", patch, vision.hidden_size),
+        ("SigLIP q", vision.hidden_size, vision.hidden_size),
+        ("SigLIP fc1", vision.hidden_size, vision.intermediate_size),
+        ("SigLIP fc2", vision.intermediate_size, vision.hidden_size),
+    ):
+        yield int8(what, batch * image, inputs, outputs, quick=False)
     gate = {"model": model, "inputs": text.hidden_size, "outputs": text.intermediate_size}
     yield Case("quantize_int8", "forward", dtype, f"{model}, gate", gate, quick)
 

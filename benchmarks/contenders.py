@@ -35,6 +35,10 @@ class Contender:
     """The only one it runs on; empty for all."""
     ours: bool = False
     baseline: bool = False
+    int8_weights: bool = False
+    """Whether a whole model's linear layers and embedding are int8: fewer bytes to read."""
+    int8_activations: bool = False
+    """Whether the products are of int8 by int8, which are faster."""
 
     def obstacle(self, device_type: str) -> str | None:
         """Why it cannot take part here, or None."""
@@ -63,7 +67,8 @@ def _our_backends(op: str, device_type: str) -> list[Contender]:
         for name in available(registered, device_type)
     ]
     if op == "int8_linear":
-        found.append(replace(found[0], name=f"{found[0].name} W8A8", build=ops.build_int8_activations))
+        name = f"{found[0].name} W8A8"
+        found.append(replace(found[0], name=name, build=ops.build_int8_activations, int8_activations=True))
     return found
 
 
@@ -244,7 +249,12 @@ PEERS: Mapping[str, tuple[Contender, ...]] = {
     "int8_linear": (
         Contender("torch int8pack", _int8pack, device_type="cpu"),
         Contender("torchao W8A16", partial(_torchao, config="Int8WeightOnlyConfig"), "torchao"),
-        Contender("torchao W8A8", partial(_torchao, config="Int8DynamicActivationInt8WeightConfig"), "torchao"),
+        Contender(
+            "torchao W8A8",
+            partial(_torchao, config="Int8DynamicActivationInt8WeightConfig"),
+            "torchao",
+            int8_activations=True,
+        ),
         Contender("bitsandbytes LLM.int8", _bitsandbytes, "bitsandbytes"),
     ),
 }

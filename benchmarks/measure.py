@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -50,20 +51,22 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 def interleave(
     contenders: Mapping[str, Sequence[Task]], device: torch.device, effort: Effort, *, wall: bool = False
 ) -> dict[str, Samples]:
-    """Time each contender once a round, in an order that turns from round to round. All of them have run before.
+    """Time each contender once a round, in a random order, the same in every run. All of them have run before.
 
-    Drift of the machine meets all of them alike, so ratios within a round hold where times do not. Every contender has
-    several tasks on different memory: each call takes the next one, so that together they outgrow the cache; on a GPU the
-    cache is also overwritten before every call, and the device is kept busy until the host has queued the call, so that launches
-    do not count. With `wall` the clock on the wall is used instead, for whole models, where waiting for the host is part of it.
+    Drift of the machine meets all of them alike, so ratios within a round hold where times do not; and who leaves the caches
+    of code and pages empty, as a call that streams hundreds of megabytes does, is not always before the same one. Every
+    contender has several tasks on different memory: each call takes the next one, so that together they outgrow the cache; on a
+    GPU the cache is also overwritten before every call, and the device is kept busy until the host has queued the call, so that
+    launches do not count. With `wall` the clock on the wall is used instead, for whole models, where waiting for the host is
+    part of it.
     """
     clock = _WallClock(device) if wall or device.type != "cuda" else _EventClock(device)
     samples = {name: Samples() for name in contenders}
     turns = {name: itertools.cycle(tasks) for name, tasks in contenders.items()}
-    names = list(contenders)
+    names, draw = list(contenders), random.Random(0)
 
-    def one_round(shift: int, keep: bool) -> None:
-        for name in names[shift:] + names[:shift]:
+    def one_round(order: Sequence[str], keep: bool) -> None:
+        for name in order:
             device_s, host_s = clock.time(next(turns[name]))
             if keep:
                 samples[name].device_s.append(device_s)
@@ -75,10 +78,10 @@ def interleave(
     gc.disable()
     try:
         if not wall:  # a whole model's call touches all its memory by itself
-            one_round(0, keep=False)
+            one_round(names, keep=False)
         start = perf_counter()
         for done in range(effort.max_rounds):
-            one_round(done % len(names), keep=True)
+            one_round(draw.sample(names, len(names)), keep=True)
             if done + 1 >= effort.min_rounds and perf_counter() - start > effort.budget_s:
                 break
     finally:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,8 @@ from pg_kernels import backend
 from pg_kernels.model import PaliGemma
 from pg_kernels.model.config import PaliGemmaConfig
 from pg_kernels.model.generation import Decoder
+from pg_kernels.nn import Int8Embedding, Int8Linear
+from pg_kernels.quantization import ACTIVATIONS, quantize_
 
 from .cases import ANSWER, PROMPT, Case
 from .contenders import Contender
@@ -59,32 +62,45 @@ class ModelTrial:
 
     def contenders(self) -> list[Contender]:
         stage = STAGES[self.case.op]
-        found = [
-            Contender("pg_kernels", stage.ours, ours=True),
-            Contender("transformers sdpa", partial(_theirs, stage, "sdpa"), "transformers", baseline=True),
-        ]
+        found = [Contender("pg_kernels", stage.ours, ours=True)]
+        if self.case.op != "finetune_step" and not self.case.sweep:
+            found += [
+                Contender(
+                    f"pg_kernels {mode}",
+                    partial(_ours_int8, stage, mode),
+                    ours=True,
+                    int8_weights=True,
+                    int8_activations=kept == "int8",
+                )
+                for mode, kept in ACTIVATIONS.items()
+            ]
+        found.append(Contender("transformers sdpa", partial(_theirs, stage, "sdpa"), "transformers", baseline=True))
         if self.case.sweep or not self.full:
             return found
         found.append(Contender("transformers eager", partial(_theirs, stage, "eager"), "transformers"))
         if self.case.op == "generate":
             found.append(Contender("transformers compiled, static cache", _compiled_generation, "transformers"))
         if self.case.op in ("decode_step", "generate"):
-            found.append(Contender("transformers + torchao int8", partial(_theirs_int8, stage), "torchao"))
+            theirs = partial(_theirs_int8, stage)
+            found.append(Contender("transformers + torchao int8", theirs, "torchao", int8_weights=True))
         if stage.llama is not None:
-            found.append(Contender("llama.cpp Q8_0 (decoder only)", stage.llama, "llama_cpp"))
+            found.append(Contender("llama.cpp Q8_0 (decoder only)", stage.llama, "llama_cpp", int8_weights=True))
         return found
 
-    def work(self) -> tuple[int, int]:
-        return _WORK[self.case.op](self)
+    def work(self, contender: Contender) -> tuple[int, int]:
+        itemsize = 1 if contender.int8_weights else self.dtype.itemsize
+        return _WORK[self.case.op](self, itemsize)
 
     def setup(self) -> tuple[int, int]:
         if self.case.op != "decode_step":
             return 0, 0
         prompt = self.config.vision_config.num_image_tokens + PROMPT
-        return _weights(self, self.shapes), _vision_flops(self, 1) + _decoder_flops(self, 1, prompt, prompt, prompt, 1)
+        bytes_ = _parameters(self.shapes) * self.dtype.itemsize
+        return bytes_, _vision_flops(self, 1) + _decoder_flops(self, 1, prompt, prompt, prompt, 1)
 
     def needed_bytes(self) -> int:
-        weights = 0 if _holds(self.case, self.device) else _parameters(self.shapes) * self.dtype.itemsize
+        # In int8, too.
+        weights = 0 if _holds(self.case, self.device) else _parameters(self.shapes) * (self.dtype.itemsize + 1)
         gradients = _parameters(self.shapes) * self.dtype.itemsize if self.case.op == "finetune_step" else 0
         # One layer's activations are few beside the weights, but training keeps those of all.
         kept = self._tokens() * self.config.text_config.intermediate_size * 4 * self.dtype.itemsize
@@ -145,11 +161,14 @@ def _config(sizes: Mapping[str, Any]) -> PaliGemmaConfig:
 
 _held: dict[tuple[Any, ...], PaliGemma] = {}
 """The last model: gigabytes that several cases share."""
+_quantised: dict[str, PaliGemma] = {}
+"""The same in int8, by mode."""
 
 
 def release() -> None:
     """Give the last model's memory back."""
     _held.clear()
+    _quantised.clear()
 
 
 def _key(case: Case, device: torch.device) -> tuple[Any, ...]:
@@ -186,11 +205,33 @@ def _fill(model: PaliGemma) -> None:
             parameter.add_(1.0 if "vision_tower" in name else 0.0)  # SigLIP's weights are stored as they are
 
 
+def _int8(model: PaliGemma, mode: str) -> PaliGemma:
+    """A model in int8 that shares everything else with it; both modes share the weights."""
+    if not _quantised:
+        _quantised["int8"] = quantize_(_twin(model, model.parameters()), "int8")
+    if mode not in _quantised:
+        original = _quantised["int8"]
+        shared = [m.weight for m in original.modules() if isinstance(m, (Int8Linear, Int8Embedding))]
+        _quantised[mode] = _twin(original, [*original.parameters(), *shared])
+        for module in _quantised[mode].modules():
+            if isinstance(module, Int8Linear):
+                module.activations = ACTIVATIONS[mode]
+    return _quantised[mode]
+
+
+def _twin(model: PaliGemma, shared: Iterable[Any]) -> PaliGemma:
+    return copy.deepcopy(model, {id(thing): thing for thing in shared})
+
+
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 # --- our stages
+
+
+def _ours_int8(stage: Stage, mode: str, inputs: Inputs) -> Candidate:
+    return stage.ours({**inputs, "model": _int8(inputs["model"], mode)})
 
 
 def _inference(call: Callable[[], Tensor], prepare: Callable[[], Any] = lambda: None) -> Candidate:
@@ -459,49 +500,45 @@ def _decoder_flops(trial: ModelTrial, batch: int, queries: int, tokens: int, pre
     return batch * (layers + 2 * scored * text.hidden_size * text.vocab_size)
 
 
-def _weights(trial: ModelTrial, *modules: nn.Module) -> int:
-    return sum(_parameters(module) for module in modules) * trial.dtype.itemsize
-
-
 def _cache_bytes(trial: ModelTrial) -> int:
     text = trial.config.text_config
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * trial.dtype.itemsize
     return trial._tokens() * per_token
 
 
-def _siglip_work(trial: ModelTrial) -> tuple[int, int]:
+def _siglip_work(trial: ModelTrial, itemsize: int) -> tuple[int, int]:
     model = trial.shapes.model
     flops = _vision_flops(trial, trial.case.sizes["batch"])
-    return _weights(trial, model.vision_tower, model.multi_modal_projector), flops
+    return itemsize * (_parameters(model.vision_tower) + _parameters(model.multi_modal_projector)), flops
 
 
-def _prefill_work(trial: ModelTrial) -> tuple[int, int]:
+def _prefill_work(trial: ModelTrial, itemsize: int) -> tuple[int, int]:
     prompt = trial.config.vision_config.num_image_tokens + PROMPT
     batch = trial.case.sizes["batch"]
     flops = _vision_flops(trial, batch) + _decoder_flops(trial, batch, prompt, prompt, prompt, 1)
-    return _weights(trial, trial.shapes) + _cache_bytes(trial), flops
+    return itemsize * _parameters(trial.shapes) + _cache_bytes(trial), flops
 
 
-def _decode_work(trial: ModelTrial) -> tuple[int, int]:
+def _decode_work(trial: ModelTrial, itemsize: int) -> tuple[int, int]:
     prompt = trial.config.vision_config.num_image_tokens + PROMPT
-    bytes_ = _weights(trial, trial.shapes.model.language_model) + _cache_bytes(trial)
+    bytes_ = itemsize * _parameters(trial.shapes.model.language_model) + _cache_bytes(trial)
     return bytes_, _decoder_flops(trial, trial.case.sizes["batch"], 1, prompt + 1, prompt, 1)
 
 
-def _generate_work(trial: ModelTrial) -> tuple[int, int]:
-    prefill, decode = _prefill_work(trial), _decode_work(trial)
+def _generate_work(trial: ModelTrial, itemsize: int) -> tuple[int, int]:
+    prefill, decode = _prefill_work(trial, itemsize), _decode_work(trial, itemsize)
     return prefill[0] + (ANSWER - 1) * decode[0], prefill[1] + (ANSWER - 1) * decode[1]
 
 
-def _finetune_work(trial: ModelTrial) -> tuple[int, int]:
+def _finetune_work(trial: ModelTrial, itemsize: int) -> tuple[int, int]:
     """Weights are read forward and backward, and gradients written; a backward has twice the products of a forward."""
     prompt = trial.config.vision_config.num_image_tokens + PROMPT
     batch, tokens = trial.case.sizes["batch"], prompt + ANSWER
     flops = _vision_flops(trial, batch) + _decoder_flops(trial, batch, tokens, tokens, prompt, ANSWER)
-    return 3 * _weights(trial, trial.shapes), 3 * flops
+    return 3 * itemsize * _parameters(trial.shapes), 3 * flops
 
 
-_WORK: dict[str, Callable[[ModelTrial], tuple[int, int]]] = {
+_WORK: dict[str, Callable[[ModelTrial, int], tuple[int, int]]] = {
     "siglip": _siglip_work,
     "prefill": _prefill_work,
     "decode_step": _decode_work,

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from pg_kernels.model.files import write_atomically
 
+from .cases import WHOLE_MODEL_OPS
 from .report import baseline, best_other, date, default, percent, roofline_share, timed, versions
 from .results import Row, Run
 from .text import duration, markdown_table, times
@@ -41,7 +42,7 @@ def section(runs: Sequence[Run], root: Path) -> str:
 def _device(run: Run, root: Path) -> str:
     path = Path(os.path.relpath(run.path, root)).as_posix()
     header = ("op", "mode", "shape", "ours", "baseline", "best other", "ours over it", "roofline")
-    lines = [_cells(run, rows) for rows in largest_cases(run)]
+    lines = [_cells(run, rows, ours) for rows in largest_cases(run) for ours in _shown(rows)]
     return (
         f"Measured on {run.device} ({versions(run)}, commit {run.commit}, {date(run)}); `{run.command}`:\n\n"
         f"{markdown_table(header, lines)}\n\n"
@@ -68,13 +69,21 @@ def _weight(rows: Sequence[Row]) -> tuple[bool, int]:
     return len(others) > 1, rows[0].bytes + rows[0].flops
 
 
-def _cells(run: Run, rows: Sequence[Row]) -> tuple[str, ...]:
-    first, ours, best = rows[0], default(rows), best_other(rows)
+def _shown(rows: Sequence[Row]) -> Sequence[Row | None]:
+    """Of ours the default, which may be none; of whole models those in int8, too."""
+    return [row for row in timed(rows) if row.ours] if rows[0].op in WHOLE_MODEL_OPS else [default(rows)]
+
+
+def _cells(run: Run, rows: Sequence[Row], ours: Row | None) -> tuple[str, ...]:
+    first, best = rows[0], best_other(rows)
+    kind = "" if ours is None else ours.contender.removeprefix("pg_kernels").strip()
     return (
         first.op,
         first.mode,
         first.shape if first.dtype == "bfloat16" else f"{first.shape}, {first.dtype}",
-        duration(ours.p50) if ours else next((row.status for row in rows if row.ours), "–"),
+        (f"{kind}, " if kind.startswith("int8") else "") + duration(ours.p50)
+        if ours
+        else next((row.status for row in rows if row.ours), "–"),
         _named(baseline(rows)),
         _named(best),
         times(ours.speedup_over(best) if ours and best else None),

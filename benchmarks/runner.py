@@ -49,8 +49,7 @@ class Suite:
         if case.op not in WHOLE_MODEL_OPS:
             models.release()
         trial = _trial(case, self.device, self.plan)
-        bytes_, flops = trial.work()
-        rows = [_row(case, contender, bytes_, flops) for contender in trial.contenders()]
+        rows = [_row(case, contender, *trial.work(contender)) for contender in trial.contenders()]
         reason = self._obstacle(trial, rows[0])
         if reason is None:
             try:
@@ -141,7 +140,7 @@ def _row(case: Case, contender: Contender, bytes_: int, flops: int) -> Row:
         status="timed",
         bytes=bytes_,
         flops=flops,
-        arithmetic=case.dtype if flops else "",
+        arithmetic="" if not flops else "int8" if contender.int8_activations else case.dtype,
     )
 
 

@@ -41,8 +41,8 @@ class Trial(Protocol):
     def contenders(self) -> list[Contender]:
         """All that could take part."""
 
-    def work(self) -> tuple[int, int]:
-        """Bytes and FLOPs of the definition."""
+    def work(self, contender: Contender) -> tuple[int, int]:
+        """Bytes and FLOPs of the definition, on weights of the contender's kind."""
 
     def setup(self) -> tuple[int, int]:
         """Bytes and FLOPs of what every contender does once before it is timed."""
@@ -81,7 +81,7 @@ class OpTrial:
     def contenders(self) -> list[Contender]:
         return contenders(self.case.op, self.device.type, sweep=self.case.sweep)
 
-    def work(self) -> tuple[int, int]:
+    def work(self, contender: Contender) -> tuple[int, int]:
         """Every input read once, every output written once; a backward reads the inputs and the outputs' gradients."""
         read = self.op.input_bytes(self.case.sizes) if self.op.input_bytes else self.input_bytes
         forward, backward = read + self.output_bytes, read + self.output_bytes + self.gradient_bytes

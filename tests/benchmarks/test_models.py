@@ -119,7 +119,7 @@ def test_flops_are_those_of_the_matrix_products(op: str, model: str) -> None:
     # The counter knows matrix products, which scaled_dot_product_attention hides on a CPU.
     with backend("reference"), FlopCounterMode(display=False) as counter:
         task.run(state)
-    counted, expected = counter.get_total_flops(), trial.work()[1]
+    counted, expected = counter.get_total_flops(), trial.work(trial.contenders()[0])[1]
     if op == "finetune_step":  # the counter does not see into linear_cross_entropy
         counted += 3 * 2 * 2 * ANSWER * GEMMA.hidden_size * GEMMA.vocab_size
     # What is invisible is computed too where attention builds its scores, and the cache is longer than what is in it.
@@ -132,7 +132,7 @@ def test_bytes_of_a_decode_step_are_its_weights_and_its_cache() -> None:
     layer = 64 * (2 * 128 + 2 * 32 + 3 * 96) + 2 * 64
     weights = text.vocab_size * 64 + 3 * layer + 64
     cache = 2 * (16 + 16) * 3 * 2 * 32
-    assert trial.work()[0] == 4 * (weights + cache)
+    assert trial.work(trial.contenders()[0])[0] == 4 * (weights + cache)
 
 
 def test_one_model_is_shared_and_only_one_is_held() -> None:
