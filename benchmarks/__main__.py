@@ -12,6 +12,8 @@ from .readme import update
 from .report import write
 from .resources import DEVICES, DTYPES, TABLE_HEAD, compile_all
 from .results import Run
+from .session import CONTENDERS
+from .session import run as sessions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +51,20 @@ def _parser() -> argparse.ArgumentParser:
     readme.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="default: %(default)s")
     readme.set_defaults(command=_readme)
 
+    sessions = commands.add_parser(
+        "session",
+        help="load, first token, speed and memory of a whole model, ours and transformers', on this CPU",
+        description="Load a checkpoint of random weights and ask about an image, each contender in processes of its own, in "
+        "random order; store times, the most memory that a process took and what each part of our model took.",
+    )
+    sessions.add_argument("out", type=Path, metavar="FOLDER", help="where session.json and session.md go")
+    sessions.add_argument("--model", default="paligemma-3b-224", help="released shapes (default: %(default)s)")
+    sessions.add_argument("--rounds", type=int, default=3, metavar="N", help="processes of each (default: %(default)s)")
+    sessions.add_argument(
+        "--contender", choices=CONTENDERS, action="append", help="may be repeated (default: all of them)"
+    )
+    sessions.set_defaults(command=_session)
+
     resources = commands.add_parser(
         "resources",
         help="compile the Triton kernels for GPUs: a Markdown table of registers, spills, shared memory and tensor cores",
@@ -79,6 +95,16 @@ def _compare(options: argparse.Namespace) -> int:
 def _readme(options: argparse.Namespace) -> int:
     changed = update(options.readme, [Run.load(path) for path in options.results])
     print(f"{options.readme} {'rewritten' if changed else 'was up to date'}")
+    return 0
+
+
+def _session(options: argparse.Namespace) -> int:
+    if options.rounds < 1:
+        raise ValueError(f"--rounds: expected at least 1, got {options.rounds}")
+    names = [name for name in CONTENDERS if name in (options.contender or CONTENDERS)]
+    command = f"python -m benchmarks session --model {options.model} --rounds {options.rounds}"
+    path = sessions(options.model, options.out, rounds=options.rounds, names=names, command=command)
+    print(path.with_suffix(".md").read_text(encoding="utf-8"), end="")
     return 0
 
 

@@ -183,16 +183,19 @@ def _random_model(case: Case, device: torch.device) -> PaliGemma:
     key = _key(case, device)
     if key not in _held:
         release()
-        with torch.device("meta"):
-            model = PaliGemma(_config(case.sizes)).to(getattr(torch, case.dtype))
-        _fill(model.to_empty(device=device))
-        _held[key] = model.eval()
+        _held[key] = filled(_config(case.sizes), getattr(torch, case.dtype), device)
     return _held[key]
 
 
 @torch.no_grad()
-def _fill(model: PaliGemma) -> None:
-    """Gaussian weights that keep the variance, from one block over and over: drawing billions of them takes minutes on a CPU."""
+def filled(config: PaliGemmaConfig, dtype: torch.dtype, device: torch.device) -> PaliGemma:
+    """A model with random weights, in evaluation mode.
+
+    They are Gaussian and keep the variance, from one block over and over: drawing billions of them takes minutes on a CPU.
+    """
+    with torch.device("meta"):
+        model = PaliGemma(config).to(dtype)
+    model.to_empty(device=device)
     generator = torch.Generator().manual_seed(0)
     block = torch.randn((1 << 24) + 1, generator=generator).to(next(model.parameters()))
     for name, parameter in model.named_parameters():
@@ -203,6 +206,7 @@ def _fill(model: PaliGemma) -> None:
             torch.mul(block[: len(part)], std, out=part)
         if name.endswith("layernorm.weight") or "layer_norm" in name and name.endswith("weight"):
             parameter.add_(1.0 if "vision_tower" in name else 0.0)  # SigLIP's weights are stored as they are
+    return model.eval()
 
 
 def _int8(model: PaliGemma, mode: str) -> PaliGemma:
