@@ -232,6 +232,44 @@ def test_opcheck(device: str, backend: str, m: int) -> None:
     torch.library.opcheck(ops.unpack_int8.default, (data[0], scales[0], 33, 70, 32))
 
 
+def layout(**changes: Any) -> dict[str, Any]:
+    """What the ops below the public functions take of a weight [33, 70] in groups of 32, changed."""
+    weight = packed(33, 70, 32)
+    return {"data": weight._data, "scale": weight._scale, "n": 33, "group_size": 32, **changes}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n": 49},
+        {"n": -1},
+        {"group_size": 0},
+        {"group_size": 64},
+        {"data": packed(33, 66, 32)._data},
+        {"data": packed(33, 70, 32)._data.view(torch.int8)},
+        {"data": packed(33, 70, 32)._data.repeat_interleave(2)[::2]},
+        {"scale": packed(33, 70)._scale},
+        {"scale": packed(33, 70, 32)._scale.double()},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+@pytest.mark.backends("native")
+def test_buffers_that_are_not_such_a_weight(device: str, backend: str, changes: dict[str, Any]) -> None:
+    """The ops themselves: the extension would read beyond them."""
+    ops, x = torch.ops.pg_kernels, torch.ones(2, 70)
+    data, scale, n, group_size = layout(**changes).values()
+    for call in (
+        lambda: ops.int8_linear(x, data, scale, None, n, group_size, False, "native"),
+        lambda: ops.int8_projections(x, [data], [scale], [None], [n], group_size, False),
+        lambda: ops.int8_geglu(x, data, scale, data, scale, n, group_size, False),
+        lambda: ops.int8_topk(x, data, scale, n, group_size, False, 1, None, False, "native"),
+        lambda: ops.int8_rows(data, scale, torch.tensor([0]), n, 70, group_size),
+        lambda: ops.unpack_int8(data, scale, n, 70, group_size),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match="expected"):
+            call()
+
+
 GOOD = packed(3, 70)
 
 

@@ -143,7 +143,25 @@ def _steps(k: int, group_size: int) -> int:
     return whole * -(-group_size // _STEP) + -(-(k - whole * group_size) // _STEP)
 
 
+def _check_layout(data: Tensor, packed_scale: Tensor, n: int, k: int, group_size: int) -> None:
+    """The extension takes addresses: what is there must be a weight of these sizes, whoever calls."""
+    if min(n, k - 1, group_size - 1) < 0:
+        raise ValueError(f"weight: expected N >= 0, K >= 1 and groups of 1 or more, got {n}, {k} and {group_size}")
+    rows = _padded_rows(n)
+    wanted = [
+        ("data", data, torch.uint8, rows * _steps(k, group_size) * _STEP),
+        ("scale", packed_scale, torch.float32, rows * -(-k // group_size)),
+    ]
+    for name, tensor, dtype, size in wanted:
+        if tensor.dtype != dtype or tensor.numel() != size or not tensor.is_contiguous() or tensor.device.type != "cpu":
+            raise ValueError(
+                f"{name}: expected {size} contiguous {dtype} on the CPU for a weight [{n}, {k}] in groups of {group_size}, "
+                f"got {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
+
+
 def _unpack(data: Tensor, packed_scale: Tensor, n: int, k: int, group_size: int) -> tuple[Tensor, Tensor]:
+    _check_layout(data, packed_scale, n, k, group_size)
     qweight, scale = _fake_unpack(data, packed_scale, n, k, group_size)
     _C.unpack_int8(
         n=n,
@@ -162,6 +180,7 @@ def _fake_unpack(data: Tensor, packed_scale: Tensor, n: int, k: int, group_size:
 
 
 def _rows(data: Tensor, packed_scale: Tensor, indices: Tensor, n: int, k: int, group_size: int) -> Tensor:
+    _check_layout(data, packed_scale, n, k, group_size)
     _check_rows(indices, n)
     indices = indices.contiguous()
     rows = _fake_rows(data, packed_scale, indices, n, k)
@@ -198,6 +217,12 @@ def _multiply(
     gated: bool = False,
 ) -> list[Tensor]:
     """x [M, K] times each of some weights in the extension's layout, `sizes` their rows; `gated` makes one of two."""
+    for n, weight, scale, bias in zip(sizes, data, scales, biases, strict=True):
+        _check_layout(weight, scale, n, x.shape[1], group_size)
+        if bias is not None:
+            checks.check_shape("bias", bias, [n])
+    if gated and len(set(sizes)) != 1:
+        raise ValueError(f"sizes: expected gate and up of as many rows, got {list(sizes)}")
     x = x.contiguous()
     biases = [None if bias is None else bias.float().contiguous() for bias in biases]
     outputs = [x.new_empty(x.shape[0], n) for n in (sizes[:1] if gated else sizes)]
@@ -322,6 +347,9 @@ def _topk(
 ) -> tuple[Tensor, Tensor]:
     if backend == "reference":
         return reference.int8_topk(x, weight, scale, group_size, int8_activations, k, softcap, log_probs)
+    _check_layout(weight, scale, n, x.shape[1], group_size)
+    if not 1 <= k <= n:
+        raise ValueError(f"k: expected a number in [1, {n}], got {k}")
     x = x.contiguous()
     values, indices = _fake_topk(x, weight, scale, n, group_size, int8_activations, k)
     log_sums = values.new_empty(len(x) if log_probs else 0)
