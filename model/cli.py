@@ -253,8 +253,13 @@ def _compare(options: argparse.Namespace) -> None:
     models = {"original": original, options.quantize: quantised}
     scores = {} if score is None else {name: score(model) for name, model in models.items()}
     if options.json:
-        content = {**found.as_json(), "scores": {name: asdict(result) for name, result in scores.items()}}
-        print(json.dumps(content, ensure_ascii=False))
+        from pg_kernels.benchmarks.machine import device_name, versions
+
+        origin = {"checkpoint": str(checkpoint), "quantize": options.quantize, "device": device_name(device)}
+        if not options.images:
+            origin = {**origin, "checkpoint": "built-in", "pictures": options.pictures, "seed": options.seed}
+        results = {**found.as_json(), "scores": {name: asdict(result) for name, result in scores.items()}}
+        print(json.dumps({**origin, "versions": versions(), **results}, ensure_ascii=False))
         return
     print(f"Relative error of each layer's output, {options.quantize} against the original:")
     for line in table(found.layers):

@@ -554,7 +554,8 @@ def test_comparing_on_pictures(run: Run, random_checkpoint: Path, picture: Path)
     assert re.search(r"model\.language_model\.layers\.1 +\d\.\d+%", done.out)
     assert re.search(r"Over \d+ tokens of 2 answers:", done.out) and "same answers" in done.out
     content = json.loads(run(*arguments, "--json", "--quantize", "int8-dynamic").out)
-    assert content["prompts"] == 2 and content["scores"] == {}
+    assert content["prompts"] == 2 and content["scores"] == {} and content["quantize"] == "int8-dynamic"
+    assert content["checkpoint"] == str(random_checkpoint) and content["versions"]["torch"] == torch.__version__
     assert all(0 < error < 0.2 for error in content["layers"].values()) and content["kl_divergence"] > 0
 
 
