@@ -13,9 +13,9 @@ from setuptools.command.build_ext import build_ext
 
 # Files for one instruction set are compiled for it, all others for any machine of the kind: which code runs is decided there.
 X86 = {
-    "isa_avx512_vnni.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mf16c"],
-    "isa_avx_vnni.cpp": ["-mavx2", "-mavxvnni", "-mf16c"],
-    "isa_avx2.cpp": ["-mavx2", "-mf16c"],
+    "isa_avx512_vnni.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+    "isa_avx_vnni.cpp": ["-mavx2", "-mavxvnni"],
+    "isa_avx2.cpp": ["-mavx2"],
 }
 ARM = {"isa_neon.cpp": ["-march=armv8.2-a+dotprod"]}
 FLAGS = {"x86_64": X86, "aarch64": ARM, "arm64": ARM}.get(platform.machine(), {})

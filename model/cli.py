@@ -258,6 +258,8 @@ def _compare(options: argparse.Namespace) -> None:
         origin = {"checkpoint": str(checkpoint), "quantize": options.quantize, "device": device_name(device)}
         if not options.images:
             origin = {**origin, "checkpoint": "built-in", "pictures": options.pictures, "seed": options.seed}
+        else:
+            origin = {**origin, "prompt": options.prompt}
         results = {**found.as_json(), "scores": {name: asdict(result) for name, result in scores.items()}}
         print(json.dumps({**origin, "versions": versions(), **results}, ensure_ascii=False))
         return

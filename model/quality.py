@@ -57,7 +57,7 @@ def compare(
         raise ValueError("tasks: expected at least one image with its prompt")
     device = next(original.parameters()).device
     errors, sizes = ({name: 0.0 for name in _watched(original)} for _ in range(2))
-    divergence = agreeing = tokens = same = 0.0
+    divergence, agreeing, tokens, same = 0.0, 0, 0, 0
     starts = range(0, len(tasks), batch_size)
     for start in tqdm(starts, desc="comparing", unit="batch", delay=1.0, disable=None):
         images, prompts = zip(*tasks[start : start + batch_size], strict=True)
@@ -66,7 +66,7 @@ def compare(
             _padded(model.generate(**inputs, max_new_tokens=max_new_tokens), max_new_tokens, original)
             for model in (original, quantised)
         )
-        same += float((answers == others).all(1).sum())
+        same += int((answers == others).all(1).sum())
         forced = _with_answers(inputs, answers, original)
         expected, outputs = _watch(original, forced)
         found, other_outputs = _watch(quantised, forced)
@@ -76,15 +76,15 @@ def compare(
         counted = forced["attention_mask"][:, -answers.shape[1] :].bool()
         left, right = (logits[:, :-1][counted].log_softmax(-1) for logits in (expected, found))
         divergence += float(F.kl_div(right, left, reduction="sum", log_target=True))
-        agreeing += float((left.argmax(-1) == right.argmax(-1)).sum())
+        agreeing += int((left.argmax(-1) == right.argmax(-1)).sum())
         tokens += int(counted.sum())
     return Comparison(
-        {name: (errors[name] / sizes[name]) ** 0.5 for name in errors},
+        {name: (errors[name] / sizes[name]) ** 0.5 if errors[name] else 0.0 for name in errors},
         divergence / tokens,
         agreeing / tokens,
         same / len(tasks),
         len(tasks),
-        int(tokens),
+        tokens,
     )
 
 
@@ -116,11 +116,12 @@ def _padded(answers: Tensor, length: int, model: PaliGemma) -> Tensor:
 
 def _with_answers(inputs: Mapping[str, Tensor], answers: Tensor, model: PaliGemma) -> dict[str, Tensor]:
     """Prompts with answers behind them, padded on the right where an answer is shorter."""
-    valid = (answers != model.config.pad_token_id).to(inputs["attention_mask"].dtype)
+    ended = (answers == model.config.eos_token_id).cumsum(1) > 0
+    valid = ended.roll(1, 1).index_fill(1, torch.zeros(1, dtype=torch.int64, device=ended.device), False).logical_not()
     return {
         **inputs,
         "input_ids": torch.cat((inputs["input_ids"], answers), 1),
-        "attention_mask": torch.cat((inputs["attention_mask"], valid), 1),
+        "attention_mask": torch.cat((inputs["attention_mask"], valid.to(inputs["attention_mask"].dtype)), 1),
         "token_type_ids": torch.cat((torch.zeros_like(inputs["input_ids"]), torch.ones_like(answers)), 1),
     }
 

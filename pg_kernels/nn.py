@@ -12,7 +12,7 @@ from pg_kernels.ops.geglu import geglu
 from pg_kernels.ops.geglu_mlp import geglu_mlp
 from pg_kernels.ops.int8_linear import int8_geglu, int8_linear, int8_projections, pack_int8
 from pg_kernels.ops.layer_norm import layer_norm
-from pg_kernels.ops.quantize_int8 import quantize_int8
+from pg_kernels.ops.quantize_int8 import check_group_size, quantize_int8
 from pg_kernels.ops.rms_norm import rms_norm
 
 
@@ -67,7 +67,7 @@ class GeGLUMLP(nn.Module):
             return geglu_mlp(x, *(projection.weight for projection in projections))
         gate: Any = self.gate_proj
         up: Any = self.up_proj
-        if _share_activations((gate, up)):
+        if _share_activations((gate, up)) and gate.bias is None and up.bias is None:
             return self.down_proj(int8_geglu(x, gate.weight, up.weight, activations=gate.activations))
         return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
@@ -87,10 +87,13 @@ class _Int8Module(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        check_group_size(group_size)
         self.group_size = group_size
         self.dtype = dtype or torch.get_default_dtype()
         with torch.device(torch.get_default_device() if device is None else device):
-            self.weight = pack_int8(torch.zeros(rows, columns, dtype=torch.int8), torch.zeros(rows))
+            self.weight = pack_int8(
+                torch.zeros(rows, columns, dtype=torch.int8), torch.zeros(rows, dtype=torch.float32)
+            )
 
     def set_weight(self, weight: Tensor, scale: Tensor | None = None) -> None:
         """Take int8 [N, K] with its fp32 scale, or floats [N, K], which are quantised; the weight goes to their device.
@@ -102,7 +105,8 @@ class _Int8Module(nn.Module):
         if scale is None:
             weight, scale = quantize_int8(weight, group_size=self.group_size)
         self.weight.replace_(weight, scale)
-        self.group_size = None if scale.dim() == 1 else self.weight.group_size
+        if scale.dim() == 1 or scale.shape[1] > 1:  # of a single group the size is not known
+            self.group_size = None if scale.dim() == 1 else self.weight.group_size
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         moved = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device))
@@ -115,7 +119,10 @@ class _Int8Module(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        _, _, missing, _, errors = rest
+        _, _, missing, unexpected, errors = rest
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # first, as it calls hooks that may rename keys
+        own = (f"{prefix}weight", f"{prefix}weight_scale")
+        unexpected[:] = [name for name in unexpected if name not in own]
         weight, scale = (state_dict.get(f"{prefix}{name}") for name in ("weight", "weight_scale"))
         if weight is None:
             missing.append(f"{prefix}weight")
@@ -127,8 +134,6 @@ class _Int8Module(nn.Module):
                 self.set_weight(weight.detach().to(device), None if scale is None else scale.to(device))
             except (TypeError, ValueError) as error:
                 errors.append(f"{prefix}weight cannot be loaded: {error}")
-        own = (f"{prefix}weight", f"{prefix}weight_scale")
-        super()._load_from_state_dict({k: v for k, v in state_dict.items() if k not in own}, prefix, *rest)
 
 
 class Int8Linear(_Int8Module):
@@ -251,5 +256,10 @@ def projections(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:
 
 
 def _share_activations(layers: Sequence[Any]) -> bool:
-    """Whether they are Int8Linear, and no more than that, with activations of one kind."""
-    return all(type(layer) is Int8Linear and layer.activations == layers[0].activations for layer in layers)
+    """Whether they are Int8Linear, and no more than that, with activations of one kind and nobody who watches them."""
+    return all(
+        type(layer) is Int8Linear
+        and layer.activations == layers[0].activations
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        for layer in layers
+    )

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from pg_kernels.nn import Int8Embedding, Int8Linear
 from pg_kernels.ops.checks import values_are_free
+from pg_kernels.ops.quantize_int8 import check_group_size
 
 ACTIVATIONS = {"int8": "keep", "int8-dynamic": "int8"}
 """What a mode does to activations, as `int8_linear` calls it."""
@@ -26,7 +27,7 @@ def quantize_(
     """Replace the linear layers of a model by int8 ones, in place; each float weight is released as soon as it is replaced.
 
     Every nn.Linear becomes an `Int8Linear`, and an nn.Embedding that shares its weight with one an `Int8Embedding` that still
-    does. Subclasses of them are left alone, as is everything else.
+    does. Subclasses of them are left alone, as is everything else, and an nn.TransformerEncoderLayer's own layers.
 
     Args:
         model: any module that holds linear layers.
@@ -38,23 +39,30 @@ def quantize_(
         The model.
 
     Raises:
+        TypeError: a group size that is no int.
         ValueError: unknown mode, a group size that is no power of two, weights with NaN or infinity; before anything is
             replaced. Also a model that is a linear layer itself: use `Int8Linear.from_linear`.
     """
     if mode not in ACTIVATIONS:
         raise ValueError(f"mode: got {mode!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
-    if group_size is not None and (group_size < 1 or group_size & (group_size - 1)):
-        raise ValueError(f"group_size: expected a power of two, got {group_size}")
+    check_group_size(group_size)
     if type(model) is nn.Linear:
         raise ValueError("model: a linear layer cannot replace itself; use Int8Linear.from_linear")
     linears: dict[nn.Linear, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is nn.Linear and not (skip is not None and skip(name, module)):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if type(module) is not nn.Linear or isinstance(owner, nn.TransformerEncoderLayer):
+            continue  # that one hands its layers' weights to a kernel of PyTorch's own
+        if skip is None or not skip(name, module):
             linears.setdefault(module, []).append(name)
     for linear, names in linears.items():
         weight = linear.weight.detach()
         # The largest magnitude tells, in one pass.
-        if values_are_free(weight) and not bool(torch.linalg.vector_norm(weight, torch.inf).isfinite()):
+        if (
+            weight.numel()
+            and values_are_free(weight)
+            and not bool(torch.linalg.vector_norm(weight, torch.inf).isfinite())
+        ):
             raise ValueError(f"{names[0]}.weight: holds NaN or infinity, which int8 cannot")
     total = sum(linear.weight.nbytes for linear in linears)
     with tqdm(
@@ -65,15 +73,18 @@ def quantize_(
             module = Int8Linear.from_linear(linear, group_size=group_size, activations=ACTIVATIONS[mode])
             for name in names:
                 _replace(model, name, module)
-            tied = [name for name, other in model.named_modules() if _shares_weight(other, linear)]
-            for name in tied:
-                _replace(model, name, _embedding(model.get_submodule(name), module))
+            for embedding in [other for other in model.modules() if _shares_weight(other, linear)]:
+                rows = _embedding(embedding, module)
+                for name, other in list(model.named_modules(remove_duplicate=False)):
+                    if other is embedding:
+                        _replace(model, name, rows)
+                del embedding, other
             bar.update(linear.weight.nbytes)
     return model
 
 
 def _shares_weight(module: nn.Module, linear: nn.Linear) -> bool:
-    return type(module) is nn.Embedding and module.weight is linear.weight
+    return type(module) is nn.Embedding and module.weight is linear.weight and module.max_norm is None
 
 
 def _embedding(embedding: Any, linear: Int8Linear) -> Int8Embedding:

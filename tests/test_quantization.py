@@ -112,6 +112,37 @@ def test_states_that_do_not_fit(change: dict[str, Any], message: str) -> None:
     assert torch.equal(module(torch.ones(1, 70)), before)
 
 
+def test_states_come_through_hooks_that_rename_them() -> None:
+    module = Int8Linear.from_linear(linear())
+    other = Int8Linear(70, 33)
+
+    def rename(module: nn.Module, state: Any, *rest: Any) -> None:
+        state["weight"] = state.pop("w")
+
+    other.register_load_state_dict_pre_hook(rename)
+    state = module.state_dict()
+    state["w"] = state.pop("weight")
+    other.load_state_dict(state)
+    assert torch.equal(other.weight.dequantize(), module.weight.dequantize())
+
+
+def test_groups_wider_than_a_row() -> None:
+    module = Int8Linear.from_linear(linear(), group_size=128)
+    module.load_state_dict(linear().state_dict())
+    other = Int8Linear(70, 33)
+    other.load_state_dict(module.state_dict())
+    other.load_state_dict(linear().state_dict())
+    assert torch.equal(other.weight.dequantize(), module.weight.dequantize())
+
+
+def test_the_default_dtype_is_not_the_scales() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert Int8Linear.from_linear(nn.Linear(4, 4)).weight.unpack()[1].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_only_a_move_changes_the_weight() -> None:
     module = Int8Linear.from_linear(linear())
     levels, scale = module.weight.unpack()
@@ -188,6 +219,18 @@ def test_an_mlp(mode: str) -> None:
         torch.testing.assert_close(quantised(x), actual, rtol=1e-3, atol=1e-3)
 
 
+def test_hooks_and_biases_of_gate_and_up_count() -> None:
+    mlp, x, seen = quantize_(GeGLUMLP(64, 96)), torch.randn(3, 64), []
+    expected = mlp(x)
+    mlp.up_proj.register_forward_hook(lambda *_: seen.append("up"))
+    torch.testing.assert_close(mlp(x), expected, rtol=1e-4, atol=1e-4)
+    assert seen == ["up"]
+    other = quantize_(GeGLUMLP(64, 96))
+    other.load_state_dict(mlp.state_dict())
+    other.gate_proj.bias = nn.Parameter(torch.ones(96))
+    assert not torch.allclose(other(x), expected)
+
+
 def test_layers_compile() -> None:
     model, x = quantize_(nn.Sequential(GeGLUMLP(64, 96), nn.Linear(64, 8))), torch.randn(3, 64)
     with torch.no_grad():
@@ -225,6 +268,22 @@ def test_what_is_skipped_stays() -> None:
     assert type(model.head) is nn.Linear and type(model.embed) is nn.Embedding and type(model.again) is Int8Linear
 
 
+def test_an_embedding_under_two_names() -> None:
+    model = tied()
+    model.alias = model.embed
+    quantize_(model)
+    assert model.alias is model.embed and type(model.alias) is Int8Embedding
+
+
+def test_what_int8_cannot_replace_stays() -> None:
+    model = tied()
+    model.embed.max_norm = 0.1
+    assert type(quantize_(model).embed) is nn.Embedding
+    layer = quantize_(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval())
+    with torch.no_grad():
+        assert layer(torch.ones(1, 3, 8)).shape == (1, 3, 8)
+
+
 def test_groups() -> None:
     model = quantize_(nn.Sequential(linear()), group_size=32)
     assert model[0].group_size == model[0].weight.group_size == 32
@@ -253,11 +312,12 @@ def nan_at_the_end() -> nn.Sequential:
         (nan_at_the_end(), {}, r"^1\.weight: holds NaN or infinity"),
         (nn.Sequential(linear()), {"mode": "int4"}, "^mode: got 'int4', expected one of 'int8', 'int8-dynamic'"),
         (nn.Sequential(linear()), {"group_size": 48}, "^group_size: expected a power of two, got 48"),
+        (nn.Sequential(linear()), {"group_size": 64.0}, "^group_size: expected an int, got float"),
         (nn.Sequential(linear()), {"group_size": 0}, "^group_size: expected a power of two, got 0"),
     ],
 )
 def test_errors_come_before_anything_is_replaced(model: nn.Module, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         quantize_(model, **options)
     assert not any(isinstance(module, Int8Linear) for module in model.modules())
 

@@ -18,10 +18,10 @@ int find(const InstructionSet** found) {
   };
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool f16c = __builtin_cpu_supports("f16c"), with_avx2 = f16c && __builtin_cpu_supports("avx2");
+  const bool with_avx2 = __builtin_cpu_supports("avx2");
   add(avx512_vnni(), with_avx2 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
-#if defined(__GNUC__) && (!defined(__clang__) || __clang_major__ >= 17)
+#if (defined(__clang__) && __clang_major__ >= 17) || (!defined(__clang__) && __GNUC__ >= 12)
   add(avx_vnni(), with_avx2 && __builtin_cpu_supports("avxvnni"));
 #endif
   add(avx2(), with_avx2);

@@ -36,7 +36,8 @@ struct LogSum {
 inline LogSum log_sum(const float* y, int64_t size) {
   LogSum all{y[0], 0};
   for (int64_t i = 1; i < size; ++i) all.highest = y[i] > all.highest || y[i] != y[i] ? y[i] : all.highest;
-  if ((to_bits(all.highest) & 0x7fffffff) >= 0x7f800000) {  // with no finite maximum it is no number
+  if (all.highest == -std::numeric_limits<float>::infinity()) return all;
+  if ((to_bits(all.highest) & 0x7fffffff) >= 0x7f800000) {  // with an infinite maximum it is no number
     all.sum = std::numeric_limits<float>::quiet_NaN();
     return all;
   }
@@ -50,7 +51,7 @@ inline LogSum log_sum(const float* y, int64_t size) {
   return all;
 }
 
-inline LogSum sum_of(const LogSum& a, const LogSum& b) {
+inline LogSum add(const LogSum& a, const LogSum& b) {
   const float highest = a.highest > b.highest ? a.highest : b.highest;
   return {highest, a.sum * exponential(a.highest - highest) + b.sum * exponential(b.highest - highest)};
 }
@@ -98,6 +99,7 @@ inline bool before(float a, int64_t i, float b, int64_t j) {
 // 0.5 · x · (1 + tanh(u)) = x / (1 + exp(−2u))
 inline float gelu_tanh(float x) {
   const float u = 0.797884561f * (x + 0.044715f * (x * x * x));
+  if (u < -40.0f) return x * 0.0f;  // the quotient would end at 1e-38 times x, however large x is
   return x / (1.0f + exponential(-2.0f * u));
 }
 
@@ -251,6 +253,10 @@ class Gemm {
 
   // Gives the levels' sum.
   static int32_t round_to_16(const float* x, float inverse, int64_t size, int16_t* levels) {
+    if (inverse == 0) {  // all zeros, or no levels can say it
+      std::memset(levels, 0, size_t(size) * sizeof(int16_t));
+      return 0;
+    }
     int32_t sum = 0;
     for (int64_t i = 0; i < size; ++i) {
       const int32_t level = int32_t(rounded(x[i] * inverse));
@@ -397,7 +403,7 @@ class Gemm {
       std::memcpy(a_.top->indices + to, &top_indices_[listed(0, row)], size_t(a_.top->k) * sizeof(int64_t));
       if (a_.top->log_sums == nullptr) continue;
       LogSum all = log_sums_[row];
-      for (int64_t panel = 1; panel < panels_; ++panel) all = sum_of(all, log_sums_[panel * rows_ + row]);
+      for (int64_t panel = 1; panel < panels_; ++panel) all = add(all, log_sums_[panel * rows_ + row]);
       a_.top->log_sums[first_ + row] = all.highest + std::log(all.sum);
     }
   }

@@ -152,8 +152,11 @@ inline void attention_share(void* context, int64_t index) {
   for (int64_t row = 0; row < rows; ++row) {
     float* weights = scores.get() + row * keys;
     float highest = -std::numeric_limits<float>::infinity(), total = 0;
-    for (int64_t key = 0; key < keys; ++key) highest = weights[key] > highest ? weights[key] : highest;
-    const bool none = highest == -std::numeric_limits<float>::infinity();
+    bool none = true;  // but NaN is something: it becomes the row's result
+    for (int64_t key = 0; key < keys; ++key) {
+      highest = weights[key] > highest ? weights[key] : highest;
+      none = none && weights[key] == -std::numeric_limits<float>::infinity();
+    }
     for (int64_t key = 0; key < keys; ++key) {
       const bool unseen = weights[key] == -std::numeric_limits<float>::infinity();
       weights[key] = none || unseen ? 0.0f : exponential(weights[key] - highest);

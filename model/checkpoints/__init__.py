@@ -50,13 +50,13 @@ def load(
 ) -> PaliGemma:
     """Loads a PaliGemma from a Hugging Face folder or a big_vision .npz file, whichever `path` is.
 
-    `dtype` None keeps the checkpoint's own (config.json's, else the widest of its tensors); `device` None is the
-    CPU. `config` replaces the folder's config.json, or what is inferred from the .npz file's shapes; the
-    tensors' shapes must still agree with it. `quantize` makes the linear layers int8 as `pg_kernels.quantize_` does, "int8" or
-    "int8-dynamic"; in a checkpoint that is int8 already it says what becomes of activations. Tensors are read one at a
-    time straight to their dtype and device, or into int8, so peak memory is the model and little more, and stay
-    independent of the file. With `progress`, a bar appears on stderr, if
-    that is a terminal, once loading has taken a second. The model is returned in evaluation mode.
+    `dtype` None keeps the checkpoint's own (config.json's, else the widest of its tensors); `device` None is the CPU.
+    `config` replaces the folder's config.json, or what is inferred from the .npz file's shapes; the tensors' shapes must
+    still agree with it. `quantize` makes the linear layers int8 as `pg_kernels.quantize_` does, "int8" or "int8-dynamic";
+    for a checkpoint that is int8 already it only says what becomes of activations. Tensors are read one at a time straight
+    to their dtype and device, or into int8, so peak memory is the model and little more; none of them stays tied to the
+    file. With `progress`, a bar appears on stderr, if that is a terminal, once loading has taken a second. The model is
+    returned in evaluation mode.
 
     Raises FileNotFoundError for a path, config.json or shard that does not exist; ValueError naming file and tensor for
     unreadable files, other architectures, and missing, unexpected or wrongly shaped tensors, or an unknown `quantize`; TypeError
@@ -75,8 +75,12 @@ def load(
     for file_name, tensor in _streamed(reader, names, target_dtype, target_device, progress):
         try:
             _assign(model, names[file_name], tensor, waiting)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{reader.describe(file_name)}: {error}") from error
+    if waiting:
+        owner, tensor = next(iter(waiting.items()))
+        what = "is int8 without a scale" if tensor.dtype == torch.int8 else "has a scale, but is not int8"
+        raise ValueError(f"{reader.path}: {owner}.weight {what}")
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.language_model.embed_tokens.weight
     return model.eval()
@@ -96,6 +100,8 @@ def save_huggingface(model: PaliGemma, folder: str | os.PathLike[str], *, max_sh
     specs = sorted((spec for spec, _ in entries.values()), key=lambda spec: -spec.dtype.itemsize)
     tensors = ((spec.name, entries[spec.name][1]()) for spec in specs)
     kinds = {module.activations for module in model.modules() if type(module) is Int8Linear}
+    if not kinds and any(spec.dtype == torch.int8 for spec in specs):
+        kinds = {"keep"}
     if len(kinds) > 1:
         raise ValueError("model cannot be saved: some of its int8 layers quantise activations and some do not")
     write_huggingface(
@@ -248,7 +254,8 @@ def _refuse(reader: Reader, what: str, names: list[str]) -> None:
 def _streamed(
     reader: Reader, names: dict[str, str], dtype: torch.dtype, device: torch.device, progress: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    total = sum(TensorSpec(name, reader.shapes[name], dtype).nbytes for name in names)
+    int8 = {name.removesuffix(SCALE) for name in names if name.endswith(SCALE)}
+    total = sum(TensorSpec(name, reader.shapes[name], torch.int8 if name in int8 else dtype).nbytes for name in names)
     with tqdm(
         total=total,
         desc=reader.path.name,
@@ -269,7 +276,7 @@ def _make_int8(model: PaliGemma, reader: Reader, names: dict[str, str], quantize
     if not layers and quantize is None:
         return
     modes = {activations: mode for mode, activations in ACTIVATIONS.items()}
-    mode = quantize or modes.get((reader.quantization or {}).get("activations", "keep"))
+    mode = quantize or modes.get(str((reader.quantization or {}).get("activations", "keep")))
     if mode is None:
         raise ValueError(f"{reader.path}: config.json's quantization_config has unknown activations")
     embedding = EMBEDDING.removesuffix(".weight")

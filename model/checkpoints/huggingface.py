@@ -99,7 +99,7 @@ class HuggingFaceReader:
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self._config = self._read_config_json()
-        self.quantization: dict[str, Any] | None = self._config.get("quantization_config")
+        self.quantization: dict[str, Any] | None = self._config.get("quantization_config") or None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._keys: dict[str, tuple[Path, str]] = {}
         self._file_dtypes: dict[str, torch.dtype] = {}
@@ -118,8 +118,9 @@ class HuggingFaceReader:
         config = read_json_object(path)
         if config.get("model_type") != "paligemma":
             raise ValueError(f"{path}: model_type is {config.get('model_type')!r}, expected 'paligemma'")
-        method = (config.get("quantization_config") or {}).get("quant_method", "unknown")
-        if config.get("quantization_config") and method != _QUANTIZER:
+        quantization = config.get("quantization_config")
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        if quantization and method != _QUANTIZER:
             raise ValueError(f"{path}: the weights are quantised ({method}); load the unquantised checkpoint instead")
         return config
 

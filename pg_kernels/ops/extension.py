@@ -11,6 +11,8 @@ except ImportError as error:  # no compiler when the package was installed, or a
     _C = None  # type: ignore[assignment]
     _WHY_NOT = f"the C++ extension pg_kernels._C is not there ({error})"
 
+LONGEST_HEAD = 256
+"""Head dimension that its attention and rotary kernels have room for: kMostDim in csrc/cpu/token_ops_impl.h."""
 FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -30,7 +32,7 @@ def instruction_sets() -> tuple[str, list[str]]:
 
 
 def unfit(*tensors: Tensor | None) -> str | None:
-    """Why they cannot take these tensors, or None when they can."""
+    """Why the extension's kernels cannot take these tensors, or None when they can."""
     if any(tensor is not None and tensor.dtype not in FLOAT_CODES for tensor in tensors):
         return "float64 runs on backend 'reference' only"
     return None

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("pg_kernels", "DEF")
 
@@ -29,6 +31,12 @@ def define_opaque(
     torch.library.register_fake(f"pg_kernels::{name}", fake, lib=LIBRARY)
     if autograd is not None:
         LIBRARY.impl(name, autograd, "Autograd")
+
+
+def is_watched(*tensors: Tensor | None) -> bool:
+    """Whether gradients of either kind, or a function transform, must see what happens to these tensors."""
+    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return recorded or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def refuse_second_derivative(op: str) -> None:

@@ -132,12 +132,14 @@ GATE = "language_model.model.layers.0.mlp.gate_proj.weight"
         ({f"{GATE}_scale": torch.ones(47)}, r"gate_proj\.weight_scale has shape \[47\] .*, expected \[48\]"),
         ({f"{GATE}_scale": torch.ones(48, 5)}, r"gate_proj\.weight.*5 groups cannot share 32 columns"),
         ({f"{GATE}_scale": torch.full((48,), torch.nan)}, r"gate_proj\.weight.*scale: holds NaN or infinity"),
-        ({f"{GATE}_scale": None}, r"gate_proj\.weight: it is int8 without a scale"),
+        ({f"{GATE}_scale": None}, r"gate_proj.*int8 without a scale"),
         ({GATE: torch.ones(48, 31, dtype=torch.int8)}, r"gate_proj\.weight has shape \[48, 31\]"),
         (
             {"language_model.model.norm.weight": torch.ones(32, dtype=torch.int8)},
             r"norm\.weight: it is int8 without a scale",
         ),
+        ({f"{GATE}_scale": torch.ones(48).half()}, r"gate_proj\.weight.*expected torch.float32, got torch.float16"),
+        ({GATE: torch.ones(48, 32)}, r"gate_proj\.weight has a scale, but is not int8"),
         ({"more.weight_scale": torch.ones(3)}, r"unexpected tensor"),
     ],
 )
@@ -163,6 +165,24 @@ def test_errors(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="some of its int8 layers quantise activations and some do not"):
         quantised.save_pretrained(tmp_path / "mixed")
     assert not any((tmp_path / name).exists() for name in ("model.npz", "out", "out.npz", "mixed"))
+
+
+def test_int8_without_any_scale(tmp_path: Path) -> None:
+    quantize_(model()).save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    rewrite(tmp_path, **{name: None for name in tensors if name.endswith("_scale")})
+    for mode in (None, "int8"):
+        with pytest.raises(ValueError, match="int8 without a scale"):
+            load(tmp_path, quantize=mode)
+
+
+@pytest.mark.parametrize("content", ["int8", {"quant_method": "pg_kernels", "activations": ["x"]}], ids=str)
+def test_configurations_that_say_something_else(tmp_path: Path, content: object) -> None:
+    quantize_(model()).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": content}))
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:

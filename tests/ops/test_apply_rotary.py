@@ -371,6 +371,24 @@ def test_the_cpp_kernel_is_for_few_tokens_and_heads_that_fit() -> None:
     apply_rotary_to_cache(*inputs)
 
 
+@needs_extension
+def test_a_compiled_graph_does_not_write_outside_the_cache() -> None:
+    q, k, v, positions, k_cache, v_cache, slots = cache_inputs("cpu")
+    compiled = torch.compile(apply_rotary_to_cache, fullgraph=True, backend="aot_eager")
+    slots[1, 2] = 10**8
+    with pytest.raises(ValueError, match="slots: 100000000 is outside the cache's"):
+        compiled(q, k, v, positions, k_cache, v_cache, slots)
+
+
+@needs_extension
+def test_queries_whose_numbers_are_far_apart() -> None:
+    """What unfold gives: the last dimension has the stride of another."""
+    _, k, v, positions, k_cache, v_cache, slots = cache_inputs("cpu")
+    q = randn(300).as_strided((2, 4, k.shape[2], k.shape[3]), (24, 4, 1, 1))
+    expected = apply_rotary_to_cache(q.contiguous(), k, v, positions, k_cache, v_cache, slots)
+    assert torch.equal(apply_rotary_to_cache(q, k, v, positions, k_cache, v_cache, slots), expected)
+
+
 def test_cache_takes_no_gradients() -> None:
     inputs = cache_inputs("cpu")
     inputs[1].requires_grad_()

@@ -59,7 +59,7 @@ def test_rows_that_are_not_there(index: int) -> None:
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 @pytest.mark.parametrize("log_probs", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (63, 5), (64, 64), (1000, 1), (1000, 70)])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (63, 5), (64, 64), (1000, 1), (1000, 70), (1000, 300)])
 def test_topk(
     device: str,
     backend: str,
@@ -106,6 +106,12 @@ def test_topk_does_not_depend_on_threads_and_batch(device: str, backend: str) ->
                     assert torch.equal(actual, wanted[rows])
     finally:
         torch.set_num_threads(threads)
+
+
+def test_topk_keeps_the_order_of_products_whose_probabilities_are_one_number(device: str, backend: str) -> None:
+    weight = pack_int8(torch.eye(4, dtype=torch.int8, device=device), torch.ones(4, device=device))
+    x = torch.tensor([[20.0, 20.001, 0.0, 0.0]], device=device)
+    assert int8_topk(x, weight, 2, log_probs=True)[1].tolist() == [[1, 0]]
 
 
 def test_log_probabilities_of_large_products(device: str, backend: str) -> None:
@@ -181,9 +187,11 @@ def test_geglu(device: str, backend: str, dtype: torch.dtype, n: int, group_size
 def test_geglu_far_from_zero(device: str, backend: str) -> None:
     """gelu_tanh is 0 on one side and the identity on the other, without overflow on the way."""
     one = pack_int8(torch.ones(1, 1, dtype=torch.int8, device=device), torch.ones(1, device=device))
-    x = torch.tensor([[-1e4], [-30.0], [0.0], [30.0], [1e4]], device=device)
+    x = torch.tensor([[-1e30], [-1e4], [-30.0], [0.0], [30.0], [1e4]], device=device)
     y = int8_geglu(x, one, one)
-    torch.testing.assert_close(y[:, 0], torch.tensor([0.0, 0.0, 0.0, 900.0, 1e8], device=device), rtol=1e-4, atol=1e-30)
+    expected = torch.tensor([0.0, 0.0, 0.0, 0.0, 900.0, 1e8], device=device)
+    torch.testing.assert_close(y[:, 0], expected, rtol=1e-4, atol=1e-30)
+    assert bool(int8_geglu(torch.full((1, 1), -torch.inf, device=device), one, one).isnan())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -290,6 +298,11 @@ GOOD = packed(3, 70)
         (lambda x: int8_topk(x, GOOD, 4), ValueError, r"^k: expected a number in \[1, 3\] .*, got 4"),
         (lambda x: int8_topk(x, GOOD, 1.0), TypeError, "^k: expected an int, got float"),
         (lambda x: int8_topk(x, GOOD, softcap=0.0), ValueError, "^softcap: expected a positive number, got 0.0"),
+        (
+            lambda x: int8_topk(x, GOOD.unpack()[0]),
+            TypeError,
+            "^weight: expected one that pack_int8 has packed, got Tensor",
+        ),
         (lambda x: int8_topk([1.0], GOOD), TypeError, "^x: expected a tensor, got list"),
         (lambda x: int8_geglu(x[:, :69], GOOD, GOOD), ValueError, r"^x: expected shape \[..., 70\]"),
         (lambda x: int8_geglu(x, GOOD, GOOD, activations="int4"), ValueError, "^activations: got 'int4'"),
@@ -298,3 +311,20 @@ GOOD = packed(3, 70)
 def test_errors(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(torch.ones(2, 70))
+
+
+def test_a_named_backend_is_strict() -> None:
+    with use_backend("native"), pytest.raises(RuntimeError, match="float64 runs on backend 'reference' only"):
+        int8_linear(torch.ones(2, 70, dtype=torch.float64), GOOD)
+
+
+def test_no_rows() -> None:
+    empty = pack_int8(torch.ones(0, 4, dtype=torch.int8), torch.ones(0))
+    assert empty.dequantize().shape == (0, 4)
+
+
+def test_forward_derivatives_are_refused_not_dropped() -> None:
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
+        int8_projections(forward_ad.make_dual(torch.ones(2, 70), torch.ones(2, 70)), [GOOD, GOOD])

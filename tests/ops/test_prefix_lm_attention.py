@@ -20,6 +20,7 @@ from helpers import (
     assert_within,
     every_other,
     leaves,
+    needs_extension,
     randn,
     run,
 )
@@ -774,3 +775,35 @@ def test_packed_sequences_compile(device: str, backend: str) -> None:
 def test_packed_errors(offsets: list[int], longest: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         prefix_lm_attention_varlen(*packed("cpu", 9), torch.tensor(offsets, dtype=torch.int64), longest)
+
+
+# --- a few queries on the CPU
+
+
+def test_few_queries_of_any_strides() -> None:
+    q, k, v = tensors("cpu", q_len=4, kv_len=9, dim=8)
+    odd = randn(200).as_strided((2, 4, 4, 8), (32, 8, 1, 1))
+    assert torch.equal(prefix_lm_attention(odd, k, v), prefix_lm_attention(odd.contiguous(), k, v))
+
+
+@pytest.mark.parametrize("q_len", [1, 20])
+def test_nan_stays_nan(device: str, backend: str, q_len: int) -> None:
+    q, k, v = tensors(device, q_len=q_len, kv_len=24)
+    q[0, 1, 0] = torch.nan
+    out = prefix_lm_attention(q, k, v)
+    assert bool(out[0, 1, 0].isnan().all()) and int(out.isnan().sum()) == q.shape[3]
+
+
+@needs_extension
+def test_few_queries_are_an_op() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    inputs = tensors("cpu", q_len=3, kv_len=9)
+    arguments = (*inputs, [2, 0, 9, 6] * 2, True, 0.25, None, None)
+    torch.library.opcheck(torch.ops.pg_kernels.prefix_lm_attention_few.default, arguments)
+    traced = make_fx(lambda q, k, v: prefix_lm_attention(q, k, v, prefix_lens=2))(*inputs)
+    assert torch.equal(traced(*inputs), prefix_lm_attention(*inputs, prefix_lens=2))
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(tensor) for tensor in inputs]
+        assert prefix_lm_attention(*fakes).shape == inputs[0].shape

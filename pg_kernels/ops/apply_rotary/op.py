@@ -13,8 +13,6 @@ from pg_kernels.ops.apply_rotary import reference, tiles
 from pg_kernels.ops.extension import _C, FLOAT_CODES
 from pg_kernels.ops.library import define_composite, define_opaque, refuse_second_derivative
 
-_NATIVE_DIM = 256
-"""The longest head that the C++ kernel takes."""
 _FEW_TOKENS = 64
 """For more than these PyTorch's functions, with threads and vectors for sines, are faster than the C++ kernel."""
 
@@ -40,7 +38,9 @@ def _to_cache(
 def _to_cache_native(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, theta: float, k_cache: Tensor, v_cache: Tensor, slots: Tensor
 ) -> Tensor:
-    q_out = torch.empty_like(q)
+    # Looked at here, too: within a compiled graph the public function cannot.
+    _check_slots(slots, k_cache)
+    q_out = q.new_empty(q.shape)
     batch, _, length, dim = q.shape
     tokens = (batch, length)
     # Kept until the call is over.
@@ -177,7 +177,7 @@ define_opaque(
     f"apply_rotary_to_cache{_TO_CACHE}", reference.apply_rotary_to_cache, lambda q, *rest: torch.empty_like(q)
 )
 define_opaque(f"apply_rotary_to_cache_triton{_TO_CACHE}", _to_cache, lambda q, *rest: torch.empty_like(q))
-define_opaque(f"apply_rotary_to_cache_native{_TO_CACHE}", _to_cache_native, lambda q, *rest: torch.empty_like(q))
+define_opaque(f"apply_rotary_to_cache_native{_TO_CACHE}", _to_cache_native, lambda q, *rest: q.new_empty(q.shape))
 
 
 def apply_rotary(q: Tensor, k: Tensor, positions: Tensor, *, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
@@ -249,18 +249,23 @@ def apply_rotary_to_cache(
             "apply_rotary_to_cache: gradients do not flow through a cache; call it under torch.no_grad()"
         )
     if checks.values_are_free(slots):
-        wrong = slots[(slots < 0) | (slots >= k_cache.shape[2])]
-        if len(wrong):
-            raise ValueError(f"slots: {int(wrong[0])} is outside the cache's [0, {k_cache.shape[2]})")
+        _check_slots(slots, k_cache)
     native = extension.unfit(q, k_cache)
-    if q.shape[3] > _NATIVE_DIM or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
-        native = f"heads longer than {_NATIVE_DIM}, or caches whose rows are not contiguous"
+    if q.shape[3] > extension.LONGEST_HEAD or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        native = f"heads longer than {extension.LONGEST_HEAD}, or caches whose rows are not contiguous"
     obstacles = {"triton": launch.unfit(q, k_cache), "native": native}
     # It turns one token after the other, for decoding.
     avoid = ("native",) if q.shape[0] * q.shape[2] > _FEW_TOKENS else ()
     backend = select("apply_rotary_to_cache", q.device.type, obstacles, avoid)
     name = "apply_rotary_to_cache" if backend == "reference" else f"apply_rotary_to_cache_{backend}"
     return getattr(torch.ops.pg_kernels, name)(q, k, v, positions, theta, k_cache, v_cache, slots)
+
+
+def _check_slots(slots: Tensor, cache: Tensor) -> None:
+    numbers = slots.flatten().tolist()
+    wrong = [slot for slot in numbers if not 0 <= slot < cache.shape[2]]
+    if wrong:
+        raise ValueError(f"slots: {wrong[0]} is outside the cache's [0, {cache.shape[2]})")
 
 
 def _checked(q: Tensor, k: Tensor, positions: Tensor, theta: float) -> Tensor:

@@ -12,14 +12,16 @@ from pg_kernels.ops import checks, extension
 from pg_kernels.ops.extension import _C, FLOAT_CODES
 from pg_kernels.ops.geglu import geglu
 from pg_kernels.ops.int8_linear import reference
-from pg_kernels.ops.library import define_opaque, refuse_second_derivative
+from pg_kernels.ops.library import define_opaque, is_watched, refuse_second_derivative
 from pg_kernels.ops.quantize_int8.reference import dequantize_int8
 
+_LISTED = 256
+"""The most products that `int8_topk` lists as they come."""
 _STEP = 4
 """Columns of a weight that lie together in the layout of csrc/cpu/int8_linear.h."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class PackedInt8Weight:
     """An int8 weight [N, K] in the layout that this machine's kernels read; made by `pack_int8`, kept as long as one likes.
 
@@ -62,8 +64,7 @@ class PackedInt8Weight:
 
     def replace_(self, qweight: Tensor, scale: Tensor) -> None:
         """Pack another weight in this one's place; whoever holds it finds that. Raises what `pack_int8` raises."""
-        for name, value in vars(pack_int8(qweight, scale)).items():
-            object.__setattr__(self, name, value)
+        vars(self).update(vars(pack_int8(qweight, scale)))
 
     def rows(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantise some rows: int32 or int64 [...], each in [0, N), to [..., K] in `dtype`, rounded once from fp32.
@@ -71,6 +72,7 @@ class PackedInt8Weight:
         Raises TypeError for other indices, ValueError for a row that is not there (looked at on the CPU only).
         """
         checks.check_integer(indices=indices)
+        checks.check_device(weight=self._data, indices=indices)
         chosen, (n, k) = indices.flatten(), self.shape
         if self._is_native:
             rows = torch.ops.pg_kernels.int8_rows(self._data, self._scale, chosen.long(), n, k, self.group_size)
@@ -84,8 +86,9 @@ class PackedInt8Weight:
         """All rows, [N, K]."""
         whole = torch.empty(self.shape, dtype=dtype, device=self.device)
         # In parts, as rows come in fp32 first.
-        for indices in torch.arange(self.shape[0], device=self.device).split(4096):
-            whole[indices[0] : indices[-1] + 1] = self.rows(indices, dtype)
+        for start in range(0, self.shape[0], 4096):
+            part = whole[start : start + 4096]
+            part.copy_(self.rows(torch.arange(start, start + len(part), device=self.device), dtype))
         return whole
 
     @property
@@ -347,6 +350,9 @@ def _topk(
 ) -> tuple[Tensor, Tensor]:
     if backend == "reference":
         return reference.int8_topk(x, weight, scale, group_size, int8_activations, k, softcap, log_probs)
+    if k > _LISTED:  # lists as long as that are slower than sorting
+        y = _multiply(x.float(), [weight], [scale], [None], [n], group_size, int8_activations)[0]
+        return reference.largest(y, k, softcap, log_probs)
     _check_layout(weight, scale, n, x.shape[1], group_size)
     if not 1 <= k <= n:
         raise ValueError(f"k: expected a number in [1, {n}], got {k}")
@@ -548,7 +554,7 @@ def int8_projections(
     x, backend = _prepared(x, weights, biases, activations)
     group_sizes = {weight.group_size for weight in weights}
     native = backend == "native" and all(weight._is_native for weight in weights)
-    if not native or len(group_sizes) > 1 or _records(x, *biases):
+    if not native or len(group_sizes) > 1 or is_watched(x, *biases):
         return tuple(int8_linear(x, w, bias=b, activations=activations) for w, b in zip(weights, biases, strict=True))
     outputs = torch.ops.pg_kernels.int8_projections(
         x.reshape(-1, x.shape[-1]),
@@ -580,7 +586,7 @@ def int8_geglu(x: Tensor, gate: PackedInt8Weight, up: PackedInt8Weight, *, activ
         raise ValueError(f"up: expected shape {list(gate.shape)} (gate's), got {list(up.shape)}")
     x, backend = _prepared(x, [gate, up], [None, None], activations)
     native = backend == "native" and gate._is_native and up._is_native
-    if not native or gate.group_size != up.group_size or _records(x):
+    if not native or gate.group_size != up.group_size or is_watched(x):
         return geglu(*int8_projections(x, [gate, up], activations=activations))
     y = torch.ops.pg_kernels.int8_geglu(
         x.reshape(-1, x.shape[-1]),
@@ -649,6 +655,8 @@ def _prepared(
         raise ValueError(f"activations: got {activations!r}, expected 'keep' or 'int8'")
     checks.check_tensor(x=x)
     for weight, bias in zip(weights, biases, strict=True):
+        if not isinstance(weight, PackedInt8Weight):
+            raise TypeError(f"weight: expected one that pack_int8 has packed, got {type(weight).__name__}")
         checks.check_float(x=x, bias=bias)
         if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
             raise ValueError(f"x: expected shape [..., {weight.shape[1]}] (the weight's K), got {list(x.shape)}")
@@ -656,8 +664,4 @@ def _prepared(
             checks.check_shape("bias", bias, [weight.shape[0]], " (the weight's N)")
         checks.check_device(x=x, weight=weight._data, bias=bias)
     (x,) = checks.autocast(x)
-    return x, select("int8_linear", x.device.type) if x.dtype in FLOAT_CODES else "reference"
-
-
-def _records(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return x, select("int8_linear", x.device.type, {"native": extension.unfit(x)})

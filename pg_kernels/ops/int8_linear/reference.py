@@ -33,11 +33,17 @@ def int8_topk(
     y = int8_linear(
         x.to(torch.promote_types(x.dtype, torch.float32)), qweight, scale, None, group_size, int8_activations
     )
+    return largest(y, k, softcap, log_probs)
+
+
+def largest(y: Tensor, k: int, softcap: float | None, log_probs: bool) -> tuple[Tensor, Tensor]:
+    """The same of products y [M, N] that are there."""
     if softcap is not None:
         y = softcap * torch.tanh(y / softcap)
-    if log_probs:
-        y = y.log_softmax(-1)
+    # Sorted before the sum is taken off, which could make equals of two that differ.
     values, indices = y.sort(dim=-1, descending=True, stable=True)
+    if log_probs:
+        values = values - y.logsumexp(-1, keepdim=True)
     return values[:, :k].float(), indices[:, :k].contiguous()
 
 

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pg_kernels.ops import extension
+from pg_kernels.ops.library import define_opaque, is_watched
 from pg_kernels.ops.prefix_lm_attention.reference import visible_keys
 
 ROWS = 256
 """Queries that share a mask, where they need any: [ROWS, keys in sight], never [Sq, Skv]."""
-DECODED = 16
-"""Queries that the C++ extension attends for, each key and value read once for all of them."""
+FEW = 16
+"""So many queries the C++ extension attends for: when decoding, and in prompts as short."""
 
 Example = tuple[int, int, int, int]
 """Prefix length, start, end, position of the first query."""
@@ -49,8 +50,10 @@ class Rows:
 
 def prefix_lm_attention(q: Tensor, k: Rows, v: Rows, examples: Sequence[Example], scores: Scores) -> Tensor:
     """Attention of q [B, H, Sq, D]; examples that are alike are done at once."""
-    if _is_decoding(q, k, v):
-        return _decode(q, k.tensor, v.tensor, examples, scores)
+    if _are_few(q, k, v):
+        numbers = list(chain.from_iterable(examples))
+        options = (scores.causal, scores.scale, scores.softcap, scores.window)
+        return torch.ops.pg_kernels.prefix_lm_attention_few(q, k.tensor, v.tensor, numbers, *options)
     outs, first = [], 0
     for example, alike in groupby(examples):
         which = slice(first, first + len(list(alike)))
@@ -60,17 +63,29 @@ def prefix_lm_attention(q: Tensor, k: Rows, v: Rows, examples: Sequence[Example]
     return torch.cat(outs) if outs else q * (k.tensor.sum() + v.tensor.sum())
 
 
-def _is_decoding(q: Tensor, k: Rows, v: Rows) -> bool:
-    tensors = (q, k.tensor, v.tensor)
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    fits = q.dtype in extension.FLOAT_CODES and k.scale is None and q.shape[3] <= 256 and q.numel() > 0
-    return fits and not recorded and q.shape[2] <= DECODED and extension.obstacle(q.device.type) is None
+def _are_few(q: Tensor, k: Rows, v: Rows) -> bool:
+    """Whether the C++ extension is for them."""
+    fits = (
+        q.dtype in extension.FLOAT_CODES and k.scale is None and q.shape[3] <= extension.LONGEST_HEAD and q.numel() > 0
+    )
+    few = fits and q.shape[2] <= FEW and extension.obstacle(q.device.type) is None
+    return few and not is_watched(q, k.tensor, v.tensor)
 
 
-def _decode(q: Tensor, k: Tensor, v: Tensor, examples: Sequence[Example], scores: Scores) -> Tensor:
+def _few(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    examples: Sequence[int],
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """`examples` are prefix lengths, starts, ends and first positions, [4 · B]."""
     q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))
-    out = torch.empty_like(q)
-    prefix_lens, starts, ends, q_starts = (list(numbers) for numbers in zip(*examples, strict=True))
+    out = q.new_empty(q.shape)
+    prefix_lens, starts, ends, q_starts = (list(examples[i::4]) for i in range(4))
     extension._C.attention(
         q=extension.heads(q),
         k=extension.heads(k),
@@ -84,12 +99,20 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, examples: Sequence[Example], scores
         keys=k.shape[2],
         dim=q.shape[3],
         type=extension.FLOAT_CODES[q.dtype],
-        causal=scores.causal,
-        scale=scores.scale,
-        softcap=scores.softcap or 0.0,
-        window=scores.window or 0,
+        causal=causal,
+        scale=scale,
+        softcap=softcap or 0.0,
+        window=window or 0,
     )
     return out
+
+
+define_opaque(
+    "prefix_lm_attention_few(Tensor q, Tensor k, Tensor v, int[] examples, bool causal, float scale, float? softcap, "
+    "int? window) -> Tensor",
+    _few,
+    lambda q, *rest: q.new_empty(q.shape),
+)
 
 
 def prefix_lm_attention_varlen(

@@ -37,6 +37,16 @@ define_opaque("quantize_int8_native(Tensor weight, int group_size) -> (Tensor, T
 offer("quantize_int8", "native", extension.obstacle)
 
 
+def check_group_size(group_size: int | None) -> None:
+    """A power of two or None; TypeError and ValueError for anything else."""
+    if group_size is None:
+        return
+    if not isinstance(group_size, int) or isinstance(group_size, bool):
+        raise TypeError(f"group_size: expected an int, got {type(group_size).__name__}")
+    if group_size < 1 or group_size & (group_size - 1):
+        raise ValueError(f"group_size: expected a power of two, got {group_size}")
+
+
 def quantize_int8(weight: Tensor, *, group_size: int | None = None) -> tuple[Tensor, Tensor]:
     """Quantise a weight to int8, symmetrically, with one scale per row or per group of a row's columns.
 
@@ -59,11 +69,7 @@ def quantize_int8(weight: Tensor, *, group_size: int | None = None) -> tuple[Ten
     checks.check_float(weight=weight)
     checks.check_shape("weight", weight, ["N", "K"])
     checks.check_row("weight", weight)
-    if group_size is not None:
-        if not isinstance(group_size, int) or isinstance(group_size, bool):
-            raise TypeError(f"group_size: expected an int, got {type(group_size).__name__}")
-        if group_size < 1 or group_size & (group_size - 1):
-            raise ValueError(f"group_size: expected a power of two, got {group_size}")
+    check_group_size(group_size)
     native = select("quantize_int8", weight.device.type, {"native": extension.unfit(weight)}) == "native"
     quantize = torch.ops.pg_kernels.quantize_int8_native if native else torch.ops.pg_kernels.quantize_int8
     columns = weight.shape[1]
