@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -147,3 +149,11 @@ def test_a_compiled_function_follows_the_block() -> None:
         with backend(name):
             torch.testing.assert_close(compiled(x), step(x))
     assert len(seen) == 2
+
+
+def test_importing_takes_neither_the_compiler_nor_triton_along() -> None:
+    """They are most of the time and the memory that a start would take."""
+    heavy = "torch._dynamo", "torch._inductor", "triton", "sympy", "transformers", "matplotlib"
+    code = f"import sys, pg_kernels.model.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
