@@ -151,9 +151,10 @@ def test_a_compiled_function_follows_the_block() -> None:
     assert len(seen) == 2
 
 
-def test_importing_takes_neither_the_compiler_nor_triton_along() -> None:
+def test_importing_and_loading_take_neither_the_compiler_nor_triton_along() -> None:
     """They are most of the time and the memory that a start would take."""
     heavy = "torch._dynamo", "torch._inductor", "triton", "sympy", "transformers", "matplotlib"
-    code = f"import sys, pg_kernels.model.cli; print([name for name in {heavy} if name in sys.modules])"
+    load = "pg_kernels.model.PaliGemma.from_pretrained(pg_kernels.model.EMBEDDED_CHECKPOINT, quantize='int8')"
+    code = f"import sys, pg_kernels.model.cli; {load}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from pg_kernels import PackedInt8Weight
@@ -191,8 +193,17 @@ def _open(path: str | os.PathLike[str]) -> Reader:
     return BigVisionReader(path)
 
 
+class _WithoutNumbers(TorchFunctionMode):
+    """Initialises nothing: on the meta device drawing numbers would import all of torch.compile, a second and 150 MB."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def _meta_model(config: PaliGemmaConfig) -> PaliGemma:
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutNumbers():
         return PaliGemma(config)
 
 
