@@ -298,18 +298,6 @@ class _Int8Linear(torch.autograd.Function):
         return grad_x, None, None, grad_bias, None, None, None, None
 
 
-def _projections(
-    x: Tensor,
-    data: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    sizes: Sequence[int],
-    group_size: int,
-    int8_activations: bool,
-) -> list[Tensor]:
-    return _multiply(x, data, scales, biases, sizes, group_size, int8_activations)
-
-
 def _fake_projections(
     x: Tensor, data: Sequence[Tensor], scales: Sequence[Tensor], biases: Any, sizes: Sequence[int], *rest: Any
 ) -> list[Tensor]:
@@ -409,7 +397,7 @@ define_opaque(
 define_opaque(
     "int8_projections(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, SymInt[] sizes, SymInt group_size, "
     "bool int8_activations) -> Tensor[]",
-    _projections,
+    _multiply,
     _fake_projections,
 )
 define_opaque(
