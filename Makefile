@@ -5,7 +5,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready
 SAMPLE := model/embedded/samples/banana_and_owl.png
-CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 # Test workers share the cores between them.
 THREADS := OMP_NUM_THREADS=1
 

@@ -1,9 +1,12 @@
-"""Builds the C++ extension and lists the packages; everything else is in pyproject.toml."""
+"""Builds the C++ extensions and lists the packages; everything else is in pyproject.toml."""
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,43 @@ ARM = {"isa_neon.cpp": ["-march=armv8.2-a+dotprod"]}
 FLAGS = {"x86_64": X86, "aarch64": ARM, "arm64": ARM}.get(platform.machine(), {})
 
 
+# A100 and its like, and Hopper with its own instructions; newer GPUs compile the first one's portable code when they load it.
+GPUS = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a"]
+
+
+def nvcc() -> str | None:
+    """CUDA's compiler: $NVCC, which may be empty for none, or the one on the path, or in $CUDA_HOME or its usual folder."""
+    if "NVCC" in os.environ:
+        return os.environ["NVCC"] or None
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
+
+
 class BuildExtension(build_ext):
-    """Adds a file's own flags; where the compiler lacks one of them, the file compiles to nothing."""
+    """Adds a file's own flags; where the compiler lacks one of them, the file compiles to nothing. CUDA's files go to nvcc."""
 
     def build_extension(self, ext: Any) -> None:
+        if ext.name == CUDA:
+            self.build_cuda(ext)
+        else:
+            self.build_cpu(ext)
+
+    def build_cuda(self, ext: Any) -> None:
+        compiler = nvcc()
+        folder = Path(self.build_temp, "cuda")
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = ["-std=c++17", "-O3", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        flags += [f"-I{path}" for path in ext.include_dirs] + [f"-D{name}={value}" for name, value in ext.define_macros]
+        objects = []
+        for source in ext.sources:
+            objects.append(str(folder / f"{Path(source).name}.o"))
+            gpus = [flag for gpu in GPUS for flag in ("-gencode", gpu)] if source.endswith(".cu") else []
+            self.spawn([compiler, *flags, *gpus, "-c", source, "-o", objects[-1]])
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # CUDA's runtime goes into the library: one build works beside every torch, and loads where there is no GPU.
+        self.spawn([compiler, "-shared", "-cudart", "static", *objects, "-o", str(target)])
+
+    def build_cpu(self, ext: Any) -> None:
         compile_file = self.compiler._compile
         flags = {name: wanted for name, wanted in FLAGS.items() if all(has_flag(self.compiler, f) for f in wanted)}
 
@@ -35,9 +71,9 @@ class BuildExtension(build_ext):
         super().build_extension(ext)
 
 
-extension = Pybind11Extension(
+cpu_extension = Pybind11Extension(
     "pg_kernels._C",
-    sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+    ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
     # Rebuilds when a header changes, and puts headers into the source distribution.
     depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
     include_dirs=["csrc"],
@@ -49,11 +85,21 @@ extension = Pybind11Extension(
     optional=True,
 )
 
+CUDA = "pg_kernels._cuda"
+cuda_extension = Pybind11Extension(
+    CUDA,
+    ["csrc/cuda/bindings.cpp", *sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))],
+    depends=sorted(str(path) for path in Path("csrc/cuda").glob("*.h")),
+    include_dirs=["csrc", sysconfig.get_path("include")],
+    define_macros=[("PG_KERNELS_CUDA_MODULE", "_cuda")],
+    optional=True,
+)
+
 setup(
     # The folders model/ and benchmarks/ are installed as pg_kernels.model and pg_kernels.benchmarks.
     packages=[*find_packages(include=["pg_kernels", "pg_kernels.*"]), "pg_kernels.model", "pg_kernels.benchmarks"]
     + [f"pg_kernels.model.{name}" for name in find_packages("model")],
     package_dir={"pg_kernels.model": "model", "pg_kernels.benchmarks": "benchmarks"},
-    ext_modules=[extension],
+    ext_modules=[cpu_extension, *([cuda_extension] if nvcc() and sys.platform == "linux" else [])],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .compare import compare, markdown
+from .extension import extension_kernels
 from .readme import update
 from .report import write
 from .resources import DEVICES, DTYPES, TABLE_HEAD, compile_all
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     resources.add_argument("ops", nargs="*", metavar="OP", help="e.g. rms_norm (default: all)")
     resources.add_argument("--target", choices=DEVICES, action="append", help="may be repeated (default: all of them)")
     resources.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated (default: all of them)")
+    resources.add_argument("--extension", action="store_true", help="of the CUDA extension's kernels, not of Triton's")
     resources.set_defaults(command=_resources)
     return parser
 
@@ -113,7 +115,7 @@ def _resources(options: argparse.Namespace) -> int:
     faulty = 0
     print(TABLE_HEAD)
     for target in options.target or DEVICES:
-        for kernel in compile_all(target, dtypes, options.ops):
+        for kernel in extension_kernels(target) if options.extension else compile_all(target, dtypes, options.ops):
             print(kernel.table_row, flush=True)
             for fault in kernel.faults:
                 print(f"{kernel.op} {kernel.name} for {target} ({kernel.launch}): {fault}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The C++ extension `pg_kernels._C`, which may not be there, and how tensors go into it."""
+"""The C++ extensions `pg_kernels._C` and, for CUDA, `pg_kernels._cuda`, which may not be there, and how tensors go into them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ except ImportError as error:  # no compiler when the package was installed, or a
     _C = None  # type: ignore[assignment]
     _WHY_NOT = f"the C++ extension pg_kernels._C is not there ({error})"
 
+try:
+    from pg_kernels import _cuda
+except ImportError as error:  # no nvcc when the package was installed
+    _cuda = None  # type: ignore[assignment]
+    _WHY_NOT_CUDA = f"the CUDA extension pg_kernels._cuda is not there ({error})"
+
 LONGEST_HEAD = 256
 """Head dimension that its attention and rotary kernels have room for: kMostDim in csrc/cpu/token_ops_impl.h."""
 FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -21,6 +27,22 @@ def obstacle(device_type: str) -> str | None:
     if _C is None:
         return _WHY_NOT
     return None if device_type == "cpu" else "the C++ extension has no kernels for it"
+
+
+def obstacle_on_any(device_type: str) -> str | None:
+    """The same for ops that have kernels for both."""
+    if device_type != "cuda":
+        return obstacle(device_type)
+    if _cuda is None:
+        return _WHY_NOT_CUDA
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU"
+    capability = torch.cuda.get_device_capability()
+    return None if capability >= (8, 0) else f"needs compute capability (8, 0), this GPU has {capability}"
+
+
+# As in launch.py: torch.compile takes the answer as a constant.
+obstacle_on_any._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def instruction_sets() -> tuple[str, list[str]]:

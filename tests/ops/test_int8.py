@@ -547,7 +547,7 @@ def test_opcheck(device: str, backend: str, m: int, biased: bool, int8_activatio
     qweight, scale = quantized(15, 70, 32, device)
     x, bias = leaves(randn(m, 70, device=device), randn(15, device=device) if biased else None)
     weight, packed_scale = pack_int8(qweight, scale)._operands(backend)
-    arguments = (x, weight, packed_scale, bias, 15, 32, int8_activations, backend)
+    arguments = (x, weight, packed_scale, bias, 15, 32, int8_activations, backend, torch.float32)
     torch.library.opcheck(torch.ops.pg_kernels.int8_linear.default, arguments)
 
 

@@ -232,7 +232,7 @@ def test_opcheck(device: str, backend: str, m: int) -> None:
     data, scales = [w._data for w in weights], [w._scale for w in weights]
     x, ops = randn(m, 70, device=device), torch.ops.pg_kernels
     torch.library.opcheck(ops.int8_projections.default, (x, data, scales, [None, randn(33)], [33, 33], 32, False))
-    torch.library.opcheck(ops.int8_geglu.default, (x, data[0], scales[0], data[1], scales[1], 33, 32, True))
+    torch.library.opcheck(ops.int8_geglu.default, (x, data[0], scales[0], data[1], scales[1], 33, 32, True, "native"))
     qweight, scale = weights[0].unpack()
     torch.library.opcheck(ops.int8_topk.default, (x, data[0], scales[0], 33, 32, False, 4, 2.0, True, "native"))
     torch.library.opcheck(ops.int8_rows.default, (data[0], scales[0], torch.arange(m), 33, 70, 32))
@@ -267,9 +267,9 @@ def test_buffers_that_are_not_such_a_weight(device: str, backend: str, changes: 
     ops, x = torch.ops.pg_kernels, torch.ones(2, 70)
     data, scale, n, group_size = layout(**changes).values()
     for call in (
-        lambda: ops.int8_linear(x, data, scale, None, n, group_size, False, "native"),
+        lambda: ops.int8_linear(x, data, scale, None, n, group_size, False, "native", torch.float32),
         lambda: ops.int8_projections(x, [data], [scale], [None], [n], group_size, False),
-        lambda: ops.int8_geglu(x, data, scale, data, scale, n, group_size, False),
+        lambda: ops.int8_geglu(x, data, scale, data, scale, n, group_size, False, "native"),
         lambda: ops.int8_topk(x, data, scale, n, group_size, False, 1, None, False, "native"),
         lambda: ops.int8_rows(data, scale, torch.tensor([0]), n, 70, group_size),
         lambda: ops.unpack_int8(data, scale, n, 70, group_size),

@@ -8,17 +8,15 @@ import torch
 from torch import Tensor
 
 from pg_kernels.backends import offer, select
-from pg_kernels.ops import checks, extension
-from pg_kernels.ops.extension import _C, FLOAT_CODES
+from pg_kernels.ops import checks, extension, launch
 from pg_kernels.ops.geglu import geglu
-from pg_kernels.ops.int8_linear import reference
+from pg_kernels.ops.int8_linear import cpu, cuda, reference, triton
 from pg_kernels.ops.library import define_opaque, is_watched, refuse_second_derivative
 from pg_kernels.ops.quantize_int8.reference import dequantize_int8
 
+_LAST = 2**32 - 1
 _LISTED = 256
 """The most products that `int8_topk` lists as they come."""
-_STEP = 4
-"""Columns of a weight that lie together in the layout of csrc/cpu/int8_linear.h."""
 
 
 @dataclass(eq=False, repr=False)
@@ -113,69 +111,38 @@ class PackedInt8Weight:
         return f"PackedInt8Weight({list(self.shape)}, group_size={self.group_size}, device={str(self.device)!r})"
 
 
+def _native(device: torch.device) -> Any:
+    """The module whose kernels and layout a device's tensors take."""
+    return cuda if device.type == "cuda" else cpu
+
+
 def _pack(qweight: Tensor, scale: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    qweight, scale = qweight.contiguous(), scale.contiguous()
-    data, packed_scale = _fake_pack(qweight, scale, group_size)
-    _C.pack_int8(
-        n=qweight.shape[0],
-        k=qweight.shape[1],
-        group=group_size,
-        q=qweight.data_ptr(),
-        scale=scale.data_ptr(),
-        packed=data.data_ptr(),
-        packed_scale=packed_scale.data_ptr(),
-    )
-    return data, packed_scale
+    return _native(qweight.device).pack(qweight, scale, group_size)
 
 
 def _fake_pack(qweight: Tensor, scale: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    n, k = qweight.shape
-    rows = _padded_rows(n)
-    return qweight.new_empty(rows * _steps(k, group_size) * _STEP, dtype=torch.uint8), scale.new_empty(
-        rows * scale.shape[1]
-    )
-
-
-def _padded_rows(n: int) -> int:
-    return -(-n // 16) * 16
-
-
-def _steps(k: int, group_size: int) -> int:
-    """Every group of columns begins at a step."""
-    whole = -(-k // group_size) - 1
-    return whole * -(-group_size // _STEP) + -(-(k - whole * group_size) // _STEP)
+    data, scales = _native(qweight.device).packed_sizes(*qweight.shape, group_size)
+    return qweight.new_empty(data, dtype=torch.uint8), scale.new_empty(scales)
 
 
 def _check_layout(data: Tensor, packed_scale: Tensor, n: int, k: int, group_size: int) -> None:
-    """The extension takes addresses: what is there must be a weight of these sizes, whoever calls."""
+    """The extensions take addresses: what is there must be a weight of these sizes, whoever calls."""
     if min(n, k - 1, group_size - 1) < 0:
         raise ValueError(f"weight: expected N >= 0, K >= 1 and groups of 1 or more, got {n}, {k} and {group_size}")
-    rows = _padded_rows(n)
-    wanted = [
-        ("data", data, torch.uint8, rows * _steps(k, group_size) * _STEP),
-        ("scale", packed_scale, torch.float32, rows * -(-k // group_size)),
-    ]
+    sizes = _native(data.device).packed_sizes(n, k, group_size)
+    wanted = [("data", data, torch.uint8, sizes[0]), ("scale", packed_scale, torch.float32, sizes[1])]
     for name, tensor, dtype, size in wanted:
-        if tensor.dtype != dtype or tensor.numel() != size or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        there = tensor.device.type in ("cpu", "cuda") and tensor.device == data.device
+        if tensor.dtype != dtype or tensor.numel() != size or not tensor.is_contiguous() or not there:
             raise ValueError(
-                f"{name}: expected {size} contiguous {dtype} on the CPU for a weight [{n}, {k}] in groups of {group_size}, "
+                f"{name}: expected {size} contiguous {dtype} for a weight [{n}, {k}] in groups of {group_size}, "
                 f"got {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
 
 
 def _unpack(data: Tensor, packed_scale: Tensor, n: int, k: int, group_size: int) -> tuple[Tensor, Tensor]:
     _check_layout(data, packed_scale, n, k, group_size)
-    qweight, scale = _fake_unpack(data, packed_scale, n, k, group_size)
-    _C.unpack_int8(
-        n=n,
-        k=k,
-        group=group_size,
-        packed=data.data_ptr(),
-        packed_scale=packed_scale.data_ptr(),
-        q=qweight.data_ptr(),
-        scale=scale.data_ptr(),
-    )
-    return qweight, scale
+    return _native(data.device).unpack(data, packed_scale, n, k, group_size)
 
 
 def _fake_unpack(data: Tensor, packed_scale: Tensor, n: int, k: int, group_size: int) -> tuple[Tensor, Tensor]:
@@ -184,29 +151,19 @@ def _fake_unpack(data: Tensor, packed_scale: Tensor, n: int, k: int, group_size:
 
 def _rows(data: Tensor, packed_scale: Tensor, indices: Tensor, n: int, k: int, group_size: int) -> Tensor:
     _check_layout(data, packed_scale, n, k, group_size)
-    _check_rows(indices, n)
-    indices = indices.contiguous()
-    rows = _fake_rows(data, packed_scale, indices, n, k)
-    _C.dequantize_rows(
-        n=n,
-        k=k,
-        group=group_size,
-        packed=data.data_ptr(),
-        packed_scale=packed_scale.data_ptr(),
-        indices=indices.data_ptr(),
-        count=len(indices),
-        out=rows.data_ptr(),
-    )
-    return rows
+    checks.check_device(data=data, indices=indices)
+    if checks.values_are_free(indices):
+        _check_rows(indices, n)
+    return _native(data.device).rows_of(data, packed_scale, indices, n, k, group_size)
+
+
+def _fake_rows(data: Tensor, packed_scale: Tensor, indices: Tensor, n: int, k: int, *rest: Any) -> Tensor:
+    return packed_scale.new_empty(len(indices), k)
 
 
 def _check_rows(indices: Tensor, n: int) -> None:
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < n:
         raise ValueError(f"indices: expected numbers in [0, {n}), got {int(indices.min())} to {int(indices.max())}")
-
-
-def _fake_rows(data: Tensor, packed_scale: Tensor, indices: Tensor, n: int, k: int, *rest: Any) -> Tensor:
-    return packed_scale.new_empty(len(indices), k)
 
 
 def _multiply(
@@ -217,35 +174,22 @@ def _multiply(
     sizes: Sequence[int],
     group_size: int,
     int8_activations: bool,
-    gated: bool = False,
+    backend: str,
+    out_dtype: torch.dtype,
+    geglu: bool = False,
 ) -> list[Tensor]:
-    """x [M, K] times each of some weights in the extension's layout, `sizes` their rows; `gated` makes one of two."""
-    for n, weight, scale, bias in zip(sizes, data, scales, biases, strict=True):
-        _check_layout(weight, scale, n, x.shape[1], group_size)
-        if bias is not None:
-            checks.check_shape("bias", bias, [n])
-    if gated and len(set(sizes)) != 1:
-        raise ValueError(f"sizes: expected gate and up of as many rows, got {list(sizes)}")
-    x = x.contiguous()
-    biases = [None if bias is None else bias.float().contiguous() for bias in biases]
-    outputs = [x.new_empty(x.shape[0], n) for n in (sizes[:1] if gated else sizes)]
-    _C.int8_linear(
-        x=x.data_ptr(),
-        m=x.shape[0],
-        k=x.shape[1],
-        group=group_size,
-        type=FLOAT_CODES[x.dtype],
-        weights=[
-            (n, weight.data_ptr(), scale.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr())
-            for n, weight, scale, bias, y in zip(
-                sizes, data, scales, biases, outputs * 2 if gated else outputs, strict=True
-            )
-        ],
-        int8_activations=int8_activations,
-        geglu=gated,
-        top=None,
-    )
-    return outputs
+    """x [M, K] times each of some weights in a backend's layout, `sizes` their rows; `geglu` makes one of two."""
+    module: Any = triton
+    if backend == "native":
+        module = _native(x.device)
+        for n, weight, scale, bias in zip(sizes, data, scales, biases, strict=True):
+            _check_layout(weight, scale, n, x.shape[1], group_size)
+            checks.check_device(x=x, weight=weight, bias=bias)
+            if bias is not None:
+                checks.check_shape("bias", bias, [n])
+        if geglu and len(set(sizes)) != 1:
+            raise ValueError(f"sizes: expected gate and up of as many rows, got {list(sizes)}")
+    return module.multiply(x, data, scales, biases, sizes, group_size, int8_activations, out_dtype, geglu)
 
 
 def _forward(
@@ -257,19 +201,23 @@ def _forward(
     group_size: int,
     int8_activations: bool,
     backend: str,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     if backend == "reference":
-        return reference.int8_linear(x, weight, scale, bias, group_size, int8_activations)
-    return _multiply(x, [weight], [scale], [bias], [n], group_size, int8_activations)[0]
+        return reference.int8_linear(x.to(out_dtype), weight, scale, bias, group_size, int8_activations)
+    return _multiply(x, [weight], [scale], [bias], [n], group_size, int8_activations, backend, out_dtype)[0]
 
 
 def _fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], n)
+    return x.new_empty(x.shape[0], n, dtype=rest[-1])
 
 
 def _backward(grad: Tensor, weight: Tensor, scale: Tensor, columns: int, group_size: int, backend: str) -> Tensor:
     if backend == "native":
         weight, scale = _unpack(weight, scale, grad.shape[1], columns, group_size)
+    on_gpu = grad.device.type == "cuda" and launch.obstacle("cuda") is None and launch.unfit(grad) is None
+    if backend == "triton" or (backend == "native" and on_gpu):
+        return triton.input_gradient(grad, weight, scale, group_size)
     return reference.input_gradient(grad, weight, scale, group_size)
 
 
@@ -281,8 +229,9 @@ class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        _, group_size, _, backend = options
+        _, group_size, _, backend, _ = options
         ctx.options = (x.shape[1], group_size, backend)
+        ctx.x_dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.pg_kernels.int8_linear(x, weight, scale, bias, *options)
@@ -292,10 +241,22 @@ class _Int8Linear(torch.autograd.Function):
         refuse_second_derivative("int8_linear")
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.pg_kernels.int8_linear_backward(grad, *ctx.saved_tensors, *ctx.options)
+            grad_x = torch.ops.pg_kernels.int8_linear_backward(grad, *ctx.saved_tensors, *ctx.options).to(ctx.x_dtype)
         if ctx.needs_input_grad[3]:
             grad_bias = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
-        return grad_x, None, None, grad_bias, None, None, None, None
+        return grad_x, None, None, grad_bias, *[None] * 5
+
+
+def _projections(
+    x: Tensor,
+    data: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    group_size: int,
+    int8_activations: bool,
+) -> list[Tensor]:
+    return _multiply(x, data, scales, biases, sizes, group_size, int8_activations, "native", x.dtype)
 
 
 def _fake_projections(
@@ -313,9 +274,10 @@ def _geglu(
     n: int,
     group_size: int,
     int8_activations: bool,
+    backend: str,
 ) -> Tensor:
-    weights, scales = [gate, up], [gate_scale, up_scale]
-    return _multiply(x, weights, scales, [None, None], [n, n], group_size, int8_activations, gated=True)[0]
+    weights, scales, biases = [gate, up], [gate_scale, up_scale], [None, None]
+    return _multiply(x, weights, scales, biases, [n, n], group_size, int8_activations, backend, x.dtype, geglu=True)[0]
 
 
 def _fake_geglu(
@@ -338,27 +300,26 @@ def _topk(
 ) -> tuple[Tensor, Tensor]:
     if backend == "reference":
         return reference.int8_topk(x, weight, scale, group_size, int8_activations, k, softcap, log_probs)
-    if k > _LISTED:  # lists as long as that are slower than sorting
-        y = _multiply(x.float(), [weight], [scale], [None], [n], group_size, int8_activations)[0]
-        return reference.largest(y, k, softcap, log_probs)
-    _check_layout(weight, scale, n, x.shape[1], group_size)
-    if not 1 <= k <= n:
-        raise ValueError(f"k: expected a number in [1, {n}], got {k}")
-    x = x.contiguous()
-    values, indices = _fake_topk(x, weight, scale, n, group_size, int8_activations, k)
-    log_sums = values.new_empty(len(x) if log_probs else 0)
-    _C.int8_linear(
-        x=x.data_ptr(),
-        m=x.shape[0],
-        k=x.shape[1],
-        group=group_size,
-        type=FLOAT_CODES[x.dtype],
-        weights=[(n, weight.data_ptr(), scale.data_ptr(), 0, 0)],
-        int8_activations=int8_activations,
-        geglu=False,
-        top=(k, softcap or 0.0, values.data_ptr(), indices.data_ptr(), log_sums.data_ptr() if log_probs else 0),
-    )
-    return values - log_sums[:, None] if log_probs else values, indices
+    if backend == "native" and x.device.type == "cpu" and k <= _LISTED:
+        _check_layout(weight, scale, n, x.shape[1], group_size)
+        if not 1 <= k <= n:
+            raise ValueError(f"k: expected a number in [1, {n}], got {k}")
+        return cpu.topk(x, weight, scale, n, group_size, int8_activations, k, softcap, log_probs)
+    y = _multiply(x, [weight], [scale], [None], [n], group_size, int8_activations, backend, torch.float32)[0]
+    return _largest(y, k, softcap, log_probs)
+
+
+def _largest(y: Tensor, k: int, softcap: float | None, log_probs: bool) -> tuple[Tensor, Tensor]:
+    """`reference.largest` of fp32 y [M, N] without sorting all of it: by integers that are ordered as (value, −index) are."""
+    if softcap is not None:
+        y = softcap * torch.tanh(y / softcap)
+    bits = (y + 0.0).view(torch.int32)  # −0 becomes 0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill(y.isnan(), 0x7FFFFFFF)
+    keys = (ordered.long() << 32) + torch.arange(_LAST, _LAST - y.shape[1], -1, device=y.device)
+    top = keys.amax(-1, keepdim=True) if k == 1 else keys.topk(k).values
+    indices = _LAST - (top & _LAST)
+    values = y.gather(1, indices)
+    return values - y.logsumexp(-1, keepdim=True) if log_probs else values, indices
 
 
 def _fake_topk(
@@ -367,11 +328,12 @@ def _fake_topk(
     return x.new_empty(len(x), k, dtype=torch.float32), x.new_empty(len(x), k, dtype=torch.int64)
 
 
-offer("int8_linear", "native", extension.obstacle)
+offer("int8_linear", "native", extension.obstacle_on_any)
+offer("int8_linear", "triton", launch.obstacle)
 # With backend "native" weight and scale are in the extension's layout, else int8 [N, K] and [N, groups].
 define_opaque(
     "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, SymInt n, SymInt group_size, bool int8_activations, "
-    "str backend) -> Tensor",
+    "str backend, ScalarType out_dtype) -> Tensor",
     _forward,
     _fake,
     _Int8Linear.apply,
@@ -393,16 +355,16 @@ define_opaque(
     _rows,
     _fake_rows,
 )
-# Without gradients, for weights in the extension's layout.
+# Without gradients, for weights in the extension's layout; the second one takes other backends' too.
 define_opaque(
     "int8_projections(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, SymInt[] sizes, SymInt group_size, "
     "bool int8_activations) -> Tensor[]",
-    _multiply,
+    _projections,
     _fake_projections,
 )
 define_opaque(
     "int8_geglu(Tensor x, Tensor gate, Tensor gate_scale, Tensor up, Tensor up_scale, SymInt n, SymInt group_size, "
-    "bool int8_activations) -> Tensor",
+    "bool int8_activations, str backend) -> Tensor",
     _geglu,
     _fake_geglu,
 )
@@ -429,7 +391,8 @@ def pack_int8(qweight: Tensor, scale: Tensor) -> PackedInt8Weight:
         ValueError: shapes or devices that do not fit, scales that are not finite (looked at on the CPU only).
     """
     weight = _checked("qweight", qweight, scale)
-    if extension.obstacle(weight.device.type) is not None:
+    fits = _native(weight.device).groups_fit(qweight.shape[1], weight.group_size)
+    if extension.obstacle_on_any(weight.device.type) is not None or not fits:
         return weight
     data, packed_scale = torch.ops.pg_kernels.pack_int8(weight._data, weight._scale, weight.group_size)
     return PackedInt8Weight(weight.shape, weight.group_size, data, packed_scale, weight._one_scale)
@@ -476,6 +439,7 @@ def int8_linear(
     bias: Tensor | None = None,
     *,
     activations: str = "keep",
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Multiply by the transpose of an int8 weight: x · (weight · scale)ᵀ + bias.
 
@@ -486,14 +450,16 @@ def int8_linear(
         bias: [N], fp32, fp16 or bf16.
         activations: "keep" multiplies x (W8A16: the C++ kernel sees 16 bits of it, scaled for every 512 columns of a row);
             "int8" first rounds every row of x to 255 levels (W8A8).
+        out_dtype: of the result: x's, the default, or torch.float32, which leaves the sums unrounded.
 
     Returns:
-        [..., N] in x's dtype; products and sums are fp32 or exact integers. Differentiable in x and bias; with "int8" as if x
-        had not been rounded.
+        [..., N] in x's dtype or `out_dtype`; products and sums are fp32 or exact integers. Differentiable in x and bias; with
+        "int8" as if x had not been rounded.
 
     Raises:
         TypeError: dtypes that do not fit.
-        ValueError: shapes or devices that do not fit, a scale given twice or missing or not finite, unknown `activations`.
+        ValueError: shapes or devices that do not fit, a scale given twice or missing or not finite, unknown `activations`,
+            another `out_dtype`.
     """
     if isinstance(weight, PackedInt8Weight):
         if scale is not None:
@@ -503,6 +469,9 @@ def int8_linear(
     else:
         weight = _checked("weight", weight, scale)
     x, backend = _prepared(x, [weight], [bias], activations)
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    if out_dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"out_dtype: expected {x.dtype} (x's) or torch.float32, got {out_dtype}")
     y = torch.ops.pg_kernels.int8_linear(
         x.reshape(-1, x.shape[-1]),
         *weight._operands(backend),
@@ -511,6 +480,7 @@ def int8_linear(
         weight.group_size,
         activations == "int8",
         backend,
+        out_dtype,
     )
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -573,18 +543,17 @@ def int8_geglu(x: Tensor, gate: PackedInt8Weight, up: PackedInt8Weight, *, activ
     if gate.shape != up.shape:
         raise ValueError(f"up: expected shape {list(gate.shape)} (gate's), got {list(up.shape)}")
     x, backend = _prepared(x, [gate, up], [None, None], activations)
-    native = backend == "native" and gate._is_native and up._is_native
-    if not native or gate.group_size != up.group_size or is_watched(x):
+    fused = backend == "triton" or (backend == "native" and gate._is_native and up._is_native)
+    if not fused or gate.group_size != up.group_size or is_watched(x):
         return geglu(*int8_projections(x, [gate, up], activations=activations))
     y = torch.ops.pg_kernels.int8_geglu(
         x.reshape(-1, x.shape[-1]),
-        gate._data,
-        gate._scale,
-        up._data,
-        up._scale,
+        *gate._operands(backend),
+        *up._operands(backend),
         gate.shape[0],
         gate.group_size,
         activations == "int8",
+        backend,
     )
     return y.reshape(*x.shape[:-1], gate.shape[0])
 
@@ -652,4 +621,9 @@ def _prepared(
             checks.check_shape("bias", bias, [weight.shape[0]], " (the weight's N)")
         checks.check_device(x=x, weight=weight._data, bias=bias)
     (x,) = checks.autocast(x)
-    return x, select("int8_linear", x.device.type, {"native": extension.unfit(x)})
+    module, quantises = _native(x.device), activations == "int8"
+    unfit = [module.unfit(x, weight.group_size, weight.shape[1], quantises) for weight in weights]
+    native = next((reason for reason in unfit if reason is not None), None)
+    # Where there are both, the extension's kernels are the faster ones.
+    avoid = ("triton",) if native is None and extension.obstacle_on_any(x.device.type) is None else ()
+    return x, select("int8_linear", x.device.type, {"native": native, "triton": launch.unfit(x)}, avoid)

@@ -1,0 +1,80 @@
+"""What the kernels of the CUDA extension take of a GPU, read off the machine code in the installed library: no GPU is needed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from .resources import DEVICES, Kernel
+
+TARGETS = {"sm_80": "sm_80", "sm_90": "sm_90a"}
+"""Those that machine code is there for, as the compiler calls them."""
+_KERNELS = "few_rows|many_rows|many_rows_sm90|quantize_rows|dequantize_rows|dequantize|add_parts"
+_INSTRUCTIONS = {"HGMMA": "wgmma", "IGMMA": "wgmma", "HMMA": "mma", "IMMA": "mma"}
+_COPIES = {"UTMALDG": "TMA", "LDGSTS": "cp.async"}
+
+
+def extension_kernels(target: str) -> Iterator[Kernel]:
+    """The kernels of pg_kernels._cuda for a target; none for one without machine code in it.
+
+    "Spilled" are the bytes of local memory of a thread. Shared memory is what the compiler knows of; the launch asks for more.
+    Raises RuntimeError where the extension or Triton, which brings the disassembler, is not installed.
+    """
+    found = find_spec("pg_kernels._cuda")
+    if found is None or found.origin is None:
+        raise RuntimeError("pg_kernels._cuda is not there: nvcc builds it when the package is installed")
+    if find_spec("triton") is None:
+        raise RuntimeError("triton is not installed")
+    if target not in TARGETS:
+        return
+    library, architecture = Path(found.origin), TARGETS[target]
+    usage = _disassemble(library, "--dump-resource-usage", "-arch", architecture)
+    instructions = _instructions(_disassemble(library, "-sass", "-arch", architecture))
+    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    for symbol, registers, stack, shared, local in re.findall(pattern, usage):
+        name, launch = _read(symbol)
+        if name.endswith("sm90") and target != "sm_90":  # has nothing in it
+            continue
+        names = instructions[symbol]
+        yield Kernel(
+            op="int8_linear",
+            name=f"{name} (C++)",
+            launch=launch,
+            target=target,
+            registers=int(registers),
+            spills=int(stack) + int(local),
+            shared=int(shared),
+            shared_limit=DEVICES[target].shared_memory,
+            products=next((_INSTRUCTIONS[i] for i in _INSTRUCTIONS if i in names), ""),
+            loads=next((_COPIES[i] for i in _COPIES if i in names), ""),
+        )
+
+
+def _disassemble(library: Path, *options: str) -> str:
+    import triton
+
+    command = [triton.knobs.nvidia.cuobjdump.path, *options, str(library)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _instructions(sass: str) -> dict[str, set[str]]:
+    """The names of the instructions of every function."""
+    names: dict[str, set[str]] = defaultdict(set)
+    for function in sass.split("Function : ")[1:]:
+        symbol, _, body = function.partition("\n")
+        names[symbol.strip()] = set(
+            re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", body, re.MULTILINE)
+        )
+    return names
+
+
+def _read(symbol: str) -> tuple[str, str]:
+    """A kernel's name and its template's arguments, out of how the compiler writes them."""
+    found = re.search(rf"\d({_KERNELS})_kernel(\S*)", symbol)
+    assert found is not None, symbol
+    arguments = re.findall(r"\d(BFloat16|Float16|Int8)E|Li(\d+)E|Lb([01])E|^I([fi])Lb", found[2])
+    return found[1], ", ".join("".join(argument) for argument in arguments)

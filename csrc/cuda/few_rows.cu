@@ -1,0 +1,126 @@
+// Up to 16 rows of x, for which the product waits for the weights to come from memory: each warp streams chunks of them
+// straight into registers, several ahead, and the warps of a block share the columns between them.
+#include "cuda/fragments.h"
+
+namespace pg_kernels::cuda {
+
+namespace {
+
+constexpr int kWarps = 16;
+
+// kTokens tiles of 8 rows of x, kTiles of 16 rows of each weight.
+template <class Type, int kTokens, int kTiles, bool kGeglu, bool kGrouped>
+__global__ void __launch_bounds__(kWarps * 32) few_rows_kernel(const Product p) {
+  using Sums = Accumulator<Type, kGrouped>;
+  constexpr int kStreams = kTiles * (kGeglu ? 2 : 1);
+  // As many as registers hold: 64 or 48 KB of weights on the way for each block.
+  constexpr int kAhead = kStreams * kTokens == 1 ? 8 : 3;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int row_in_tile = lane / 4, quad = lane % 4;
+  const Place place = place_of(p, blockIdx.x, kTiles * kTileRows);
+  const int chunks = chunks_of(p);
+
+  // Stream s is a tile of one weight: with geglu those of the second weight come after those of the first.
+  const auto weight_of = [&](int s) -> const Weight& { return p.weights[kGeglu ? s / kTiles : place.weight]; };
+  const auto row_of = [&](int s) { return place.row + s % kTiles * kTileRows; };
+  const uint8_t* streams[kStreams];
+  for (int s = 0; s < kStreams; ++s) streams[s] = tile_of(weight_of(s), row_of(s), chunks, lane);
+
+  uint4 weights[kAhead][kStreams];
+  uint32_t x[kAhead][kTokens][kWords<Type>];
+  const auto load = [&](int stage, int chunk) {
+#pragma unroll
+    for (int s = 0; s < kStreams; ++s) {
+      weights[stage][s] = chunk < chunks ? ptx::load_once(streams[s] + int64_t(chunk) * kChunkBytes) : uint4{};
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const int64_t token = i * 8 + row_in_tile;
+#pragma unroll
+      for (int w = 0; w < kWords<Type>; ++w) {
+        // Words are 16 bytes of a row apart, and quantised rows are padded.
+        const int byte = chunk * kChunk * Type::kBytes + w * 16 + quad * 4;
+        const int width = Type::kBytes == 1 ? chunks * kChunk : p.k * Type::kBytes;
+        const bool there = chunk < chunks && token < p.m && byte < width;
+        x[stage][i][w] = there ? ptx::load4(static_cast<const uint8_t*>(p.x) + token * width + byte) : 0u;
+      }
+    }
+  };
+
+  Sums sums[kStreams][kTokens];
+#pragma unroll
+  for (int stage = 0; stage < kAhead; ++stage) load(stage, warp + stage * kWarps);
+  for (int first = warp; first < chunks; first += kAhead * kWarps) {
+#pragma unroll
+    for (int stage = 0; stage < kAhead; ++stage) {
+      const int chunk = first + stage * kWarps;
+#pragma unroll
+      for (int s = 0; s < kStreams; ++s) {
+        float scale[2] = {};
+        if (chunk < chunks) load_scales<kGrouped>(p, weight_of(s), row_of(s) + row_in_tile, chunk, scale);
+        const Operand<Type> operand(weights[stage][s]);
+#pragma unroll
+        for (int i = 0; i < kTokens; ++i) sums[s][i].add(operand, x[stage][i], scale);
+      }
+      load(stage, chunk + kAhead * kWarps);
+    }
+  }
+
+  // The warps' parts, added in their order: the same bits every time.
+  using Sum = typename Sums::Sum;
+  Sum* parts = reinterpret_cast<Sum*>(ptx::shared());  // [warps][streams][tokens][4][lanes]
+  constexpr int kPart = kStreams * kTokens * 4 * 32;
+#pragma unroll
+  for (int s = 0; s < kStreams; ++s) {
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        parts[warp * kPart + ((s * kTokens + i) * 4 + j) * 32 + lane] = sums[s][i].sums[j];
+      }
+    }
+  }
+  __syncthreads();
+  const auto total = [&](int s, int row, int token) {
+    const int at = ((s * kTokens + token / 8) * 4 + row / 8 * 2 + token % 2) * 32 + row % 8 * 4 + token % 8 / 2;
+    Sum sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += parts[w * kPart + at];
+    return float(sum);
+  };
+  for (int i = threadIdx.x; i < kTiles * kTileRows * kTokens * 8; i += kWarps * 32) {
+    const int row_here = i % (kTiles * kTileRows), token = i / (kTiles * kTileRows);
+    const int tile = row_here / kTileRows, row = place.row + row_here;
+    const Weight& weight = weight_of(0);
+    if (row >= weight.n || token >= p.m) continue;
+    float y = finished<kGrouped>(p, weight, row, token, total(tile, row_here % kTileRows, token));
+    if (kGeglu) {
+      const float up = total(kTiles + tile, row_here % kTileRows, token);
+      y = gelu(y) * finished<kGrouped>(p, p.weights[1], row, token, up);
+    }
+    store_float(weight.y, int64_t(token) * weight.n + row, p.y_type, y);
+  }
+}
+
+template <class Type, int kTokens, int kTiles, bool kGeglu, bool kGrouped>
+void launch(const Product& p, cudaStream_t stream) {
+  const int shared = kWarps * kTiles * (kGeglu ? 2 : 1) * kTokens * 4 * 32 * 4;
+  ptx::launch(few_rows_kernel<Type, kTokens, kTiles, kGeglu, kGrouped>, dim3(blocks_of(p, kTiles * kTileRows)),
+              kWarps * 32, shared, stream, p);
+}
+
+}  // namespace
+
+void few_rows(const Product& p, cudaStream_t stream) {
+  with_type(p, [&](auto type, auto grouped) {
+    using Type = decltype(type);
+    constexpr bool kGrouped = decltype(grouped)::value;
+    // x comes from the L2 cache for every block again: more rows take more of a weight at once.
+    if (p.m <= 8) {
+      p.geglu ? launch<Type, 1, 1, true, kGrouped>(p, stream) : launch<Type, 1, 1, false, kGrouped>(p, stream);
+    } else {
+      p.geglu ? launch<Type, 2, 1, true, kGrouped>(p, stream) : launch<Type, 2, 2, false, kGrouped>(p, stream);
+    }
+  });
+}
+
+}  // namespace pg_kernels::cuda

@@ -1,0 +1,194 @@
+// The same on Hopper: one warp has the copy engine fetch tiles of x and of the weights, and two warpgroups turn weights
+// into the first operand of their products, which stays in registers.
+#include "cuda/fragments.h"
+#include "cuda/ptx_sm90.h"
+
+namespace pg_kernels::cuda {
+
+namespace {
+
+constexpr int kGroups = 2, kThreads = (kGroups + 1) * 128;
+constexpr int kLine = 128;  // bytes of a row of x at once
+constexpr int kTiles = 2;   // of 64 rows, of a warpgroup: two of one weight, or one of each with geglu
+constexpr int kShared = 220 * 1024;
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
+#define PG_KERNELS_HOPPER  // or the tests' emulator of it; the compiler's other passes have none of its instructions
+
+template <class Type, class Sum, int kSums>
+__device__ void multiply(Sum (&sums)[kSums], const uint32_t* a, uint64_t b) {
+  if constexpr (std::is_same_v<Type, BFloat16>) ptx::wgmma_bf16(sums, a, b);
+  if constexpr (std::is_same_v<Type, Float16>) ptx::wgmma_f16(sums, a, b);
+  if constexpr (std::is_same_v<Type, Int8>) ptx::wgmma_s8(sums, a, b);
+}
+
+// Rows of 128 bytes in shared memory, swizzled as the copy engine does; a multiple of 32 bytes into the row.
+__device__ uint64_t matrix_at(uint32_t address) {
+  constexpr uint64_t kEightRows = 8 * kLine / 16, kSwizzle128 = 1;
+  return kSwizzle128 << 62 | kEightRows << 32 | uint64_t(1) << 16 | (address & 0x3FFFF) >> 4;
+}
+
+#endif
+
+template <class Type, int kTokens>
+struct Stage {
+  static constexpr int kChunks = kLine / (kChunk * Type::kBytes);  // of a line
+  static constexpr int kTileBytes = kChunks * kChunkBytes;         // of 16 rows of weights
+  static constexpr int kWeightTiles = kGroups * kTiles * 4;
+  static constexpr int kBytes = kTokens * kLine + kWeightTiles * kTileBytes;
+  static constexpr int kCount = kShared / kBytes;
+};
+
+template <class Type, int kTokens, bool kGeglu>
+__global__ void __launch_bounds__(kThreads, 1)
+    many_rows_sm90_kernel(const Product p, const __grid_constant__ ptx::TensorMap x) {
+#ifdef PG_KERNELS_HOPPER
+  using S = Stage<Type, kTokens>;
+  using Sum = typename Type::Sum;
+  constexpr int kRows = kGroups * 64 * (kGeglu ? 1 : kTiles);
+  const int thread = threadIdx.x, group = thread / 128, lane = thread % 32, warp = thread / 32 % 4;
+  const Place place = place_of(p, blockIdx.y, kRows);
+  const int64_t first_token = int64_t(blockIdx.x) * kTokens;
+  const int chunks = chunks_of(p), lines = (chunks + S::kChunks - 1) / S::kChunks;
+  const int begin = lines * int(blockIdx.z) / p.splits, end = lines * int(blockIdx.z + 1) / p.splits;
+
+  unsigned char* stages = ptx::shared();
+  const uint32_t barriers = ptx::shared_address(stages) + S::kCount * S::kBytes;
+  const auto full = [&](int stage) { return barriers + stage * 16; };
+  const auto empty = [&](int stage) { return barriers + stage * 16 + 8; };
+  if (thread == 0) {
+    for (int i = 0; i < S::kCount; ++i) {
+      ptx::barrier_init(full(i), 1);
+      ptx::barrier_init(empty(i), kGroups * 4);
+    }
+    ptx::barriers_are_ready();
+  }
+  __syncthreads();
+
+  const auto weight_of = [&](int tile) -> const Weight& { return p.weights[kGeglu ? tile : place.weight]; };
+  // Of 64 rows: tile i of warpgroup g.
+  const auto row_of = [&](int g, int i) { return place.row + (kGeglu ? g : g * kTiles + i) * 64; };
+
+  if (group == kGroups) {
+    ptx::give_registers<24>();
+    if (thread == kGroups * 128) {
+      for (int line = begin; line < end; ++line) {
+        const int turn = line - begin, stage = turn % S::kCount;
+        ptx::barrier_wait(empty(stage), turn / S::kCount % 2 ^ 1);
+        const int there = chunks - line * S::kChunks < S::kChunks ? chunks - line * S::kChunks : S::kChunks;
+        ptx::barrier_arrive_expecting(full(stage), kTokens * kLine + S::kWeightTiles * there * kChunkBytes);
+        const uint32_t to = ptx::shared_address(stages + stage * S::kBytes);
+        ptx::copy_tensor(to, x, line * (kLine / Type::kBytes), int(first_token), full(stage));
+        for (int t = 0; t < S::kWeightTiles; ++t) {
+          const int tile = t / 4 % kTiles;
+          const uint8_t* from = tile_of(weight_of(tile), row_of(t / 4 / kTiles, tile) + t % 4 * kTileRows, chunks, 0);
+          ptx::copy_bulk(to + kTokens * kLine + t * S::kTileBytes, from + int64_t(line) * S::kTileBytes,
+                         there * kChunkBytes, full(stage));
+        }
+      }
+    }
+  } else {
+    ptx::take_registers<240>();
+    Sum sums[kTiles][kTokens / 2] = {};
+    // The products of one chunk run while the next one's operands are made. Those of int8 are there as soon as they are
+    // loaded: a whole line at once, for which the other warpgroup covers.
+    constexpr int kTogether = Type::kBytes == 1 ? S::kChunks : 1;
+    Operand<Type> operands[S::kChunks][kTiles];
+    for (int line = begin; line < end; ++line) {
+      const int turn = line - begin, stage = turn % S::kCount;
+      const unsigned char* here = stages + stage * S::kBytes;
+      ptx::barrier_wait(full(stage), turn / S::kCount % 2);
+#pragma unroll
+      for (int first = 0; first < S::kChunks; first += kTogether) {
+#pragma unroll
+        for (int c = first; c < first + kTogether; ++c) {
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) {
+            const int tile = (group * kTiles + i) * 4 + warp;
+            const unsigned char* from = here + kTokens * kLine + tile * S::kTileBytes + c * kChunkBytes + lane * 16;
+            operands[c][i] = Operand<Type>(*reinterpret_cast<const uint4*>(from));
+          }
+        }
+        ptx::products_begin();
+#pragma unroll
+        for (int part = first * Type::kBytes; part < (first + kTogether) * Type::kBytes; ++part) {  // 32 bytes of x
+          const uint64_t b = matrix_at(ptx::shared_address(here) + part * 32);
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) {
+            multiply<Type>(sums[i], operands[part / Type::kBytes][i].words + part % Type::kBytes * 4, b);
+          }
+        }
+        ptx::products_commit();
+        ptx::products_wait<kTogether == S::kChunks ? 0 : 1>();
+        if (first == 0 && turn > 0) {  // nobody reads the stage before this one any more
+          __syncwarp();
+          if (lane == 0) ptx::barrier_arrive(empty((turn - 1) % S::kCount));
+        }
+      }
+    }
+    ptx::products_wait<0>();
+
+    // Through shared memory, so that neighbouring threads write neighbouring rows of the weight.
+    ptx::wait_for_threads(kGroups * 128);
+    uint32_t* results = reinterpret_cast<uint32_t*>(stages);  // [tokens][kRows + 1]
+    const auto value = [&](int i, int row, int64_t token, Sum sum) {
+      return row < weight_of(i).n && token < p.m ? finished<false>(p, weight_of(i), row, token, float(sum)) : 0.0f;
+    };
+#pragma unroll
+    for (int j = 0; j < kTokens / 2; ++j) {
+      const int token = j / 4 * 8 + lane % 4 * 2 + j % 2;
+#pragma unroll
+      for (int i = 0; i < (kGeglu ? 1 : kTiles); ++i) {
+        const int row = row_of(group, i) + warp * 16 + lane / 4 + j % 4 / 2 * 8;
+        uint32_t& result = results[token * (kRows + 1) + row - place.row];
+        if (p.splits > 1) {
+          result = ptx::as_bits(sums[i][j]);
+        } else {
+          float y = value(i, row, first_token + token, sums[i][j]);
+          if (kGeglu) y = gelu(y) * value(1, row, first_token + token, sums[1][j]);
+          result = ptx::as_bits(y);
+        }
+      }
+    }
+    ptx::wait_for_threads(kGroups * 128);
+    for (int i = thread; i < kTokens * kRows; i += kGroups * 128) {
+      const int token = i / kRows, row = place.row + i % kRows;
+      store_result(p, place.weight, row, first_token + token, results[token * (kRows + 1) + i % kRows]);
+    }
+  }
+#endif
+}
+
+template <class Type, int kTokens, bool kGeglu>
+void launch(const Product& p, cudaStream_t stream) {
+  using S = Stage<Type, kTokens>;
+  constexpr int kRows = kGroups * 64 * (kGeglu ? 1 : kTiles);
+  constexpr int kResults = kTokens * (kRows + 1) * 4, kAll = S::kCount * (S::kBytes + 16);
+  static_assert(kResults <= kAll && kAll <= 227 * 1024);
+  const int columns = Type::kBytes == 1 ? chunks_of(p) * kChunk : p.k;
+  ptx::launch(many_rows_sm90_kernel<Type, kTokens, kGeglu>,
+              dim3((p.m + kTokens - 1) / kTokens, blocks_of(p, kRows), p.splits), kThreads, kAll, stream, p,
+              ptx::describe(p.x, Type::kBytes, p.m, columns, kTokens));
+}
+
+}  // namespace
+
+void many_rows_sm90(const Product& p, cudaStream_t stream) {
+  const auto with_tokens = [&](auto type) {
+    using Type = decltype(type);
+    if ((p.m + 143) / 144 * 144 < (p.m + 127) / 128 * 128) {
+      p.geglu ? launch<Type, 144, true>(p, stream) : launch<Type, 144, false>(p, stream);
+    } else {
+      p.geglu ? launch<Type, 128, true>(p, stream) : launch<Type, 128, false>(p, stream);
+    }
+  };
+  if (p.int8_activations) {
+    with_tokens(Int8{});
+  } else if (p.x_type == Float::kFloat16) {
+    with_tokens(Float16{});
+  } else {
+    with_tokens(BFloat16{});
+  }
+}
+
+}  // namespace pg_kernels::cuda

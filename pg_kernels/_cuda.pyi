@@ -1,0 +1,44 @@
+"""Everything is an address of contiguous memory on a device, or a size; 0 is "not there". See csrc/cuda/int8_linear.h."""
+
+Weight = tuple[int, int, int, int, int]
+"""Rows of the weight, packed data, scales, bias or 0, and the product."""
+
+def int8_linear(
+    *,
+    x: int,
+    row_scale: int,
+    m: int,
+    k: int,
+    group: int,
+    x_type: int,
+    bias_type: int,
+    y_type: int,
+    weights: list[Weight],
+    int8_activations: bool,
+    geglu: bool,
+    splits: int,
+    parts: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def splits_for(
+    *, m: int, k: int, group: int, int8_activations: bool, geglu: bool, sizes: list[int], device: int
+) -> int: ...
+def quantize_rows(*, x: int, type: int, m: int, k: int, q: int, scale: int, device: int, stream: int) -> None: ...
+def dequantize(
+    *, data: int, scale: int, n: int, k: int, group: int, out: int, type: int, device: int, stream: int
+) -> None: ...
+def dequantize_rows(
+    *,
+    data: int,
+    scale: int,
+    indices: int,
+    count: int,
+    n: int,
+    k: int,
+    group: int,
+    out: int,
+    type: int,
+    device: int,
+    stream: int,
+) -> None: ...

@@ -1,0 +1,244 @@
+"""The CUDA kernels of int8_linear, compiled for a CPU: every thread runs, and tensor cores and copies are emulated.
+
+`emulator/cuda` has what stands in for the GPU. Devices are numbers: 80 is an A100, 90 an H100.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pybind11
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import randn
+from torch import Tensor
+
+from pg_kernels import backend, quantize_int8
+from pg_kernels.ops import extension
+from pg_kernels.ops.int8_linear import cuda, reference
+
+ROOT = Path(__file__).parents[2]
+BOUNDS = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 2.5e-3}
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("the emulator is compiled by g++, which is not there")
+    path = tmp_path_factory.mktemp("emulator") / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    folders = [ROOT / "tests/ops/emulator", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+    sources = [*(ROOT / "csrc/cuda").glob("*.cu"), ROOT / "csrc/cuda/bindings.cpp"]
+    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    command = [compiler, *flags, "-DPG_KERNELS_CUDA_MODULE=_cuda", *(f"-I{folder}" for folder in folders)]
+    subprocess.run([*command, "-x", "c++", *map(str, sources), "-o", str(path)], check=True)
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=[80, 90])
+def gpu(request: pytest.FixtureRequest, emulator: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The emulated GPU that launches go to."""
+    monkeypatch.setattr(extension, "_cuda", emulator)
+    monkeypatch.setattr(cuda, "EMULATED", request.param)
+    with backend("auto"):
+        yield request.param
+
+
+def quantized(n: int, k: int, group_size: int | None = None) -> tuple[Tensor, Tensor, int]:
+    """A weight of order 1 in the sum, its scales [N, groups] and the size of a group."""
+    qweight, scale = quantize_int8(randn(n, k) * k**-0.5, group_size=group_size)
+    return qweight, scale if scale.dim() == 2 else scale[:, None], min(group_size or k, k)
+
+
+def frobenius(actual: Tensor, exact: Tensor) -> float:
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("k", [1, 31, 32, 70, 588])
+@pytest.mark.parametrize("n", [0, 1, 16, 65])
+def test_packing_loses_nothing(n: int, k: int) -> None:
+    qweight = torch.randint(-128, 128, (n, k)).to(torch.int8)
+    for group_size in (k, 32, 64):
+        scale = randn(n, -(-k // group_size))
+        packed = cuda.pack(qweight, scale, group_size)
+        assert tuple(map(len, packed)) == cuda.packed_sizes(n, k, group_size)
+        for actual, expected in zip(cuda.unpack(*packed, n, k, group_size), (qweight, scale), strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("out", [torch.float32, None])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group_size", "dtype"),
+    [
+        # Up to 8 and 16 rows, with a row of the weight too many or too few.
+        (1, 16, 64, None, torch.bfloat16),
+        (1, 15, 70, None, torch.float16),
+        (3, 17, 588, None, torch.bfloat16),
+        (8, 33, 1152, 128, torch.float16),
+        (9, 65, 588, None, torch.bfloat16),
+        (16, 48, 256, 32, torch.bfloat16),
+        # Tiles of 64 and 128 rows, and Hopper's of 128 and 144 with several turns of its pipeline.
+        (17, 65, 588, None, torch.float16),
+        (64, 130, 160, 64, torch.bfloat16),
+        (128, 257, 2056, None, torch.bfloat16),
+        (140, 70, 1152, None, torch.float16),
+        (145, 20, 300, 32, torch.bfloat16),
+        # fp32 is three products of bfloat16.
+        (2, 17, 70, None, torch.float32),
+        (33, 17, 70, 32, torch.float32),
+    ],
+)
+def test_values(
+    gpu: int, m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype, out: torch.dtype | None
+) -> None:
+    """Against float64 on the same levels and scales."""
+    qweight, scale, group = quantized(n, k, group_size)
+    x, bias = randn(m, k, dtype=dtype), randn(n, dtype=dtype)
+    data, scales = cuda.pack(qweight, scale, group)
+    (y,) = cuda.multiply(x, [data], [scales], [bias], [n], group, False, out or dtype)
+    exact = reference.int8_linear(x.double(), qweight, scale, bias.double(), group, False)
+    assert y.dtype == (out or dtype) and y.shape == (m, n)
+    # A 16-bit x is multiplied exactly: only sums in fp32 are rounded.
+    assert frobenius(y, exact) <= (1e-6 if y.dtype == torch.float32 else BOUNDS[y.dtype])
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group_size"),
+    [
+        (1, 17, 70, None),
+        (16, 33, 588, None),
+        (4, 48, 256, 64),
+        (70, 65, 300, None),
+        (129, 65, 2080, None),
+        (20, 17, 96, 32),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_int8_activations(gpu: int, dtype: torch.dtype, m: int, n: int, k: int, group_size: int | None) -> None:
+    """The reference's own levels, whose sums are exact: only scales are multiplied in another order."""
+    qweight, scale, group = quantized(n, k, group_size)
+    x = randn(m, k, dtype=dtype)
+    x[0] *= 100
+    data, scales = cuda.pack(qweight, scale, group)
+    (y,) = cuda.multiply(x, [data], [scales], [None], [n], group, True, torch.float32)
+    assert frobenius(y, reference.int8_linear(x.float(), qweight, scale, None, group, True).double()) <= 5e-7
+
+
+@pytest.mark.parametrize("m", [2, 17, 130])
+def test_integer_sums_are_exact(gpu: int, m: int) -> None:
+    """Also where blocks share the columns between them: rows with a largest magnitude of 127 are their own levels."""
+    k, n = 4096, 20
+    levels = torch.randint(-127, 128, (m, k))
+    levels[:, 0] = 127
+    levels[1] = 127
+    qweight = torch.randint(-128, 128, (n, k)).to(torch.int8)
+    qweight[3] = -128
+    data, scales = cuda.pack(qweight, torch.ones(n, 1), k)
+    (y,) = cuda.multiply(levels.float(), [data], [scales], [None], [n], k, True, torch.float32)
+    assert torch.equal(y, (levels @ qweight.long().T).float())
+
+
+@pytest.mark.parametrize("int8_activations", [False, True])
+@pytest.mark.parametrize("group_size", [None, 64])
+@pytest.mark.parametrize("m", [1, 9, 17, 65, 130])
+def test_geglu(gpu: int, m: int, group_size: int | None, int8_activations: bool) -> None:
+    n, k = 70, 300
+    x = randn(m, k, dtype=torch.bfloat16)
+    weights = [quantized(n, k, group_size) for _ in range(2)]
+    packed = [cuda.pack(*weight) for weight in weights]
+    data, scales = zip(*packed, strict=True)
+    group = weights[0][2]
+    (y,) = cuda.multiply(x, data, scales, [None, None], [n, n], group, int8_activations, torch.float32, geglu=True)
+    gate, up = (
+        reference.int8_linear(x.float(), qweight, scale, None, group, int8_activations).double()
+        for qweight, scale, _ in weights
+    )
+    assert frobenius(y, F.gelu(gate, approximate="tanh") * up) <= 2e-6
+
+
+@pytest.mark.parametrize("m", [1, 20, 130])
+def test_several_weights(gpu: int, m: int) -> None:
+    """Of different sizes on one input, more than one launch takes, as each alone gives them."""
+    k, sizes = 128, [64, 17, 1, 40, 33]
+    x = randn(m, k, dtype=torch.float16)
+    weights = [quantized(n, k) for n in sizes]
+    data, scales = zip(*(cuda.pack(*weight) for weight in weights), strict=True)
+    biases = [randn(n) if n != 17 else None for n in sizes]
+    together = cuda.multiply(x, data, scales, biases, sizes, k, False, torch.float16)
+    for y, n, (qweight, scale, _), bias in zip(together, sizes, weights, biases, strict=True):
+        assert y.shape == (m, n)
+        exact = reference.int8_linear(x.double(), qweight, scale, None if bias is None else bias.double(), k, False)
+        assert frobenius(y, exact) <= BOUNDS[torch.float16]
+
+
+def test_nothing_to_multiply(gpu: int) -> None:
+    data, scales = cuda.pack(*quantized(5, 40))
+    assert cuda.multiply(randn(0, 40), [data], [scales], [None], [5], 40, False, torch.float32)[0].shape == (0, 5)
+    data, scales = cuda.pack(torch.ones(0, 40, dtype=torch.int8), torch.ones(0, 1), 40)
+    assert cuda.multiply(randn(3, 40), [data], [scales], [None], [0], 40, False, torch.float32)[0].shape == (3, 0)
+
+
+@pytest.mark.parametrize("int8_activations", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("m", [5, 20, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_are_not_finite(gpu: int, dtype: torch.dtype, m: int, value: float, int8_activations: bool) -> None:
+    """They stay visible, and stay in their row."""
+    data, scales = cuda.pack(torch.ones(16, 70, dtype=torch.int8), torch.ones(16, 1), 70)
+    x = randn(m, 70, dtype=dtype)
+    arguments = ([data], [scales], [None], [16], 70, int8_activations, torch.float32)
+    (clean,) = cuda.multiply(x, *arguments)
+    x[2, 40] = value
+    (y,) = cuda.multiply(x, *arguments)
+    torch.testing.assert_close(y[2], torch.full((16,), float("nan") if int8_activations else value), equal_nan=True)
+    assert torch.equal(y[:2], clean[:2]) and torch.equal(y[3:], clean[3:])
+
+
+def test_a_row_of_zeros(gpu: int) -> None:
+    data, scales = cuda.pack(*quantized(17, 70))
+    for int8_activations in (False, True):
+        arguments = ([data], [scales], [None], [17], 70, int8_activations, torch.float32)
+        assert not cuda.multiply(torch.zeros(3, 70, dtype=torch.float16), *arguments)[0].any()
+
+
+@pytest.mark.parametrize("layout", ["strided", "misaligned"])
+def test_layouts(gpu: int, layout: str) -> None:
+    x, weight = randn(3, 64, dtype=torch.bfloat16), quantized(17, 64)
+    data, scales = cuda.pack(*weight)
+    arguments = ([data], [scales], [None], [17], 64, False, torch.float32)
+    (expected,) = cuda.multiply(x, *arguments)
+    moved = x.T.contiguous().T if layout == "strided" else torch.cat((x.new_zeros(1), x.flatten()))[1:].view(3, 64)
+    assert torch.equal(cuda.multiply(moved, *arguments)[0], expected)
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("k", [40, 70, 300])
+def test_dequantising(gpu: int, k: int, group_size: int | None) -> None:
+    qweight, scale, group = quantized(37, k, group_size)
+    data, scales = cuda.pack(qweight, scale, group)
+    exact = qweight.float() * scale.repeat_interleave(group, 1)[:, :k]
+    indices = torch.tensor([36, 0, 8, 17, 17])
+    assert torch.equal(cuda.rows_of(data, scales, indices, 37, k, group), exact[indices])
+    strange = cuda.rows_of(data, scales, torch.tensor([-1, 37, 3, 2**40]), 37, k, group)
+    assert strange[[0, 1, 3]].isnan().all() and torch.equal(strange[2], exact[3])
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert torch.equal(cuda.dequantize(data, scales, 37, k, group, dtype), exact.to(dtype))
+
+
+def test_what_does_not_fit() -> None:
+    x = randn(2, 64)
+    assert cuda.unfit(x, 64, 64, True) is None and cuda.unfit(x, 32, 64, False) is None
+    assert cuda.unfit(x, 16, 64, False) == "groups of 16 columns are not a multiple of 32"
+    assert cuda.unfit(x, 200_000, 200_000, True) == "sums of more than 132103 products of int8 may be beyond 32 bits"
+    assert "float64" in str(cuda.unfit(x.double(), 64, 64, False))
