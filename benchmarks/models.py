@@ -112,7 +112,8 @@ class ModelTrial:
         model.set_image_size(self.config.vision_config.image_size)
         draw, batch = Draw(self.dtype, self.device), self.case.sizes["batch"]
         image = self.config.vision_config.num_image_tokens
-        text = draw.integers(256_000, batch, PROMPT)
+        words = _words(self.config)
+        text = draw.integers(words, batch, PROMPT)
         ids = torch.cat((torch.full((batch, image), self.config.image_token_id, device=self.device), text), 1)
         size = self.config.vision_config.image_size
         self.inputs: dict[str, Any] = {
@@ -121,7 +122,7 @@ class ModelTrial:
             "pixel_values": draw.normal(batch, 3, size, size, std=0.5),
             "attention_mask": torch.ones_like(ids),
             "token_type_ids": torch.zeros_like(ids),
-            "suffix": draw.integers(256_000, batch, ANSWER),
+            "suffix": draw.integers(words, batch, ANSWER),
         }
         self.truth = []
         if self.case.op != "generate":  # whose tokens are judged one by one
@@ -157,6 +158,11 @@ class ModelTrial:
 
 def _config(sizes: Mapping[str, Any]) -> PaliGemmaConfig:
     return PaliGemmaConfig.named(f"{sizes['model']}-{sizes['resolution']}")
+
+
+def _words(config: PaliGemmaConfig) -> int:
+    """How many ids are text: those after them are places, masks and the image's."""
+    return min(256_000, config.text_config.vocab_size)
 
 
 _held: dict[tuple[Any, ...], PaliGemma] = {}
@@ -248,8 +254,13 @@ def _inference(call: Callable[[], Tensor], prepare: Callable[[], Any] = lambda: 
     return Candidate(Task(run, prepare), lambda: [run(prepare())])
 
 
-def _prompt(inputs: Inputs) -> tuple[Any, ...]:
-    return tuple(inputs[name] for name in ("input_ids", "pixel_values", "attention_mask", "token_type_ids"))
+def _prompt(inputs: Inputs) -> dict[str, Any]:
+    return {name: inputs[name] for name in ("input_ids", "pixel_values", "attention_mask", "token_type_ids")}
+
+
+def _decoder(inputs: Inputs) -> Decoder:
+    batch, length = inputs["input_ids"].shape
+    return Decoder(inputs["model"], batch, length + ANSWER)
 
 
 def _first_example(inputs: Inputs) -> Inputs:
@@ -263,25 +274,29 @@ def _our_siglip(inputs: Inputs) -> Candidate:
 
 def _our_prefill(inputs: Inputs) -> Candidate:
     model = inputs["model"]
-    return _inference(lambda: model.logits(Decoder(model, ANSWER).prefill(*_prompt(inputs), None)))
+    return _inference(lambda: model.logits(_decoder(inputs).prefill(_prompt(inputs))))
 
 
 def _our_decode_step(inputs: Inputs) -> Candidate:
-    decoder = Decoder(inputs["model"], ANSWER)
+    first = _first_example(inputs)
+    decoder = _decoder(first)
     with torch.inference_mode():
-        decoder.prefill(*_prompt(_first_example(inputs)), None)
+        decoder.prefill(_prompt(first))
         decoder.select_rows(torch.zeros_like(inputs["suffix"][:, 0]))
-    start = decoder.visible
+        decoder.tokens.copy_(inputs["suffix"][:, 0])
+        start = {name: lengths.clone() for name, lengths in vars(decoder.visible).items()}
 
+    @torch.inference_mode()
     def rewind() -> None:
-        decoder.visible = start
+        for name, lengths in start.items():
+            getattr(decoder.visible, name).copy_(lengths)
 
-    return _inference(lambda: decoder.model.logits(decoder.step(inputs["suffix"][:, 0])), rewind)
+    return _inference(lambda: decoder.model.logits(decoder.step()), rewind)
 
 
 def _our_generate(inputs: Inputs) -> Candidate:
     model = inputs["model"]
-    return _inference(lambda: model.generate(*_prompt(inputs), max_new_tokens=ANSWER, eos_token_id=-1))
+    return _inference(lambda: model.generate(**_prompt(inputs), max_new_tokens=ANSWER, eos_token_id=-1))
 
 
 def _training_inputs(inputs: Inputs) -> dict[str, Tensor]:
@@ -421,7 +436,7 @@ def _llama(inputs: Inputs) -> Any:
 def _text_ids(inputs: Inputs) -> list[int]:
     """As many text tokens as the prompt has with its image."""
     ids = inputs["input_ids"][0]
-    return (torch.arange(len(ids)) * 97 % 256_000).tolist()
+    return (torch.arange(len(ids)) * 97 % _words(inputs["model"].config)).tolist()
 
 
 def _llama_prefill(inputs: Inputs) -> Candidate:

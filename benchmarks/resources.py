@@ -18,6 +18,7 @@ from torch import Tensor
 import pg_kernels
 from pg_kernels import backend
 from pg_kernels.ops import launch
+from pg_kernels.ops.int8_linear import triton as int8_triton
 from pg_kernels.ops.launch import Device
 
 from .tuning import OPS, Place, Site, choosing, sites
@@ -122,6 +123,7 @@ def _extremes(place: Place) -> Iterator[Site]:
     for columns in (1, 300, 2048):
         yield site("geglu", pg_kernels.geglu, *draw(16, 2 * columns, grad=True).chunk(2, dim=-1))
     yield site("geglu_mlp", pg_kernels.geglu_mlp, draw(16, 64, grad=True), *(draw(64, 64, grad=True) for _ in range(3)))
+    yield from _int8_extremes(place)
     for tokens, width in ((16, 100), (512, 2304)):
         loss = partial(pg_kernels.linear_cross_entropy, softcap=30.0, label_smoothing=0.1)
         labels = torch.randint(0, 300, (tokens,))
@@ -131,6 +133,24 @@ def _extremes(place: Place) -> Iterator[Site]:
         for queries in (8, 64):  # backward's tiles do not depend on how many there are
             tensors = [draw(1, h, n, dim, grad=queries == 64) for h, n in ((4, queries), (2, 64), (2, 64))]
             yield site("prefix_lm_attention", pg_kernels.prefix_lm_attention, *tensors, **lengths)
+
+
+def _int8_extremes(place: Place) -> Iterator[Site]:
+    """Odd lengths, groups of columns, both kinds of activations, and gradients."""
+    for rows in (1, 40, 300) if place.dtype != torch.float32 else (1, 300):
+        x, bias = place.draw(rows, 588), place.draw(64)
+        for group in (588, 64, 8) if rows > 1 else (588, 64):
+            q = torch.ones(64, 588, dtype=torch.int8)
+            scale = torch.ones(64, -(-588 // group))
+            for int8_activations in (False,) if place.dtype == torch.float32 else (False, True):
+                for weights in (1, 2):
+                    lists = [q] * weights, [scale] * weights, [bias] * weights, [64] * weights
+                    call = partial(
+                        int8_triton.multiply, x, *lists, group, int8_activations, place.dtype, geglu=weights == 2
+                    )
+                    yield Site("int8_linear", "", (), lambda call=call: call)
+            gradient = partial(int8_triton.input_gradient, place.draw(rows, 64), q, scale, group)
+            yield Site("int8_linear", "", (), lambda call=gradient: call)
 
 
 def _forward_and_backward(function: Callable[..., Tensor | tuple[Tensor, ...]], *args: Any, **kwargs: Any) -> None:

@@ -25,6 +25,8 @@ from pg_kernels.ops import launch
 from pg_kernels.ops.apply_rotary import tiles as rotary_tiles
 from pg_kernels.ops.geglu import tiles as geglu_tiles
 from pg_kernels.ops.geglu_mlp import tiles as mlp_tiles
+from pg_kernels.ops.int8_linear import tiles as int8_tiles
+from pg_kernels.ops.int8_linear import triton as int8_triton
 from pg_kernels.ops.launch import Device
 from pg_kernels.ops.layer_norm import tiles as layer_norm_tiles
 from pg_kernels.ops.linear_cross_entropy import tiles as loss_tiles
@@ -35,7 +37,16 @@ from .machine import versions
 from .measure import Effort, Task, interleave
 from .text import duration
 
-OPS = ("rms_norm", "layer_norm", "apply_rotary", "geglu", "geglu_mlp", "linear_cross_entropy", "prefix_lm_attention")
+OPS = (
+    "rms_norm",
+    "layer_norm",
+    "apply_rotary",
+    "geglu",
+    "geglu_mlp",
+    "int8_linear",
+    "linear_cross_entropy",
+    "prefix_lm_attention",
+)
 WIDTHS = (2048, 2304, 3584, 4608)
 """Hidden sizes of PaliGemma 1 and 2; each with its MLP's."""
 MLP_WIDTHS = {2048: 16384, 2304: 9216, 3584: 14336, 4608: 36864}
@@ -89,6 +100,10 @@ def sites(place: Place) -> Iterator[Site]:
             shape = (place.size(rows), width, place.size(hidden))
             choices = mlp_tiles.candidates(rows, place.tiles_for)
             yield Site("geglu_mlp", mlp_tiles.key(*shape), choices, partial(_mlp, *shape, place))
+    if place.dtype != torch.float32:
+        for rows in (1, 272):
+            for inner, features in ((2048, 2048), (16384, 2048), (2048, 16384)):
+                yield _int8(rows, inner, place.size(features), features > inner, place)
     for width in WIDTHS:
         for tokens in (16, 32, 64, 512) if place.small else (16, 64, 512, 4096):
             choices = loss_tiles.candidates(tokens, place.dtype, place.tiles_for)
@@ -159,6 +174,24 @@ def _mlp(rows: int, width: int, hidden: int, place: Place) -> Callable[[], objec
     """Without gradients, where the fused kernel may run."""
     gate, up = (place.draw(hidden, width) for _ in range(2))
     return partial(pg_kernels.geglu_mlp, place.draw(rows, width), gate, up, place.draw(width, hidden))
+
+
+def _int8(rows: int, inner: int, features: int, gated: bool, place: Place) -> Site:
+    of = (rows, inner, features, place.dtype, gated)
+    choices = int8_tiles.candidates(rows, gated, place.tiles_for)
+    return Site("int8_linear", int8_tiles.key(*of), choices, partial(_int8_product, *of, place))
+
+
+def _int8_product(
+    rows: int, inner: int, features: int, dtype: torch.dtype, gated: bool, place: Place
+) -> Callable[[], object]:
+    """The kernels' own call: an op would first take a weight in another backend's layout apart."""
+    data = [
+        torch.randint(-127, 128, (features, inner), dtype=torch.int8, device=place.device) for _ in range(1 + gated)
+    ]
+    scales = [torch.full((features, 1), 1e-3, device=place.device) for _ in data]
+    biases, sizes, x = [None for _ in data], [features for _ in data], place.draw(rows, inner)
+    return partial(int8_triton.multiply, x, data, scales, biases, sizes, inner, False, dtype, gated)
 
 
 def _loss(tokens: int, width: int, place: Place) -> Callable[[], object]:

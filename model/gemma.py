@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pg_kernels import apply_rotary, apply_rotary_to_cache, prefix_lm_attention
-from pg_kernels.nn import GeGLUMLP, RMSNorm, projections
+from pg_kernels.nn import GeGLUMLP, RMSNorm, normed_sum, projections
 
 from .config import TextConfig
 
@@ -92,7 +92,11 @@ class GemmaAttention(nn.Module):
 
 
 class GemmaDecoderLayer(nn.Module):
-    """One block of Gemma: a norm before attention and one, which Hugging Face calls post_attention, before the MLP."""
+    """One block of Gemma: a norm before attention and one, which Hugging Face calls post_attention, before the MLP.
+
+    What a block adds last it leaves to the next norm, which reads it anyway: x and `added` (None before the first block) are
+    [B, S, D], and their sum is the block's input; the two results likewise.
+    """
 
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
@@ -101,14 +105,17 @@ class GemmaDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GeGLUMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, *attention: object, only: Tensor | None = None) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), *attention, only)
+    def forward(
+        self, x: Tensor, added: Tensor | None, *attention: object, only: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        normed, x = normed_sum(self.input_layernorm, x, added)
+        attended = self.self_attn(normed, *attention, only)
         normed, x = self.post_attention_layernorm(attended, residual=_picked(x, only))
-        return x + self.mlp(normed)
+        return x, self.mlp(normed)
 
 
 class Gemma2DecoderLayer(nn.Module):
-    """One block of Gemma 2: norms before and after both attention and MLP."""
+    """One block of Gemma 2: norms before and after both attention and MLP; called as Gemma's is."""
 
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
@@ -119,10 +126,13 @@ class Gemma2DecoderLayer(nn.Module):
         self.mlp = GeGLUMLP(config.hidden_size, config.intermediate_size)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, *attention: object, only: Tensor | None = None) -> Tensor:
-        attended = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), *attention, only))
+    def forward(
+        self, x: Tensor, added: Tensor | None, *attention: object, only: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        normed, x = normed_sum(self.input_layernorm, x, added)
+        attended = self.post_attention_layernorm(self.self_attn(normed, *attention, only))
         normed, x = self.pre_feedforward_layernorm(attended, residual=_picked(x, only))
-        return x + self.post_feedforward_layernorm(self.mlp(normed))
+        return x, self.post_feedforward_layernorm(self.mlp(normed))
 
 
 def _picked(x: Tensor, only: Tensor | None) -> Tensor:
@@ -162,8 +172,8 @@ class GemmaModel(nn.Module):
         With `only`, int64 [B], give one state for each example, [B, 1, D], of the token there: the last layer needs nothing of
         the others but keys and values.
         """
-        x = embeddings
+        x, added = embeddings, None
         for index, layer in enumerate(self.layers):
             last = index == len(self.layers) - 1
-            x = layer(x, positions, visibility, cache, slots, only=only if last else None)
-        return self.norm(x)
+            x, added = layer(x, added, positions, visibility, cache, slots, only=only if last else None)
+        return normed_sum(self.norm, x, added)[0]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .gemma import KVCache, Visibility
+from .gemma import Visibility
+from .graphs import Replayed, Shelf, obstacle
 
 if TYPE_CHECKING:
     from .paligemma import PaliGemma
+
+_CAPACITY_STEP = 128
 
 
 @torch.inference_mode()
@@ -32,6 +36,7 @@ def generate(
     num_beams: int = 1,
     generator: torch.Generator | None = None,
     stream: Callable[[Tensor], None] | None = None,
+    cuda_graph: bool | str = "auto",
 ) -> Tensor:
     """Continue each prompt until it ends or `max_new_tokens` are there.
 
@@ -46,12 +51,18 @@ def generate(
         num_beams: above 1, big_vision's beam search with so many live beams (no length penalty).
         generator: makes draws reproducible; it lives on the model's device.
         stream: called with each step's tokens [B] as they come; pad for prompts that have ended.
+        cuda_graph: replay prefill and steps as CUDA graphs, which leave the host nothing to do for a token. "auto" does where it
+            can: on a CUDA GPU, without beams, hooks and other people's layers; True raises where it cannot, False never does. The
+            model keeps the last few sessions, with their caches and graphs, for calls with the same batch size, number of tokens
+            up to a multiple of 128, way of choosing and generator: the first of such calls captures the step, the second one with
+            a prompt of the same shape its prefill. `model.sessions.clear()` frees their memory.
 
     Returns:
         int64 [B, ≤ max_new_tokens]: new tokens only, the end token included, the configuration's pad after it.
 
     Raises:
-        ValueError: options out of range or that exclude each other, and whatever the forward refuses.
+        ValueError: options out of range or that exclude each other, no graph where `cuda_graph` is True, and whatever the forward
+            refuses.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
@@ -73,98 +84,179 @@ def generate(
             f"max_new_tokens: {input_ids.shape[1]} prompt tokens and {max_new_tokens} new ones are more than the "
             f"model's {limit} positions"
         )
+    if cuda_graph not in ("auto", True, False):
+        raise ValueError(f"cuda_graph: expected 'auto', True or False, got {cuda_graph!r}")
+    why_not = "beam search reorders its cache" if num_beams > 1 else obstacle(model, input_ids.device)
+    if cuda_graph is True and why_not is not None:
+        raise ValueError(f"cuda_graph: there can be none here: {why_not}")
     end_ids = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    ends = torch.tensor([end_ids] if isinstance(end_ids, int) else list(end_ids), device=input_ids.device)
-    decoder = Decoder(model, max_new_tokens)
-    hidden = decoder.prefill(input_ids, pixel_values, attention_mask, token_type_ids, image_features)
+    ends = (end_ids,) if isinstance(end_ids, int) else tuple(end_ids)
+    given = {
+        "input_ids": input_ids,
+        "pixel_values": pixel_values,
+        "attention_mask": attention_mask,
+        "token_type_ids": token_type_ids,
+        "image_features": image_features,
+    }
+    prompt = {name: tensor for name, tensor in given.items() if tensor is not None}
+    batch, capacity = len(input_ids), input_ids.shape[-1] + max_new_tokens
     if num_beams > 1:
-        return _beam_search(decoder, hidden, max_new_tokens, ends, num_beams)
+        decoder = Decoder(model, batch, capacity)
+        end_tensor = torch.tensor(ends, device=input_ids.device)
+        return _beam_search(decoder, decoder.prefill(prompt), max_new_tokens, end_tensor, num_beams)
 
-    pad = model.config.pad_token_id
-    finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    tokens: list[Tensor] = []
-    while True:
-        token = _choose(model, hidden, temperature, top_k, top_p, generator).masked_fill(finished, pad)
-        tokens.append(token)
-        if stream is not None:
-            stream(token)
-        finished |= torch.isin(token, ends)
-        if len(tokens) == max_new_tokens or bool(finished.all()):
-            return torch.stack(tokens, 1)
-        hidden = decoder.step(token)
+    choice = Choice(ends, temperature, top_k, top_p, generator)
+    if why_not is not None or cuda_graph is False:
+        return Session(model, batch, capacity, choice, graphs=False).answer(prompt, max_new_tokens, stream)
+    # Prompts of other lengths share a session, and its graphs.
+    capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
+    kept, key = model.sessions.of(model), (batch, capacity, choice)
+    session = kept.take(key) or Session(model, batch, capacity, choice, graphs=True)
+    answer = session.answer(prompt, max_new_tokens, stream)
+    kept.put(key, session)  # not after an error, which may leave it in any state
+    return answer
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How tokens are chosen from logits, and which of them end an answer."""
+
+    ends: tuple[int, ...]
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    generator: torch.Generator | None
 
 
 class Decoder:
-    """A batch of sequences with their cache: each step feeds one token a row and gives the state that predicts the next one."""
+    """A batch of sequences with their cache, in tensors that stay where they are: each step appends `tokens`, one a row."""
 
-    cache: KVCache
-    visible: Visibility
-
-    def __init__(self, model: PaliGemma, max_new_tokens: int) -> None:
+    def __init__(self, model: PaliGemma, batch: int, capacity: int) -> None:
         self.model = model
-        self.max_new_tokens = max_new_tokens
+        self.cache = model.new_cache(batch, capacity)
+        device = self.cache.keys.device
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        lengths = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(4))
+        self.visible = Visibility(*lengths)
 
-    def prefill(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        image_features: Tensor | None,
-    ) -> Tensor:
-        """Take the prompts [B, S] and give the hidden states [B, D] of their last tokens."""
-        batch, length = input_ids.shape
-        embeddings = self.model.embed(input_ids, pixel_values, image_features)
-        self.visible, positions = self.model.visibility(input_ids, attention_mask, token_type_ids)
-        self.cache = self.model.new_cache(batch, length + self.max_new_tokens)
-        slots = torch.arange(length, device=input_ids.device).expand(batch, -1)
-        last = (self.visible.kv_lens - 1).clamp(min=0).long()
-        return self.model.model.language_model(embeddings, positions, self.visible, self.cache, slots, last)[:, 0]
+    def prefill(self, prompt: Mapping[str, Tensor]) -> Tensor:
+        """Take prompts [B, S], the arguments of `generate` by name, and give the hidden states [B, D] of their last tokens."""
+        input_ids = prompt["input_ids"]
+        embeddings = self.model.embed(input_ids, prompt.get("pixel_values"), prompt.get("image_features"))
+        masks = (prompt.get("attention_mask"), prompt.get("token_type_ids"))
+        visible, positions = self.model.visibility(input_ids, *masks)
+        for name, lengths in vars(visible).items():
+            getattr(self.visible, name).copy_(lengths)
+        slots = torch.arange(input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
+        last = (visible.kv_lens - 1).clamp(min=0).long()
+        return self.model.model.language_model(embeddings, positions, visible, self.cache, slots, last)[:, 0]
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append tokens [B], each right behind its row's last one (over right padding), and give their states [B, D]."""
-        slots = self.visible.kv_lens
-        self.visible = replace(self.visible, kv_lens=slots + 1, q_starts=slots)
-        embeddings = self.model.model.language_model.embed(tokens[:, None])
-        positions = (slots - self.visible.kv_starts)[:, None]
-        return self.model.model.language_model(embeddings, positions, self.visible, self.cache, slots[:, None].long())[
-            :, 0
-        ]
+    def step(self) -> Tensor:
+        """Append the tokens, each right behind its row's last one (over right padding), and give their states [B, D]."""
+        visible = self.visible
+        visible.q_starts.copy_(visible.kv_lens)
+        visible.kv_lens.add_(1)
+        embeddings = self.model.model.language_model.embed(self.tokens[:, None])
+        slots = visible.q_starts[:, None]
+        positions = slots - visible.kv_starts[:, None]
+        return self.model.model.language_model(embeddings, positions, visible, self.cache, slots.long())[:, 0]
 
     def select_rows(self, rows: Tensor) -> None:
         """Continue with these rows (int64 [B']) of the batch, some perhaps repeated."""
         self.cache.select_rows(rows)
-        visible = self.visible
-        self.visible = Visibility(
-            visible.prefix_lens[rows], visible.kv_starts[rows], visible.kv_lens[rows], visible.q_starts[rows]
-        )
+        self.tokens = self.tokens[rows]
+        self.visible = Visibility(*(lengths[rows] for lengths in vars(self.visible).values()))
 
 
-def _choose(
-    model: PaliGemma,
-    hidden: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-) -> Tensor:
+class Session:
+    """Answers batches of prompts of one size; with `graphs`, prefill and step are captured at their second run, and replayed."""
+
+    def __init__(self, model: PaliGemma, batch: int, capacity: int, choice: Choice, *, graphs: bool) -> None:
+        self.decoder = Decoder(model, batch, capacity)
+        self.choice, self._graphs = choice, graphs
+        device = self.decoder.tokens.device
+        self._pad = model.config.pad_token_id
+        self._ends = torch.tensor(choice.ends, device=device)
+        self._ids = torch.full((batch, capacity), self._pad, device=device)
+        self._next = torch.zeros(1, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self._step = Replayed(self._run_step, choice.generator) if graphs else self._run_step
+        self._prefills: Shelf[tuple[dict[str, Tensor], Replayed]] = Shelf()
+
+    def answer(
+        self, prompt: Mapping[str, Tensor], max_new_tokens: int, stream: Callable[[Tensor], None] | None
+    ) -> Tensor:
+        """Continue each prompt: int64 [B, ≤ max_new_tokens]."""
+        self._prefill(prompt)
+        between_looks = _between_looks(self._finished.device, stream)
+        for count in range(1, max_new_tokens + 1):
+            if stream is not None:
+                stream(self.decoder.tokens.clone())
+            if count == max_new_tokens or (count % between_looks == 0 and bool(self._finished.all())):
+                break
+            self._step()
+        return self._ids[:, : int(self._counts.max())].clone()
+
+    def _prefill(self, prompt: Mapping[str, Tensor]) -> None:
+        if not self._graphs:
+            self._run_prefill(prompt)
+            return
+        key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in prompt.items())
+        kept = self._prefills.take(key)
+        if kept is None:
+            inputs = {name: torch.empty_like(tensor) for name, tensor in prompt.items()}
+            kept = inputs, Replayed(partial(self._run_prefill, inputs), self.choice.generator)
+        inputs, run = kept
+        for name, tensor in prompt.items():
+            inputs[name].copy_(tensor)
+        run()
+        self._prefills.put(key, kept)
+
+    def _run_prefill(self, prompt: Mapping[str, Tensor]) -> None:
+        self._next.zero_()
+        self._counts.zero_()
+        self._finished.zero_()
+        self._record(self.decoder.prefill(prompt))
+
+    def _run_step(self) -> None:
+        self._record(self.decoder.step())
+
+    def _record(self, hidden: Tensor) -> None:
+        """Choose the token after each hidden state [B, D], and write it down."""
+        token = _choose(self.decoder.model, hidden, self.choice).masked_fill(self._finished, self._pad)
+        self._ids.index_copy_(1, self._next, token[:, None])
+        self._next.add_(1)
+        self._counts.add_(~self._finished)
+        self._finished |= (token[:, None] == self._ends).any(1)
+        self.decoder.tokens.copy_(token)
+
+
+def _between_looks(device: torch.device, stream: object | None) -> int:
+    """Steps after which to look whether all answers have ended: the host waits for a GPU then, which next waits for the host."""
+    return 1 if device.type == "cpu" or stream is not None else 8
+
+
+def _choose(model: PaliGemma, hidden: Tensor, choice: Choice) -> Tensor:
     """Pick the token [B] after each hidden state [B, D]."""
-    if temperature == 0:
+    if choice.temperature == 0:
         return model.likeliest(hidden, 1)[1][:, 0]
-    if top_k is None:
-        return _draw(model.logits(hidden) / temperature, top_p, generator)
-    logits, ids = model.likeliest(hidden, min(top_k, model.config.text_config.vocab_size))
-    return ids.gather(1, _draw(logits / temperature, top_p, generator)[:, None])[:, 0]
+    if choice.top_k is None:
+        return _draw(model.logits(hidden) / choice.temperature, choice)
+    logits, ids = model.likeliest(hidden, min(choice.top_k, model.config.text_config.vocab_size))
+    return ids.gather(1, _draw(logits / choice.temperature, choice)[:, None])[:, 0]
 
 
-def _draw(logits: Tensor, top_p: float | None, generator: torch.Generator | None) -> Tensor:
+def _draw(logits: Tensor, choice: Choice) -> Tensor:
     """Draw a column [B] from each row of logits [B, n]."""
-    if top_p is not None:
+    if choice.top_p is not None:
         ordered, order = logits.softmax(-1).sort(-1, descending=True)
         # A token stays when those before it fall short of top_p, so the likeliest always does.
-        beyond = ordered.cumsum(-1) - ordered >= top_p
+        beyond = ordered.cumsum(-1) - ordered >= choice.top_p
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    # As torch.multinomial draws one, without its look at the numbers, for which the host would wait.
+    probabilities = logits.softmax(-1)
+    return (probabilities / torch.empty_like(probabilities).exponential_(generator=choice.generator)).argmax(-1)
 
 
 @dataclass
@@ -201,7 +293,8 @@ def _beam_search(decoder: Decoder, hidden: Tensor, max_new_tokens: int, ends: Te
         tokens = tokens[examples, parents]
         tokens[:, :, step] = chosen
         decoder.select_rows((examples * beams + parents).flatten())
-        hidden = decoder.step(chosen.flatten())
+        decoder.tokens.copy_(chosen.flatten())
+        hidden = decoder.step()
     length = int((best.tokens != pad).sum(1).max())
     return best.tokens[:, : max(length, 1)]
 

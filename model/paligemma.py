@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pg_kernels import int8_topk, linear_cross_entropy
+from pg_kernels import int8_linear, int8_topk, linear_cross_entropy
 from pg_kernels.nn import Int8Linear, LayerNorm, RMSNorm
 from pg_kernels.ops.checks import values_are_free
 
 from .config import PaliGemmaConfig
 from .gemma import GemmaModel, KVCache, Visibility
-from .generation import generate
+from .generation import Session, generate
+from .graphs import Sessions
 from .siglip import SiglipVisionTower, resample_position_embedding
 
 
@@ -55,6 +56,7 @@ class PaliGemma(nn.Module):
     def __init__(self, config: PaliGemmaConfig) -> None:
         super().__init__()
         self.config = config
+        self.sessions: Sessions[Session] = Sessions()
         self.model = PaliGemmaModel(config)
         text = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
@@ -194,8 +196,13 @@ class PaliGemma(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Score hidden states [..., D] over the vocabulary: fp32 [..., V], softcapped where the configuration says so."""
-        # An int8 head's sums are fp32: they are rounded only if asked for in a shorter type.
-        logits = self.lm_head(hidden.float() if type(self.lm_head) is Int8Linear else hidden).float()
+        head = self.lm_head
+        if type(head) is Int8Linear:  # its sums are fp32, and need not be rounded
+            logits = int8_linear(
+                hidden, head.weight, bias=head.bias, activations=head.activations, out_dtype=torch.float32
+            )
+        else:
+            logits = head(hidden).float()
         softcap = self.config.text_config.final_logit_softcapping
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 

@@ -95,8 +95,13 @@ def _watched(model: nn.Module) -> dict[str, nn.Module]:
 def _watch(model: PaliGemma, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits of the answers' tokens and one before, and of every watched layer what it makes of tokens that are no padding."""
     outputs: dict[str, Tensor] = {}
+
+    def keep(name: str, output: Tensor | tuple[Tensor, Tensor]) -> None:
+        """Blocks give their last sum in two parts."""
+        outputs[name] = (output if isinstance(output, Tensor) else output[0] + output[1]).float()
+
     hooks = [
-        module.register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output.float()}))
+        module.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
         for name, module in _watched(model).items()
     ]
     answered = int((inputs["token_type_ids"][0] == 1).sum())

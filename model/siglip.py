@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pg_kernels import prefix_lm_attention
-from pg_kernels.nn import LayerNorm, projections
+from pg_kernels.nn import LayerNorm, normed_sum, projections
 
 from .config import VisionConfig
 
@@ -50,6 +50,8 @@ class SiglipMLP(nn.Module):
 
 
 class SiglipEncoderLayer(nn.Module):
+    """One block, called as `GemmaDecoderLayer` is: what it adds last is left to the next norm."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -57,9 +59,10 @@ class SiglipEncoderLayer(nn.Module):
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = SiglipMLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        normed, x = self.layer_norm2(self.self_attn(self.layer_norm1(x)), residual=x)
-        return x + self.mlp(normed)
+    def forward(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        normed, x = normed_sum(self.layer_norm1, x, added)
+        normed, x = self.layer_norm2(self.self_attn(normed), residual=x)
+        return x, self.mlp(normed)
 
 
 class SiglipEncoder(nn.Module):
@@ -67,10 +70,11 @@ class SiglipEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        added = None
         for layer in self.layers:
-            x = layer(x)
-        return x
+            x, added = layer(x, added)
+        return x, added
 
 
 class SiglipVisionTower(nn.Module):
@@ -86,7 +90,7 @@ class SiglipVisionTower(nn.Module):
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.post_layernorm(self.encoder(self.embeddings(pixel_values)))
+        return normed_sum(self.post_layernorm, *self.encoder(self.embeddings(pixel_values)))[0]
 
 
 def resample_position_embedding(weight: Tensor, num_image_tokens: int) -> Tensor:

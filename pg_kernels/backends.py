@@ -38,6 +38,11 @@ def backend(name: str) -> Iterator[None]:
         _requested = previous
 
 
+def requested() -> str:
+    """What the innermost `backend()` block asks for, or "auto"."""
+    return _requested
+
+
 def select(
     op: str, device_type: str, obstacles: Mapping[str, str | None] | None = None, avoid: tuple[str, ...] = ()
 ) -> str:

@@ -247,6 +247,13 @@ class Int8Embedding(_Int8Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, group_size={self.group_size}"
 
 
+def normed_sum(norm: RMSNorm | LayerNorm, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A norm of x + added [..., dim], and that sum, in one pass; of x alone where nothing is added."""
+    if added is None:
+        return norm(x), x
+    return norm(added, residual=x)
+
+
 def projections(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:
     """What each of some linear layers makes of x [..., in_features]; int8 layers read and quantise it once."""
     if not _share_activations(layers):

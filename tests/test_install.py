@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+EXTENSIONS = ["_C", "_cuda"] if sys.platform == "linux" else ["_C"]
 TRACKED = [
     path
     for path in subprocess.run(
@@ -67,18 +68,31 @@ def build(folder: Path, **environment: str) -> Wheel:
     return Wheel(path, done.stdout)
 
 
+NVCC = """#!/bin/sh
+echo "fake nvcc $*"
+while [ "$1" != -o ]; do shift; done
+: > "$2"
+"""
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Wheel:
-    return build(tmp_path_factory.mktemp("wheel"))
+    """With a CUDA compiler that writes empty files: the real one takes most of a minute, and has built what is installed."""
+    folder = tmp_path_factory.mktemp("wheel")
+    return build(folder, NVCC=str(program(folder / "nvcc", NVCC)))
 
 
 @pytest.fixture(scope="module")
 def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Wheel:
     folder = tmp_path_factory.mktemp("without_compiler")
-    compiler = folder / "compiler"
-    compiler.write_text("#!/bin/sh\necho 'this compiler always fails' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    return build(folder, CC=str(compiler), CXX=str(compiler))
+    compiler = str(program(folder / "compiler", "#!/bin/sh\necho 'this compiler always fails' >&2\nexit 1\n"))
+    return build(folder, CC=compiler, CXX=compiler, NVCC=compiler)
+
+
+def program(path: Path, script: str) -> Path:
+    path.write_text(script)
+    path.chmod(0o755)
+    return path
 
 
 def installed_name(path: str) -> str:
@@ -90,7 +104,7 @@ def _is_benchmark_module(path: str) -> bool:
 
 
 def test_a_wheel_holds_the_whole_package(wheel: Wheel) -> None:
-    """Every tracked file, the shipped checkpoint's too, where it is imported from; and the extension.
+    """Every tracked file, the shipped checkpoint's too, where it is imported from; and the extensions.
 
     Of the benchmarks that is their modules, without the stored runs and without what only pytest reads.
     """
@@ -99,8 +113,15 @@ def test_a_wheel_holds_the_whole_package(wheel: Wheel) -> None:
     missing = [path for path in wanted if installed_name(path) not in wheel.files]
     assert not missing
     assert all(wheel.files[installed_name(path)] == (ROOT / path).read_bytes() for path in wanted)
-    (extension,) = wheel.extensions
-    assert extension.startswith("pg_kernels/_C.")
+    assert sorted(name.partition(".")[0] for name in wheel.extensions) == [f"pg_kernels/{e}" for e in EXTENSIONS]
+
+
+@pytest.mark.skipif("_cuda" not in EXTENSIONS, reason="CUDA is built on Linux only")
+def test_cuda_is_compiled_for_every_gpu(wheel: Wheel) -> None:
+    commands = [line for line in wheel.output.splitlines() if "fake nvcc" in line]
+    for source in (path for path in TRACKED if path.startswith("csrc/cuda/") and path.endswith(".cu")):
+        (command,) = (line for line in commands if source in line)
+        assert "code=[sm_80,compute_80]" in command and "code=sm_90a" in command
 
 
 def test_a_wheel_holds_nothing_else(wheel: Wheel) -> None:
@@ -125,13 +146,14 @@ def test_the_build_does_not_require_torch() -> None:
     assert requires == 'requires = ["setuptools>=77", "pybind11>=2.13"]'
 
 
-def test_without_a_compiler_only_the_extension_is_missing(wheel: Wheel, without_compiler: Wheel) -> None:
+def test_without_a_compiler_only_the_extensions_are_missing(wheel: Wheel, without_compiler: Wheel) -> None:
     assert not without_compiler.extensions
     assert {name: wheel.files[name] for name in wheel.files if not name.endswith((".so", ".pyd", "/RECORD"))} == {
         name: content for name, content in without_compiler.files.items() if not name.endswith("/RECORD")
     }
     assert "this compiler always fails" in without_compiler.output
-    assert 'building extension "pg_kernels._C" failed' in without_compiler.output
+    for name in EXTENSIONS:
+        assert f'building extension "pg_kernels.{name}" failed' in without_compiler.output
 
 
 USE = """
@@ -178,10 +200,10 @@ def test_an_editable_install_survives_a_missing_compiler(tmp_path: Path) -> None
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         cwd=tmp_path,
-        env={**os.environ, "CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"},
+        env={**os.environ, "CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "NVCC": "/nonexistent/nvcc"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     assert done.returncode == 0, done.stdout
-    assert not list((tmp_path / "pg_kernels").glob("_C.*so"))
+    assert not list((tmp_path / "pg_kernels").glob("*.so"))

@@ -215,9 +215,8 @@ def test_int8_is_the_model_of_its_dequantised_weights(config: PaliGemmaConfig, m
 @pytest.mark.parametrize("make", [model, lambda: quantize_(model())], ids=["float", "int8"])
 def test_likeliest_tokens_are_those_of_the_logits(make, k: int) -> None:
     of = make()
-    hidden = Decoder(of, 1).prefill(
-        *(prompts().get(n) for n in ("input_ids", "pixel_values", "attention_mask")), None, None
-    )
+    prompt = prompts()
+    hidden = Decoder(of, *prompt["input_ids"].shape).prefill(prompt)
     values, ids = of.likeliest(hidden, k)
     every = of.logits(hidden)
     expected = every.sort(descending=True, stable=True)

@@ -73,7 +73,7 @@ def _compiles() -> bool:
 
 def _build(folder: Path) -> None:
     flags = f"{FLAGS} -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-    environment = {**os.environ, "CFLAGS": flags, "LDFLAGS": flags}
+    environment = {**os.environ, "CFLAGS": flags, "LDFLAGS": flags, "NVCC": ""}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(folder / "build")]
     subprocess.run([*command, "--build-lib", str(folder)], cwd=ROOT, env=environment, check=True)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pg_kernels import backend, quantize_int8
 from pg_kernels.ops import extension
-from pg_kernels.ops.int8_linear import cuda, reference
+from pg_kernels.ops.int8_linear import cuda, reference, tiles
 
 ROOT = Path(__file__).parents[2]
 BOUNDS = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 2.5e-3}
@@ -234,6 +234,18 @@ def test_dequantising(gpu: int, k: int, group_size: int | None) -> None:
     assert strange[[0, 1, 3]].isnan().all() and torch.equal(strange[2], exact[3])
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert torch.equal(cuda.dequantize(data, scales, 37, k, group, dtype), exact.to(dtype))
+
+
+def test_many_rows_are_left_to_cublas(gpu: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    qweight, scale, group = quantized(37, 70)
+    x, bias = randn(9, 70, dtype=torch.bfloat16), randn(37)
+    data, scales = cuda.pack(qweight, scale, group)
+    monkeypatch.setattr(tiles, "dequantizes", lambda rows, device: rows >= 9)
+    monkeypatch.setattr(extension._cuda, "int8_linear", None)
+    (y,) = cuda.multiply(x, [data], [scales], [bias], [37], group, False, torch.bfloat16)
+    exact = reference.int8_linear(x.double(), qweight, scale, bias.double(), group, False)
+    # The weights, the bias and the result are rounded.
+    assert y.dtype == torch.bfloat16 and frobenius(y, exact) <= 2 * BOUNDS[torch.bfloat16]
 
 
 def test_what_does_not_fit() -> None:

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pg_kernels.ops import extension
+from pg_kernels.ops import extension, launch
 from pg_kernels.ops.extension import FLOAT_CODES
+from pg_kernels.ops.int8_linear import tiles
 
 _TILE, _CHUNK = 16, 32
 """Rows and columns that lie together: kTileRows and kChunk of csrc/cuda/int8_linear.h."""
@@ -116,6 +117,13 @@ def multiply(
         halves = (slice(_MOST_WEIGHTS), slice(_MOST_WEIGHTS, None))
         options = (group_size, int8_activations, out_dtype)
         return [y for p in halves for y in multiply(x, data[p], scales[p], biases[p], sizes[p], *options)]
+    plain = x.dtype == out_dtype == torch.bfloat16 and not int8_activations and not geglu
+    if plain and tiles.dequantizes(rows, launch.device_of(x)):
+        copies = (
+            dequantize(d, s, n, columns, group_size, x.dtype) for d, s, n in zip(data, scales, sizes, strict=True)
+        )
+        biases = [None if bias is None else bias.to(x.dtype) for bias in biases]
+        return [F.linear(x, copy, bias) for copy, bias in zip(copies, biases, strict=True)]
     if not rows or not any(sizes):
         return outputs
     x, row_scale = _quantize(x) if int8_activations else (_aligned(x), None)

@@ -153,7 +153,8 @@ def product(
         else:
             block = tl.load(x + start, mask=there[:, None], other=0)
         if GROUPS == "many":
-            group = (start + column) // GROUP_SIZE
+            # Columns of zeros beyond the end have no group.
+            group = tl.minimum((start + column) // GROUP_SIZE, groups - 1)
         else:
             group = start // GROUP_SIZE
         sums = _plus_block(sums, weight + start, scale, block, there, group, EXACT, GROUPS, EVEN, WIDEN)

@@ -42,6 +42,10 @@ class PackedInt8Weight:
         """Where the weight is."""
         return self._data.device
 
+    def data_ptr(self) -> int:
+        """Address of what it holds: another one after it was moved or replaced."""
+        return self._data.data_ptr()
+
     @property
     def scale_shape(self) -> tuple[int, ...]:
         """Of the scales that `unpack` gives."""

@@ -38,6 +38,15 @@ def choose(rows: int, inner: int, features: int, dtype: torch.dtype, device: Dev
     return Tiles(128, 64 if gated else 128, 64, 8, 8, 3)
 
 
+def dequantizes(rows: int, device: Device) -> bool:
+    """Whether cuBLAS on a bfloat16 copy of the weight, made for the call, is faster than the CUDA kernels on the weight itself.
+
+    Reckoned, not measured: cuBLAS must make up for three passes over the weight, and has less to make up against the kernel for
+    Hopper.
+    """
+    return rows >= (8192 if device.capability == (9, 0) else 2048)
+
+
 def gradient(rows: int, dtype: torch.dtype) -> Tiles:
     """Of the product of a gradient [rows, N] and the weight; `features` are columns of the weight here."""
     if dtype == torch.float32:
@@ -61,7 +70,10 @@ def key(rows: int, inner: int, features: int, dtype: torch.dtype, gated: bool) -
 def candidates(rows: int, gated: bool, device: Device) -> list[Tiles]:
     """What `pg-kernels tune` tries; each holds in the device's registers and shared memory."""
     if rows <= 64:
-        return [Tiles(64, _block(rows), 256, 1, 4, 3), Tiles(128, _block(rows), 64, 1, 4, 4)]
+        return [
+            Tiles(64, _block(rows), 128, 1, 8, 4) if gated else Tiles(64, _block(rows), 256, 1, 4, 3),
+            Tiles(128, _block(rows), 64, 1, 4, 4),
+        ]
     return [Tiles(64, 128, 64, 8, 4 if not gated else 8, 3), Tiles(128, 64, 128, 8, 8, 3)]
 
 

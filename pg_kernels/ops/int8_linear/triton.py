@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pg_kernels.ops import launch
 from pg_kernels.ops.int8_linear import tiles
 
+_ALIGNED = 16
 _FINISHED = 256
 """Features of a program that adds the parts of sums."""
 
@@ -18,7 +20,7 @@ _FINISHED = 256
 @dataclass(frozen=True)
 class _Weight:
     data: Tensor
-    """int8 [N, K], its rows contiguous."""
+    """int8 [N, K], aligned."""
     scale: Tensor
     """fp32 [N, groups]."""
     bias: Tensor | None
@@ -39,9 +41,9 @@ def multiply(
     outputs = [x.new_empty(len(x), n, dtype=out_dtype) for n in (sizes[:1] if geglu else sizes)]
     if not len(x) or not any(sizes):
         return outputs
-    x, row_scale = _quantize(x) if int8_activations else (_rows(x), None)
+    x, row_scale = _quantize(_aligned(x)) if int8_activations else (_aligned(x), None)
     weights = [
-        _Weight(_rows(weight), scale.contiguous(), None if bias is None else bias.contiguous())
+        _Weight(_aligned(weight), scale.contiguous(), None if bias is None else bias.contiguous())
         for weight, scale, bias in zip(data, scales, biases, strict=True)
     ]
     if geglu:
@@ -56,7 +58,7 @@ def input_gradient(grad: Tensor, qweight: Tensor, scale: Tensor, group_size: int
     """grad [M, N] times qweight · scale: [M, K]."""
     from pg_kernels.ops.int8_linear import kernels
 
-    grad, qweight, scale = _rows(grad), _rows(qweight), scale.contiguous()
+    grad, qweight, scale = _contiguous_rows(grad), _contiguous_rows(qweight), scale.contiguous()
     (rows, features), inner, groups = grad.shape, qweight.shape[1], scale.shape[1]
     y = grad.new_empty(rows, inner)
     many = groups > 1 and group_size < 16
@@ -159,10 +161,9 @@ def _multiply(
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [M, K] and the rows' scales."""
+    """int8 [M, K] and the rows' scales, for x with contiguous rows."""
     from pg_kernels.ops.int8_linear import kernels
 
-    x = _rows(x)
     levels = x.new_empty(x.shape, dtype=torch.int8)
     scale = x.new_empty(len(x), dtype=torch.float32)
     with launch.on_device_of(x):
@@ -179,6 +180,13 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return levels, scale
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with contiguous rows."""
+def _contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x [.., K] with columns of zeros up to a multiple of 16 and rows at multiples of 16: others are loaded one by one."""
+    if x.shape[1] % _ALIGNED:
+        return F.pad(x, (0, -x.shape[1] % _ALIGNED))
+    fits = x.stride(1) == 1 and x.stride(0) % _ALIGNED == 0 and x.data_ptr() % _ALIGNED == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)

@@ -515,8 +515,8 @@ def _check_tensors(
 
 def _selected(q: Tensor, k: Tensor, lengths: Sequence[Tensor | int]) -> str:
     triton, native = launch.unfit(q, k), None
-    if q.shape[3] > tiles.MAX_DIM:
-        triton = f"a head dimension of {q.shape[3]} is above {tiles.MAX_DIM}"
+    if not tiles.MIN_DIM <= q.shape[3] <= tiles.MAX_DIM:
+        triton = f"a head dimension of {q.shape[3]} is not between {tiles.MIN_DIM} and {tiles.MAX_DIM}"
     if torch.compiler.is_compiling() or not all(checks.values_are_free(t) for t in lengths if isinstance(t, Tensor)):
         native = "lengths must be known, which they are not in a compiled graph"
     return select("prefix_lm_attention", q.device.type, {"triton": triton, "native": native})

@@ -1,0 +1,345 @@
+"""Generation as CUDA graphs replay it: state in tensors that stay where they are, no look at a number on the device.
+
+Where there is no GPU, a stand-in for a captured graph runs the function again at each replay.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import pg_kernels
+from pg_kernels import nn as pg_nn
+from pg_kernels import quantize_
+from pg_kernels.model import PaliGemma, PaliGemmaConfig, gemma, generation, graphs, siglip
+from pg_kernels.model.config import TextConfig, VisionConfig
+from pg_kernels.model.generation import Choice, Session
+
+VISION = VisionConfig(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
+)
+TEXT = TextConfig(
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=40,
+    vocab_size=64,
+)
+SAMPLED: dict[str, Any] = {"temperature": 1.3, "top_k": 9, "top_p": 0.9}
+
+
+def make(**text: Any) -> PaliGemma:
+    torch.manual_seed(0)
+    return PaliGemma(PaliGemmaConfig(VISION, TextConfig(**{**vars(TEXT), **text}))).eval()
+
+
+@pytest.fixture
+def model() -> PaliGemma:
+    return make()
+
+
+def prompts(model: PaliGemma, batch: int = 2, text: int = 5, seed: int = 0, images: int = 1) -> dict[str, Tensor]:
+    """Images and random tokens, the first row with two tokens less: padding before or after them by the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    placeholders = torch.full((batch, 4 * images), model.config.image_token_id)
+    ids = torch.cat((placeholders, torch.randint(4, 64, (batch, text), generator=generator)), 1)
+    mask = torch.ones_like(ids)
+    if seed % 2:
+        ids[0], mask[0, :2] = ids[0].roll(2), 0
+        ids[0, :2] = 0
+    else:
+        ids[0, -2:] = mask[0, -2:] = 0
+    pixels = torch.rand(batch * images, 3, 8, 8, generator=generator) * 2 - 1
+    return {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask}
+
+
+class Recorded:
+    """In the place of a CUDA graph: what was captured runs at each replay, and nothing ran at the capture."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.replay = function
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]:
+    """Let everything be captured, by stand-ins, which are listed."""
+    found: list[Recorded] = []
+
+    def capture(function: Callable[[], None], generator: torch.Generator | None) -> Recorded:
+        found.append(Recorded(function))
+        return found[-1]
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(generation, "obstacle", lambda model, device: None)
+    yield found
+
+
+def seeded(seed: int | None) -> dict[str, Any]:
+    return {} if seed is None else {**SAMPLED, "generator": torch.Generator().manual_seed(seed)}
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_replays_answer_as_eager_steps_do(model: PaliGemma, captured: list[Recorded], seed: int | None) -> None:
+    """Prompts of several lengths, padded on either side, one after the other in the same session."""
+    options, eager = seeded(seed), seeded(seed)
+    for text, number, new in ((5, 0, 9), (7, 1, 4), (5, 2, 12), (5, 4, 1), (7, 3, 9), (5, 6, 20)):
+        given = prompts(model, text=text, seed=number)
+        expected = model.generate(**given, max_new_tokens=new, cuda_graph=False, **eager)
+        assert torch.equal(model.generate(**given, max_new_tokens=new, **options), expected)
+    # One step, and each prefill that came twice.
+    assert len(model.sessions) == 1 and len(captured) == 3
+
+
+def test_what_a_session_is_kept_for(model: PaliGemma, captured: list[Recorded]) -> None:
+    def captures(**options: Any) -> int:
+        before = len(captured)
+        model.generate(**prompts(model, batch=options.pop("batch", 2)), max_new_tokens=5, eos_token_id=-1, **options)
+        return len(captured) - before
+
+    assert captures() == 1  # the step
+    assert captures() == 1  # the prefill
+    assert captures() == 0
+    assert captures(batch=3) == 1
+    assert captures(temperature=1.0) == 1
+    generator = torch.Generator()
+    assert captures(temperature=1.0, generator=generator) == 1
+    assert captures(temperature=1.0, generator=generator) == 1
+    assert captures(temperature=1.0, generator=torch.Generator()) == 1
+    assert len(model.sessions) == graphs.KEPT
+    assert captures() == 1  # the first one went when the fifth one came
+    with pg_kernels.backend("reference"):
+        assert captures() == 1
+    model.sessions.clear()
+    assert len(model.sessions) == 0
+
+
+def test_a_session_ends_with_the_model_it_was_captured_from(model: PaliGemma, captured: list[Recorded]) -> None:
+    given = prompts(model)
+
+    def answers_alike() -> int:
+        """How many captures it takes to answer twice."""
+        before = len(captured)
+        for _ in range(2):
+            answer = model.generate(**given, max_new_tokens=6)
+            assert torch.equal(answer, model.generate(**given, max_new_tokens=6, cuda_graph=False))
+        return len(captured) - before
+
+    assert answers_alike() == 2
+    with torch.no_grad():
+        model.model.language_model.norm.weight.mul_(1.5)  # where it was: graphs read it
+    assert answers_alike() == 0
+    layer = model.model.language_model.layers[0].mlp
+    layer.down_proj.weight = nn.Parameter(layer.down_proj.weight.detach().clone())
+    assert answers_alike() == 2
+    quantize_(model, skip=lambda name, layer: "vision" in name)
+    assert answers_alike() == 2
+    layer.down_proj.set_weight(torch.randn(16, 40))
+    assert answers_alike() == 2
+
+
+def test_after_an_error_a_session_is_not_used_again(model: PaliGemma, captured: list[Recorded]) -> None:
+    given = prompts(model)
+    model.generate(**given, max_new_tokens=6)
+
+    def fail(token: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(**given, max_new_tokens=6, stream=fail)
+    assert len(model.sessions) == 0
+    expected = model.generate(**given, max_new_tokens=6, cuda_graph=False)
+    assert torch.equal(model.generate(**given, max_new_tokens=6), expected)
+
+
+def test_a_stream_may_generate(model: PaliGemma, captured: list[Recorded]) -> None:
+    """Whoever is called back in the middle of an answer gets a session of his own."""
+    given, other, inner = prompts(model), prompts(model, seed=1), []
+    expected = [model.generate(**p, max_new_tokens=6, cuda_graph=False) for p in (given, other)]
+    streamed: list[Tensor] = []
+
+    def stream(token: Tensor) -> None:
+        streamed.append(token)
+        inner.append(model.generate(**other, max_new_tokens=6))
+
+    assert torch.equal(model.generate(**given, max_new_tokens=6, stream=stream), expected[0])
+    assert torch.equal(torch.stack(streamed, 1), expected[0])
+    assert all(torch.equal(answer, expected[1]) for answer in inner)
+
+
+def test_copies_of_a_model_begin_anew(model: PaliGemma, captured: list[Recorded]) -> None:
+    given = prompts(model)
+    expected = model.generate(**given, max_new_tokens=6)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert len(other.sessions) == 0
+        assert torch.equal(other.generate(**given, max_new_tokens=6), expected)
+    assert len(model.sessions) == 1
+    assert not any("session" in name for name in model.state_dict())
+
+
+def test_features_of_an_image_serve_several_prompts(model: PaliGemma, captured: list[Recorded]) -> None:
+    given = prompts(model, images=2)
+    features = model.get_image_features(given.pop("pixel_values")).detach()
+    for seed in range(3):
+        other = {**prompts(model, images=2, seed=2 * seed, text=4), "image_features": features}
+        del other["pixel_values"]
+        expected = model.generate(**other, max_new_tokens=6, cuda_graph=False)
+        assert torch.equal(model.generate(**other, max_new_tokens=6), expected)
+    assert len(captured) == 2
+
+
+@pytest.mark.parametrize("ends_at", [1, 3, 8, 9, 11])
+def test_answers_end_where_the_last_one_does(
+    model: PaliGemma, captured: list[Recorded], monkeypatch: pytest.MonkeyPatch, ends_at: int
+) -> None:
+    """Also when the host looks only now and then; a step beyond the end leaves no trace."""
+    given = prompts(model)
+    free = model.generate(**given, max_new_tokens=12, eos_token_id=-1, cuda_graph=False)
+    ends = sorted(set(free[:, ends_at - 1].tolist()))
+    expected = model.generate(**given, max_new_tokens=12, eos_token_id=ends, cuda_graph=False)
+    session = Session(model, 2, 128, Choice(tuple(ends), 0.0, None, None, None), graphs=True)
+    with torch.inference_mode():
+        for look in (2, 5, 8):
+            monkeypatch.setattr(generation, "_between_looks", lambda device, stream, look=look: look)
+            assert torch.equal(session.answer(given, 12, None), expected)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("options", [{}, SAMPLED, {"temperature": 0.7}], ids=["greedy", "nucleus", "drawn"])
+def test_a_step_looks_at_no_number(options: dict[str, Any], quantised: bool) -> None:
+    """With tensors that have none: asking for one raises, here as it would make the host wait for a GPU."""
+    with FakeTensorMode(), torch.inference_mode():
+        model = make(vocab_size=300)
+        if quantised:
+            quantize_(model)
+        with pytest.raises(DataDependentOutputException):
+            model.model.language_model.norm.weight.sum().item()
+        choice = Choice((1, 2), options.get("temperature", 0.0), options.get("top_k"), options.get("top_p"), None)
+        session = Session(model, 2, 128, choice, graphs=False)
+        state = {**vars(session), **vars(session.decoder), **vars(session.decoder.visible)}
+        session._run_prefill(prompts(model))
+        session._run_step()
+        # The same tensors as before hold everything.
+        after = {**vars(session), **vars(session.decoder), **vars(session.decoder.visible)}
+        assert all(after[name] is value for name, value in state.items())
+        assert session._ids.shape == (2, 128) and session._ids.dtype == torch.int64
+
+
+def test_where_there_can_be_no_graph(model: PaliGemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = prompts(model)
+    with pytest.raises(ValueError, match=r"^cuda_graph: there can be none here: the model is on cpu"):
+        model.generate(**given, cuda_graph=True)
+    with pytest.raises(ValueError, match=r"^cuda_graph: there can be none here: beam search"):
+        model.generate(**given, num_beams=2, cuda_graph=True)
+    for value in ("never", None, 2):
+        with pytest.raises(ValueError, match=r"^cuda_graph: expected 'auto', True or False, got"):
+            model.generate(**given, cuda_graph=value)
+    device = torch.device("cuda")
+    assert graphs.obstacle(model, device) is None
+    hook = model.model.language_model.norm.register_forward_hook(lambda *_: None)
+    assert (
+        graphs.obstacle(model, device) == "model.language_model.norm has a forward hook, which a graph would not call"
+    )
+    hook.remove()
+
+    class Adapter(nn.Linear):
+        pass
+
+    model.lm_head = Adapter(16, 64, bias=False)
+    assert graphs.obstacle(model, device) == "lm_head is a Adapter, of which a graph might miss changes"
+
+
+def _separately(x: Tensor, layers: Any) -> tuple[Tensor, ...]:
+    return tuple(layer(x) for layer in layers)
+
+
+def _normed_after_adding(norm: Any, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+    x = x if added is None else x + added
+    return norm(x), x
+
+
+def _rotated_then_written(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, *, theta: float
+) -> Tensor:
+    q, k = pg_kernels.apply_rotary(q, k, positions, theta=theta)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache.scatter_(2, slots[:, None, :, None].expand(new.shape), new.to(cache.dtype))
+    return q
+
+
+FUSIONS: dict[str, tuple[Any, str, Any]] = {
+    "QKV": (gemma, "projections", _separately),
+    "QKV of the image encoder": (siglip, "projections", _separately),
+    "sum and norm": (gemma, "normed_sum", _normed_after_adding),
+    "sum and norm in the image encoder": (siglip, "normed_sum", _normed_after_adding),
+    "rotary and cache": (gemma, "apply_rotary_to_cache", _rotated_then_written),
+    "gate and up": (
+        pg_nn.GeGLUMLP,
+        "forward",
+        lambda self, x: self.down_proj(pg_kernels.geglu(self.gate_proj(x), self.up_proj(x))),
+    ),
+    "output head and choice": (PaliGemma, "likeliest", lambda self, hidden, k: self.logits(hidden).topk(k)),
+}
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("model_type", ["gemma", "gemma2"])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_tokens_are_the_same_without_each_fusion(
+    fusion: str, model_type: str, quantised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(model_type=model_type)
+    if quantised:
+        quantize_(model)
+    given = prompts(model)
+    expected = model.generate(**given, max_new_tokens=8, eos_token_id=-1)
+    calls, (owner, name, unfused) = [], FUSIONS[fusion]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return unfused(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    assert torch.equal(model.generate(**given, max_new_tokens=8, eos_token_id=-1), expected)
+    assert calls
+
+
+def test_tokens_are_the_same_with_all_kernels() -> None:
+    """Triton's, in its interpreter, against the definitions."""
+    pytest.importorskip("triton")
+    model = make(num_hidden_layers=1)
+    given = prompts(model)
+    with pg_kernels.backend("reference"):
+        expected = model.generate(**given, max_new_tokens=3, eos_token_id=-1)
+    # Ops without a kernel of Triton's have none to be compared.
+    assert torch.equal(model.generate(**given, max_new_tokens=3, eos_token_id=-1), expected)
+    with pg_kernels.backend("triton"):
+        assert torch.equal(model.generate(**given, max_new_tokens=3, eos_token_id=-1), expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("quantised", [False, True], ids=["float", "int8"])
+def test_graphs_on_a_gpu(quantised: bool, seed: int | None) -> None:
+    model = make().to("cuda", torch.bfloat16)
+    if quantised:
+        quantize_(model)
+    generators = [None if seed is None else torch.Generator("cuda").manual_seed(seed) for _ in range(2)]
+    options = {} if seed is None else SAMPLED
+    for text, number, new in ((5, 0, 9), (7, 1, 4), (5, 2, 12), (7, 3, 9), (5, 4, 20)):
+        given = {name: tensor.to("cuda") for name, tensor in prompts(model, text=text, seed=number).items()}
+        expected, answer = (
+            model.generate(**given, max_new_tokens=new, cuda_graph=graph, generator=generator, **options)
+            for graph, generator in zip((False, True), generators, strict=True)
+        )
+        assert torch.equal(answer, expected)
+    assert len(model.sessions) == 1
