@@ -135,6 +135,10 @@ def _extremes(place: Place) -> Iterator[Site]:
             yield site("prefix_lm_attention", pg_kernels.prefix_lm_attention, *tensors, **lengths)
 
 
+def _ready(call: Callable[[], object]) -> Callable[[], Callable[[], object]]:
+    return lambda: call
+
+
 def _int8_extremes(place: Place) -> Iterator[Site]:
     """Odd lengths, groups of columns, both kinds of activations, and gradients."""
     for rows in (1, 40, 300) if place.dtype != torch.float32 else (1, 300):
@@ -148,9 +152,9 @@ def _int8_extremes(place: Place) -> Iterator[Site]:
                     call = partial(
                         int8_triton.multiply, x, *lists, group, int8_activations, place.dtype, geglu=weights == 2
                     )
-                    yield Site("int8_linear", "", (), lambda call=call: call)
+                    yield Site("int8_linear", "", (), _ready(call))
             gradient = partial(int8_triton.input_gradient, place.draw(rows, 64), q, scale, group)
-            yield Site("int8_linear", "", (), lambda call=gradient: call)
+            yield Site("int8_linear", "", (), _ready(gradient))
 
 
 def _forward_and_backward(function: Callable[..., Tensor | tuple[Tensor, ...]], *args: Any, **kwargs: Any) -> None:

@@ -25,7 +25,7 @@ DEVICES = ["cpu", *[pytest.param("cuda", marks=pytest.mark.cuda)] * torch.cuda.i
 SHORT = Effort(0.0, 3, 3)
 LIMITS = Ceilings(1e10, 1e10, {"float32": 1e11})
 GEMMA = TextConfig(
-    vocab_size=32768,
+    vocab_size=16_384,
     hidden_size=64,
     intermediate_size=96,
     num_hidden_layers=3,

@@ -26,7 +26,7 @@ def _steps(k: int, group_size: int) -> int:
     return whole * -(-group_size // _STEP) + -(-(k - whole * group_size) // _STEP)
 
 
-def unfit(x: Tensor, group_size: int, columns: int, int8_activations: bool) -> str | None:
+def unfit(x: Tensor, group_size: int, columns: int) -> str | None:
     """Why the kernels cannot multiply x, or None when they can."""
     return extension.unfit(x)
 

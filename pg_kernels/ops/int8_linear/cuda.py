@@ -15,17 +15,14 @@ from pg_kernels.ops.int8_linear import tiles
 _TILE, _CHUNK = 16, 32
 """Rows and columns that lie together: kTileRows and kChunk of csrc/cuda/int8_linear.h."""
 _MOST_WEIGHTS = 4
-_MOST_COLUMNS = 2**31 // (127 * 128) - 1
 EMULATED = 80
 """The compute capability of which the tests' emulator is."""
 
 
-def unfit(x: Tensor, group_size: int, columns: int, int8_activations: bool) -> str | None:
+def unfit(x: Tensor, group_size: int, columns: int) -> str | None:
     """Why the kernels cannot multiply x [M, K] by a weight in groups of this many columns, or None when they can."""
     if not groups_fit(columns, group_size):
         return f"groups of {group_size} columns are not a multiple of {_CHUNK}"
-    if int8_activations and min(group_size, columns) > _MOST_COLUMNS:
-        return f"sums of more than {_MOST_COLUMNS} products of int8 may be beyond 32 bits"
     return extension.unfit(x)
 
 

@@ -14,6 +14,8 @@ from pg_kernels.ops.int8_linear import cpu, cuda, reference, triton
 from pg_kernels.ops.library import define_opaque, is_watched, refuse_second_derivative
 from pg_kernels.ops.quantize_int8.reference import dequantize_int8
 
+_SHORT = 2**16
+"""Columns whose products of int8 surely have a sum of 32 bits: GPUs' kernels add longer ones in fp32."""
 _LAST = 2**32 - 1
 _LISTED = 256
 """The most products that `int8_topk` lists as they come."""
@@ -193,6 +195,10 @@ def _multiply(
                 checks.check_shape("bias", bias, [n])
         if geglu and len(set(sizes)) != 1:
             raise ValueError(f"sizes: expected gate and up of as many rows, got {list(sizes)}")
+    if int8_activations and module is not cpu and min(group_size, x.shape[1]) > _SHORT:
+        group = torch.arange(0, x.shape[1], _SHORT, device=x.device) // group_size
+        scales = [scale.view(n, -1)[:, group] for n, scale in zip(sizes, scales, strict=True)]
+        group_size = _SHORT
     return module.multiply(x, data, scales, biases, sizes, group_size, int8_activations, out_dtype, geglu)
 
 
@@ -625,8 +631,7 @@ def _prepared(
             checks.check_shape("bias", bias, [weight.shape[0]], " (the weight's N)")
         checks.check_device(x=x, weight=weight._data, bias=bias)
     (x,) = checks.autocast(x)
-    module, quantises = _native(x.device), activations == "int8"
-    unfit = [module.unfit(x, weight.group_size, weight.shape[1], quantises) for weight in weights]
+    unfit = [_native(x.device).unfit(x, weight.group_size, weight.shape[1]) for weight in weights]
     native = next((reason for reason in unfit if reason is not None), None)
     # Where there are both, the extension's kernels are the faster ones.
     avoid = ("triton",) if native is None and extension.obstacle_on_any(x.device.type) is None else ()

@@ -38,6 +38,9 @@ def multiply(
     geglu: bool = False,
 ) -> list[Tensor]:
     """x [M, K] times each of some weights [N, K], `sizes` their rows; `geglu` makes one of two."""
+    if launch.widens_products(x) and out_dtype == x.dtype:  # the interpreter stores bf16 without rounding
+        options = (group_size, int8_activations, torch.float32, geglu)
+        return [y.to(out_dtype) for y in multiply(x, data, scales, biases, sizes, *options)]
     outputs = [x.new_empty(len(x), n, dtype=out_dtype) for n in (sizes[:1] if geglu else sizes)]
     if not len(x) or not any(sizes):
         return outputs
@@ -56,6 +59,8 @@ def multiply(
 
 def input_gradient(grad: Tensor, qweight: Tensor, scale: Tensor, group_size: int) -> Tensor:
     """grad [M, N] times qweight · scale: [M, K]."""
+    if launch.widens_products(grad):
+        return input_gradient(grad.float(), qweight, scale, group_size).to(grad.dtype)
     from pg_kernels.ops.int8_linear import kernels
 
     grad, qweight, scale = _contiguous_rows(grad), _contiguous_rows(qweight), scale.contiguous()
