@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pg_kernels.nn import merge_projections_
+
 from .gemma import Visibility
 from .graphs import Replayed, Shelf, obstacle
 
@@ -110,6 +112,7 @@ def generate(
         return Session(model, batch, capacity, choice, graphs=False).answer(prompt, max_new_tokens, stream)
     # Prompts of other lengths share a session, and its graphs.
     capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
+    merge_projections_(model)
     kept, key = model.sessions.of(model), (batch, capacity, choice)
     session = kept.take(key) or Session(model, batch, capacity, choice, graphs=True)
     answer = session.answer(prompt, max_new_tokens, stream)

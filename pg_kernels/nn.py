@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pg_kernels.ops.geglu import geglu
 from pg_kernels.ops.geglu_mlp import geglu_mlp
 from pg_kernels.ops.int8_linear import int8_geglu, int8_linear, int8_projections, pack_int8
 from pg_kernels.ops.layer_norm import layer_norm
+from pg_kernels.ops.library import is_watched
 from pg_kernels.ops.quantize_int8 import check_group_size, quantize_int8
 from pg_kernels.ops.rms_norm import rms_norm
 
@@ -255,11 +257,72 @@ def normed_sum(norm: RMSNorm | LayerNorm, x: Tensor, added: Tensor | None) -> tu
 
 
 def projections(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:
-    """What each of some linear layers makes of x [..., in_features]; int8 layers read and quantise it once."""
+    """What each of some linear layers makes of x [..., in_features], in one product where it can be.
+
+    Int8 layers read and quantise x once; of others without gradients, `merge_projections_` must have laid the weights out.
+    """
     if not _share_activations(layers):
-        return tuple(layer(x) for layer in layers)
+        whole = _merged(x, layers)
+        if whole is None:
+            return tuple(layer(x) for layer in layers)
+        return F.linear(x, *whole).split([layer.out_features for layer in layers], -1)
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     return int8_projections(x, weights, biases, activations=layers[0].activations)
+
+
+@torch.no_grad()
+def merge_projections_(model: nn.Module) -> None:
+    """Lay the weights of each attention's q_proj, k_proj and v_proj one behind the other, in place: `projections` then makes one
+    product of the three.
+
+    Only nn.Linear layers. Parameters stay the same objects with the same numbers, and share their memory's allocation; moving the
+    model undoes it.
+    """
+    with torch.inference_mode(False):
+        for module in model.modules():
+            layers = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+            if not all(type(layer) is nn.Linear for layer in layers):
+                continue
+            for name in ("weight", "bias"):
+                parts = [getattr(layer, name) for layer in layers]
+                alike = all(
+                    part is not None and (part.dtype, part.device) == (parts[0].dtype, parts[0].device)
+                    for part in parts
+                )
+                if not alike or _one_behind_the_other(parts) is not None:
+                    continue
+                whole = torch.cat([part.data for part in parts])
+                for part, data in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+                    part.data = data
+
+
+def _merged(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, Tensor | None] | None:
+    """The weights of some linear layers as one, and their biases, where they lie so and nobody watches."""
+    plain = all(type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks) for layer in layers)
+    if not plain or torch.compiler.is_compiling():
+        return None
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    if is_watched(x, *weights, *biases):
+        return None
+    weight = _one_behind_the_other(weights)
+    if weight is None or all(bias is None for bias in biases):
+        return None if weight is None else (weight, None)
+    bias = None if any(bias is None for bias in biases) else _one_behind_the_other(biases)
+    return None if bias is None else (weight, bias)
+
+
+def _one_behind_the_other(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Contiguous tensors [n, ...] as one, if each begins in memory where the one before it ends."""
+    first = tensors[0]
+    if any(type(tensor.data) is not Tensor or tensor.is_meta for tensor in tensors):
+        return None  # without memory
+    address, storage = first.data_ptr(), first.untyped_storage().data_ptr()
+    for tensor in tensors:
+        alike = (tensor.dtype, tensor.shape[1:]) == (first.dtype, first.shape[1:]) and tensor.is_contiguous()
+        if not alike or tensor.data_ptr() != address or tensor.untyped_storage().data_ptr() != storage:
+            return None
+        address += tensor.nbytes
+    return first.detach().as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
 
 
 def _share_activations(layers: Sequence[Any]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -273,6 +274,44 @@ def _rotated_then_written(
     for cache, new in ((k_cache, k), (v_cache, v)):
         cache.scatter_(2, slots[:, None, :, None].expand(new.shape), new.to(cache.dtype))
     return q
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "gemma2"])
+def test_merged_projections(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One product for three, in both towers, of the same parameters: saved, copied, moved, trained and quantised as before."""
+    model = make(model_type=model_type)
+    given, before = prompts(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected, parameters = model.generate(**given, max_new_tokens=8, eos_token_id=-1), list(model.parameters())
+    pg_nn.merge_projections_(model)
+    assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
+    for _ in range(2):  # the second time there is nothing to do
+        addresses = [parameter.data_ptr() for parameter in parameters]
+        pg_nn.merge_projections_(model)
+        assert addresses == [parameter.data_ptr() for parameter in parameters]
+    products: list[int] = []
+    linear = pg_nn.F.linear
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        products.append(len(weight))
+        return linear(x, weight, bias)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pg_nn.F, "linear", counted)
+        assert torch.equal(model.generate(**given, max_new_tokens=8, eos_token_id=-1), expected)
+    # Heads, and key-value heads twice, of 16 columns; the image encoder's three times 32.
+    assert products.count(4 * 16 + 2 * 2 * 16) == 8 * TEXT.num_hidden_layers
+    assert products.count(3 * 32) == VISION.num_hidden_layers
+
+    model.save_pretrained(tmp_path)
+    for other in (PaliGemma.from_pretrained(tmp_path), copy.deepcopy(model), model):
+        for name, tensor in other.state_dict().items():
+            assert torch.equal(tensor, before[name])
+    labels = torch.where(torch.arange(9) < 7, -100, given["input_ids"])
+    model(**given, token_type_ids=(torch.arange(9) >= 7).long().expand(2, -1), labels=labels).loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters)
+    assert model.to(torch.float64).generate(**given, max_new_tokens=8).dtype == torch.int64
+    quantize_(model.float())
+    assert model.generate(**given, max_new_tokens=8).shape[0] == 2
 
 
 FUSIONS: dict[str, tuple[Any, str, Any]] = {
