@@ -247,7 +247,7 @@ PEERS: Mapping[str, tuple[Contender, ...]] = {
     ),
     "linear_cross_entropy": (Contender("Liger-Kernel", _liger_cross_entropy, "liger_kernel", "cuda"),),
     "int8_linear": (
-        Contender("torch int8pack", _int8pack, device_type="cpu"),
+        Contender("torch int8pack", _int8pack),
         Contender("torchao W8A16", partial(_torchao, config="Int8WeightOnlyConfig"), "torchao"),
         Contender(
             "torchao W8A8",

@@ -134,7 +134,8 @@ class ModelTrial:
 
     def error(self, contender: Contender, results: list[Tensor]) -> float:
         if self.case.op == "generate":
-            return _regret(self.inputs, results[0]) / LARGEST_REGRET
+            shape = (self.case.sizes["batch"], ANSWER)
+            return regret(self.inputs, results[0]) / LARGEST_REGRET if results[0].shape == shape else math.inf
         truth = self.truth
         if contender.package == "llama_cpp":  # causal, and without an image
             truth = [_causal_logits(self.inputs, decode=self.case.op == "decode_step")]
@@ -215,7 +216,7 @@ def filled(config: PaliGemmaConfig, dtype: torch.dtype, device: torch.device) ->
     return model.eval()
 
 
-def _int8(model: PaliGemma, mode: str) -> PaliGemma:
+def in_int8(model: PaliGemma, mode: str) -> PaliGemma:
     """A model in int8 that shares everything else with it; both modes share the weights."""
     if not _quantised:
         _quantised["int8"] = quantize_(_twin(model, model.parameters()), "int8")
@@ -241,7 +242,7 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _ours_int8(stage: Stage, mode: str, inputs: Inputs) -> Candidate:
-    return stage.ours({**inputs, "model": _int8(inputs["model"], mode)})
+    return stage.ours({**inputs, "model": in_int8(inputs["model"], mode)})
 
 
 def _inference(call: Callable[[], Tensor], prepare: Callable[[], Any] = lambda: None) -> Candidate:
@@ -304,7 +305,7 @@ def _training_inputs(inputs: Inputs) -> dict[str, Tensor]:
     return {
         "input_ids": torch.cat((ids, suffix), 1),
         "pixel_values": inputs["pixel_values"],
-        "attention_mask": torch.ones(len(ids), ids.shape[1] + ANSWER, dtype=torch.int64, device=ids.device),
+        "attention_mask": torch.ones(len(ids), ids.shape[1] + suffix.shape[1], dtype=torch.int64, device=ids.device),
         "token_type_ids": torch.cat((torch.zeros_like(ids), torch.ones_like(suffix)), 1),
         "labels": torch.cat((torch.full_like(ids, -100), suffix), 1),
     }
@@ -338,18 +339,18 @@ def _finetune_step(model: nn.Module, inputs: Inputs) -> Candidate:
 
 
 def _theirs(stage: Stage, attention: str, inputs: Inputs) -> Candidate:
-    return stage.theirs(inputs, _transformers_model(inputs["model"], attention))
+    return stage.theirs(inputs, transformers_model(inputs["model"], attention))
 
 
 def _theirs_int8(stage: Stage, inputs: Inputs) -> Candidate:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    model = _transformers_model(inputs["model"], "sdpa")
+    model = transformers_model(inputs["model"], "sdpa")
     quantize_(model, Int8WeightOnlyConfig())
     return stage.theirs(inputs, model)
 
 
-def _transformers_model(ours: PaliGemma, attention: str) -> Any:
+def transformers_model(ours: PaliGemma, attention: str) -> Any:
     """transformers' PaliGemma around our parameters."""
     from accelerate import init_empty_weights
     from transformers import PaliGemmaConfig as TheirConfig
@@ -406,7 +407,7 @@ def _their_generate(inputs: Inputs, model: Any, **options: Any) -> Candidate:
 def _compiled_generation(inputs: Inputs) -> Candidate:
     if inputs["input_ids"].device.type != "cuda":
         raise ValueError("transformers compiles on CUDA only")
-    return _their_generate(inputs, _transformers_model(inputs["model"], "sdpa"), cache_implementation="static")
+    return _their_generate(inputs, transformers_model(inputs["model"], "sdpa"), cache_implementation="static")
 
 
 # --- llama.cpp: the decoder alone, causal, on as many tokens
@@ -479,14 +480,12 @@ def _causal_logits(inputs: Inputs, *, decode: bool) -> Tensor:
         return inputs["model"](ids, token_type_ids=torch.ones_like(ids), logits_to_keep=1).logits[:, 0].cpu()
 
 
-def _regret(inputs: Inputs, tokens: Tensor) -> float:
-    """How much better the best token was than the chosen one, at worst, when the reference reads prompt and tokens."""
-    if tokens.shape != (len(inputs["input_ids"]), ANSWER):
-        return math.inf
+def regret(inputs: Inputs, tokens: Tensor) -> float:
+    """How much better the best token was than the chosen one, at worst, when the reference reads prompt and tokens [B, T]."""
     training = _training_inputs({**inputs, "suffix": tokens})
     del training["labels"]
     with torch.inference_mode(), backend("reference"):
-        logits = inputs["model"](**training, logits_to_keep=ANSWER + 1).logits[:, :-1].float()
+        logits = inputs["model"](**training, logits_to_keep=tokens.shape[1] + 1).logits[:, :-1].float()
     chosen = logits.gather(2, tokens[..., None])[..., 0]
     return float(((logits.amax(2) - chosen) / logits.std(2)).max())
 

@@ -191,17 +191,17 @@ def session(name: str, checkpoint: Path) -> Session:
     start = perf_counter()
     model = _load_ours(checkpoint, quantize) if package == "pg_kernels" else _load_theirs(checkpoint)
     load_s = perf_counter() - start
-    inputs = _prompt(model.config)
+    inputs = prompts(model.config)
     generate = _our_tokens if package == "pg_kernels" else _their_tokens
     for _ in range(2):
         arrivals = [perf_counter(), *generate(model, inputs)]
-    peak = _peak_bytes()
+    peak = resident_bytes()
     rate = (len(arrivals) - 2) / (arrivals[-1] - arrivals[1])
     parts = _breakdown(model, inputs) if package == "pg_kernels" else {}
     return Session(load_s, arrivals[1] - arrivals[0], rate, peak, parts)
 
 
-def _peak_bytes() -> int:
+def resident_bytes() -> int:
     """Resident at most since the process became this program: Linux's rusage remembers the one that started it, too."""
     status = Path("/proc/self/status")
     if status.is_file():
@@ -248,13 +248,14 @@ class _Watch:
         pass
 
 
-def _prompt(config: Any) -> dict[str, Tensor]:
+def prompts(config: Any, batch: int = 1) -> dict[str, Tensor]:
+    """What `generate` takes, of ours and of transformers' models: each an image and `PROMPT` tokens of text, drawn at random."""
     generator = torch.Generator().manual_seed(0)
     size: int = config.vision_config.image_size
     tokens = (size // config.vision_config.patch_size) ** 2
-    text = torch.randint(min(256_000, config.text_config.vocab_size), (1, PROMPT), generator=generator)
-    ids = torch.cat((torch.full((1, tokens), int(config.image_token_id)), text), 1)
-    pixels = torch.rand(1, 3, size, size, generator=generator).mul_(2).sub_(1).bfloat16()
+    text = torch.randint(min(256_000, config.text_config.vocab_size), (batch, PROMPT), generator=generator)
+    ids = torch.cat((torch.full((batch, tokens), int(config.image_token_id)), text), 1)
+    pixels = torch.rand(batch, 3, size, size, generator=generator).mul_(2).sub_(1).bfloat16()
     return {
         "input_ids": ids,
         "pixel_values": pixels,
@@ -323,13 +324,15 @@ def _clocks(model: PaliGemma, calls: list[tuple[str, float, float]]) -> Iterator
             hook.remove()
 
 
-def bounds(config: PaliGemmaConfig, quantize: str | None, limits: Ceilings) -> dict[str, Part]:
-    """The least seconds of each part that multiplies."""
+def bounds(config: PaliGemmaConfig, quantize: str | None, limits: Ceilings, batch: int = 1) -> dict[str, Part]:
+    """The least seconds of each part that multiplies: for a batch of prompts, and for the token after each."""
     rate = limits.flops_per_s["int8" if quantize == "int8-dynamic" else "bfloat16"]
     itemsize = 1 if quantize else 2
 
-    def bound(weights: int, rows: int, flops: int = 0) -> float:
-        return max(weights * itemsize / limits.bytes_per_s, (2 * weights * rows + flops) / rate)
+    def bound(weights: int, rows: int, flops: int = 0, cached: int = 0) -> float:
+        """Of weights, by so many rows of each example, which also needs other products, and numbers from its cache."""
+        bytes_ = weights * itemsize + batch * cached * 2
+        return max(bytes_ / limits.bytes_per_s, batch * (2 * weights * rows + flops) / rate)
 
     vision, text = config.vision_config, config.text_config
     image, d = vision.num_image_tokens, vision.hidden_size
@@ -345,7 +348,7 @@ def bounds(config: PaliGemmaConfig, quantize: str | None, limits: Ceilings) -> d
         # Of the last layer only keys and values are wanted of all tokens.
         "decoder, attention": Part(
             (layers - 1) * bound(attention, tokens, 4 * q * pairs) + bound(2 * text.hidden_size * kv, tokens),
-            layers * bound(attention, 1),
+            layers * bound(attention, 1, 4 * q * tokens, 2 * kv * tokens),
         ),
         "decoder, MLP": Part((layers - 1) * bound(mlp, tokens) + bound(mlp, 1), layers * bound(mlp, 1)),
         _HEAD: Part(bound(head, 1), bound(head, 1)),

@@ -112,11 +112,14 @@ def generate(
         return Session(model, batch, capacity, choice, graphs=False).answer(prompt, max_new_tokens, stream)
     # Prompts of other lengths share a session, and its graphs.
     capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
-    merge_projections_(model)
-    kept, key = model.sessions.of(model), (batch, capacity, choice)
-    session = kept.take(key) or Session(model, batch, capacity, choice, graphs=True)
+    key = (batch, capacity, choice)
+    session = model.sessions.of(model).take(key)
+    if session is None:
+        merge_projections_(model)
+        model.sessions.of(model)  # which that may have changed
+        session = Session(model, batch, capacity, choice, graphs=True)
     answer = session.answer(prompt, max_new_tokens, stream)
-    kept.put(key, session)  # not after an error, which may leave it in any state
+    model.sessions.put(key, session)  # not after an error, which may leave it in any state
     return answer
 
 

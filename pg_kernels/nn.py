@@ -280,7 +280,7 @@ def merge_projections_(model: nn.Module) -> None:
     """
     with torch.inference_mode(False):
         for module in model.modules():
-            layers = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+            layers = [module._modules.get(name) for name in ("q_proj", "k_proj", "v_proj")]
             if not all(type(layer) is nn.Linear for layer in layers):
                 continue
             for name in ("weight", "bias"):

@@ -51,7 +51,7 @@ def test_a_session(checkpoint: Path, name: str) -> None:
 
 def test_the_clocks_leave_the_model_as_it_was(checkpoint: Path) -> None:
     model = PaliGemma.from_pretrained(checkpoint)
-    sessions._breakdown(model, sessions._prompt(model.config))
+    sessions._breakdown(model, sessions.prompts(model.config))
     assert "likeliest" not in vars(model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -64,13 +64,18 @@ def test_bounds_are_those_of_bytes_or_products() -> None:
     )
     decoder = 18 * (2 * 2048 * (2048 + 256) + 3 * 2048 * 16384) + 2048 * 257_216
     for quantize, itemsize in ((None, 2), ("int8", 1)):
-        found = sessions.bounds(config, quantize, slow_memory)
-        assert sum(part.decode_s for part in found.values()) == pytest.approx(decoder * itemsize / 1e9)
+        for batch in (1, 8):
+            cache = batch * 18 * 2 * 256 * 272 * 2
+            found = sessions.bounds(config, quantize, slow_memory, batch)
+            assert sum(part.decode_s for part in found.values()) == pytest.approx((decoder * itemsize + cache) / 1e9)
     products = {q: sessions.bounds(config, q, slow_products) for q in (None, "int8", "int8-dynamic")}
     assert products[None] == products["int8"]
     for name, part in products["int8-dynamic"].items():
         assert part.prefill_s == pytest.approx(products["int8"][name].prefill_s / 2)
     assert products[None]["decoder, MLP"].prefill_s == pytest.approx((17 * 272 + 1) * 6 * 2048 * 16384 / 1e12)
+    eight = sessions.bounds(config, None, slow_products, 8)
+    for name, part in products[None].items():
+        assert eight[name] == sessions.Part(pytest.approx(8 * part.prefill_s), pytest.approx(8 * part.decode_s)), name
 
 
 def test_a_run_is_stored(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,12 +27,12 @@ class Tiles:
 def choose(rows: int, inner: int, features: int, dtype: torch.dtype, device: Device, gated: bool = False) -> Tiles:
     """Tiles of the product of x [rows, inner] and int8 [features, inner]; dtype is what x is multiplied in, int8 included."""
     if dtype == torch.float32:  # without tensor cores: what registers hold
-        return Tiles(32, min(32, _block(rows)), 32, 8, 4, 2)
+        return Tiles(32, min(32, _block(rows)), 32, 8, 8 if gated else 4, 2)
     found = tuned(device, "int8_linear", key(rows, inner, features, dtype, gated))
     if found:
         return Tiles(**found)
     if rows <= 64:
-        return Tiles(64, _block(rows), 128, 1, 4, 4)
+        return Tiles(64, _block(rows), 128, 1, 8 if gated and rows > 32 else 4, 4)
     if dtype == torch.int8:
         return Tiles(128, 64 if gated else 128, 128, 8, 8, 3)
     return Tiles(128, 64 if gated else 128, 64, 8, 8, 3)
