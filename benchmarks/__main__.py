@@ -7,14 +7,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from .compare import compare, markdown
 from .extension import extension_kernels
 from .readme import update
 from .report import write
 from .resources import DEVICES, DTYPES, TABLE_HEAD, compile_all
 from .results import Run
-from .session import CONTENDERS
+from .session import contenders
+from .session import markdown as markdown_sessions
 from .session import run as sessions
+from .session_process import CONTENDERS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,12 +58,17 @@ def _parser() -> argparse.ArgumentParser:
 
     sessions = commands.add_parser(
         "session",
-        help="load, first token, speed and memory of a whole model, ours and transformers', on this CPU",
-        description="Load a checkpoint of random weights and ask about an image, each contender in processes of its own, in "
-        "random order; store times, the most memory that a process took and what each part of our model took.",
+        help="load, first token, speed and memory of a whole model, ours and transformers'",
+        description="Load a checkpoint of random weights and ask about images, each contender in processes of its own, in "
+        "random order; store times, the most memory that a process took and what each part of our model, or each kernel of a "
+        "GPU, took; of a GPU also a timeline, for https://ui.perfetto.dev.",
     )
     sessions.add_argument("out", type=Path, metavar="FOLDER", help="where session.json and session.md go")
     sessions.add_argument("--model", default="paligemma-3b-224", help="released shapes (default: %(default)s)")
+    sessions.add_argument("--device", type=torch.device, default="cpu", help="default: %(default)s")
+    sessions.add_argument(
+        "--batch", type=int, action="append", metavar="B", help="prompts at once; may be repeated (default: 1)"
+    )
     sessions.add_argument("--rounds", type=int, default=3, metavar="N", help="processes of each (default: %(default)s)")
     sessions.add_argument(
         "--contender", choices=CONTENDERS, action="append", help="may be repeated (default: all of them)"
@@ -101,13 +110,26 @@ def _readme(options: argparse.Namespace) -> int:
 
 
 def _session(options: argparse.Namespace) -> int:
-    if options.rounds < 1:
-        raise ValueError(f"--rounds: expected at least 1, got {options.rounds}")
-    names = [name for name in CONTENDERS if name in (options.contender or CONTENDERS)]
-    command = f"python -m benchmarks session --model {options.model} --rounds {options.rounds}"
-    path = sessions(options.model, options.out, rounds=options.rounds, names=names, command=command)
-    print(path.with_suffix(".md").read_text(encoding="utf-8"), end="")
-    return 0
+    batches = options.batch or [1]
+    for name, number in (("--rounds", options.rounds), ("--batch", min(batches))):
+        if number < 1:
+            raise ValueError(f"{name}: expected at least 1, got {number}")
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: torch finds no CUDA GPU")
+    names = [name for name in contenders(options.device) if name in (options.contender or CONTENDERS)]
+    command = f"python -m benchmarks session --model {options.model} --device {options.device}"
+    command += "".join(f" --batch {batch}" for batch in batches) + f" --rounds {options.rounds}"
+    content = sessions(
+        options.model,
+        options.out,
+        device=options.device,
+        batches=batches,
+        rounds=options.rounds,
+        names=names,
+        command=command,
+    )
+    print(markdown_sessions(content))
+    return 1 if content["failed"] else 0
 
 
 def _resources(options: argparse.Namespace) -> int:

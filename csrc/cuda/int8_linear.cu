@@ -123,7 +123,7 @@ int splits_for(const Product& p, int device) {
 }
 
 void int8_linear(const Product& p, int device, uintptr_t stream) {
-  ptx::check(cudaSetDevice(device));
+  const ptx::OnDevice guard(device);
   const auto on = reinterpret_cast<cudaStream_t>(stream);
   if (p.m <= kFewRows) {
     few_rows(p, on);
@@ -134,14 +134,14 @@ void int8_linear(const Product& p, int device, uintptr_t stream) {
 }
 
 void quantize_rows(const void* x, Float type, int64_t m, int k, int8_t* q, float* scale, int device, uintptr_t stream) {
-  ptx::check(cudaSetDevice(device));
+  const ptx::OnDevice guard(device);
   ptx::launch(quantize_rows_kernel, dim3(unsigned(m)), kThreads, kThreads / 32 * 4,
               reinterpret_cast<cudaStream_t>(stream), x, type, k, q, scale);
 }
 
 void dequantize(const uint8_t* data, const float* scale, int64_t n, int k, int group, void* out, Float type, int device,
                 uintptr_t stream) {
-  ptx::check(cudaSetDevice(device));
+  const ptx::OnDevice guard(device);
   const int chunks = (k + kChunk - 1) / kChunk;
   const dim3 blocks((chunks + kThreads / 32 - 1) / (kThreads / 32), unsigned((n + kTileRows - 1) / kTileRows));
   ptx::launch(dequantize_kernel, blocks, kThreads, 0, reinterpret_cast<cudaStream_t>(stream), data, scale, n, k, group,
@@ -150,7 +150,7 @@ void dequantize(const uint8_t* data, const float* scale, int64_t n, int k, int g
 
 void dequantize_rows(const uint8_t* data, const float* scale, const int64_t* indices, int64_t count, int64_t n, int k,
                      int group, void* out, Float type, int device, uintptr_t stream) {
-  ptx::check(cudaSetDevice(device));
+  const ptx::OnDevice guard(device);
   ptx::launch(dequantize_rows_kernel, dim3(unsigned(count)), kThreads, 0, reinterpret_cast<cudaStream_t>(stream), data,
               scale, indices, n, k, group, out, type);
 }

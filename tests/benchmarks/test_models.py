@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from pg_kernels.benchmarks.measure import Effort
 from pg_kernels.benchmarks.models import ModelTrial
 from pg_kernels.benchmarks.results import Ceilings, Row
 from pg_kernels.benchmarks.runner import Plan, Suite
+from pg_kernels.model import graphs
 from pg_kernels.model.config import PaliGemmaConfig, TextConfig, VisionConfig
 
 CPU = torch.device("cpu")
@@ -108,6 +110,28 @@ def test_a_decode_step_can_be_repeated() -> None:
         candidate = trial.build(contender)[0]
         first, second = candidate.results(), candidate.results()
         torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("op", ["prefill", "decode_step"])
+def test_stages_are_replayed_where_there_are_graphs(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `generate` does, and captured before a clock runs; a stand-in runs the stage at each replay."""
+    trial = ModelTrial(case(op, batch=2), CPU)
+    trial.draw()
+    captured = []
+
+    def capture(function: Callable[[], None], generator: None) -> Any:
+        captured.append(function)
+        return SimpleNamespace(replay=function)
+
+    monkeypatch.setattr(models, "obstacle", lambda model, device: None)
+    monkeypatch.setattr(graphs, "capture", capture)
+    contender = trial.contenders()[0]
+    candidate = trial.build(contender)[0]
+    assert len(captured) == 1
+    for _ in range(2):
+        assert trial.error(contender, candidate.results()) <= 1
+    candidate.task.run(candidate.task.prepare())
+    assert len(captured) == 1
 
 
 @pytest.mark.parametrize("op", ["siglip", "prefill", "decode_step", "finetune_step"])

@@ -192,8 +192,9 @@ def _group(group_size: int, columns: int, x: Tensor) -> int:
 
 def _aligned(x: Tensor) -> Tensor:
     """x [M, K] so that every row begins at a multiple of 16 bytes, with columns of zeros where it must."""
-    x = F.pad(x, (0, -x.shape[1] % 8)).contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+    if x.shape[1] % 8:
+        return F.pad(x, (0, -x.shape[1] % 8))
+    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:

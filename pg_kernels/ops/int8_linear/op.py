@@ -320,15 +320,18 @@ def _topk(
 
 
 def _largest(y: Tensor, k: int, softcap: float | None, log_probs: bool) -> tuple[Tensor, Tensor]:
-    """`reference.largest` of fp32 y [M, N] without sorting all of it: by integers that are ordered as (value, −index) are."""
+    """`reference.largest` of fp32 y [M, N] without sorting all of it."""
     if softcap is not None:
         y = softcap * torch.tanh(y / softcap)
-    bits = (y + 0.0).view(torch.int32)  # −0 becomes 0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill(y.isnan(), 0x7FFFFFFF)
-    keys = (ordered.long() << 32) + torch.arange(_LAST, _LAST - y.shape[1], -1, device=y.device)
-    top = keys.amax(-1, keepdim=True) if k == 1 else keys.topk(k).values
-    indices = _LAST - (top & _LAST)
-    values = y.gather(1, indices)
+    if k == 1:
+        values, indices = y.max(-1, keepdim=True)
+    else:
+        # By integers that are ordered as (value, −index) are.
+        bits = (y + 0.0).view(torch.int32)  # −0 becomes 0
+        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill(y.isnan(), 0x7FFFFFFF)
+        keys = (ordered.long() << 32) + torch.arange(_LAST, _LAST - y.shape[1], -1, device=y.device)
+        indices = _LAST - (keys.topk(k).values & _LAST)
+        values = y.gather(1, indices)
     return values - y.logsumexp(-1, keepdim=True) if log_probs else values, indices
 
 

@@ -30,7 +30,6 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 using cudaStream_t = void*;
-inline int cudaSetDevice(int) { return 0; }
 template <class T>
 T __ldg(const T* from) {
   return *from;
@@ -278,7 +277,9 @@ inline float highest_of_warp(float x) {
   return x;
 }
 
-inline void check(int) {}
+struct OnDevice {
+  explicit OnDevice(int) {}
+};
 // Of the GPU that is emulated, which its number says: device 80 is an A100.
 inline int compute_capability(int device) { return device; }
 inline int multiprocessors(int) { return 8; }
