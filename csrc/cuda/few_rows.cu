@@ -10,11 +10,13 @@ constexpr int kWarps = 16;
 
 // kTokens tiles of 8 rows of x, kTiles of 16 rows of each weight.
 template <class Type, int kTokens, int kTiles, bool kGeglu, bool kGrouped>
-__global__ void __launch_bounds__(kWarps * 32) few_rows_kernel(const Product p) {
+__global__ void __launch_bounds__(kWarps * 32, kTokens == 1 ? 2 : 1) few_rows_kernel(const Product p) {
   using Sums = Accumulator<Type, kGrouped>;
   constexpr int kStreams = kTiles * (kGeglu ? 2 : 1);
-  // As many as registers hold: 64 or 48 KB of weights on the way for each block.
-  constexpr int kAhead = kStreams * kTokens == 1 ? 8 : 3;
+  // Of 8 rows a block has 32 KB of weights on the way, and a multiprocessor holds two: one streams while the other
+  // begins or adds up, which with 2,048 columns takes as long as its chunks do. Of 16 rows registers hold one, with 48
+  // KB.
+  constexpr int kAhead = kTokens == 1 ? 4 / kStreams : 3;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row_in_tile = lane / 4, quad = lane % 4;
   const Place place = place_of(p, blockIdx.x, kTiles * kTileRows);
