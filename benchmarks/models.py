@@ -19,7 +19,7 @@ from pg_kernels import backend
 from pg_kernels.model import PaliGemma
 from pg_kernels.model.config import PaliGemmaConfig
 from pg_kernels.model.generation import Decoder
-from pg_kernels.model.graphs import Replayed, obstacle
+from pg_kernels.model.graphs import Recorder, Replayed, obstacle
 from pg_kernels.nn import Int8Embedding, Int8Linear, merge_projections_
 from pg_kernels.quantization import ACTIVATIONS, quantize_
 
@@ -284,7 +284,7 @@ def _as_generated(model: PaliGemma, stage: Callable[[], Tensor]) -> Callable[[],
     def keep() -> None:
         found[:] = [stage()]
 
-    replayed = Replayed(keep, None)
+    replayed = Replayed(keep, Recorder(None))
 
     def call() -> Tensor:
         replayed()
@@ -298,14 +298,14 @@ def _as_generated(model: PaliGemma, stage: Callable[[], Tensor]) -> Callable[[],
 
 def _our_prefill(inputs: Inputs) -> Candidate:
     model, decoder = inputs["model"], _decoder(inputs)
-    return _inference(_as_generated(model, lambda: model.logits(decoder.prefill(_prompt(inputs)))))
+    return _inference(_as_generated(model, lambda: model.logits(decoder.prefill(model, _prompt(inputs)))))
 
 
 def _our_decode_step(inputs: Inputs) -> Candidate:
-    first = _first_example(inputs)
+    model, first = inputs["model"], _first_example(inputs)
     decoder = _decoder(first)
     with torch.inference_mode():
-        decoder.prefill(_prompt(first))
+        decoder.prefill(model, _prompt(first))
         decoder.select_rows(torch.zeros_like(inputs["suffix"][:, 0]))
         decoder.tokens.copy_(inputs["suffix"][:, 0])
         start = {name: lengths.clone() for name, lengths in vars(decoder.visible).items()}
@@ -315,7 +315,7 @@ def _our_decode_step(inputs: Inputs) -> Candidate:
         for name, lengths in start.items():
             getattr(decoder.visible, name).copy_(lengths)
 
-    return _inference(_as_generated(decoder.model, lambda: decoder.model.logits(decoder.step())), rewind)
+    return _inference(_as_generated(model, lambda: model.logits(decoder.step(model))), rewind)
 
 
 def _our_generate(inputs: Inputs) -> Candidate:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pg_kernels.nn import merge_projections_
+from pg_kernels.ops.launch import on_device_of
 
 from .gemma import Visibility
-from .graphs import Replayed, Shelf, obstacle
+from .graphs import Recorder, Replayed, Shelf, obstacle
 
 if TYPE_CHECKING:
     from .paligemma import PaliGemma
@@ -54,9 +54,9 @@ def generate(
         generator: makes draws reproducible; it lives on the model's device.
         stream: called with each step's tokens [B] as they come; pad for prompts that have ended.
         cuda_graph: replay prefill and steps as CUDA graphs, which leave the host nothing to do for a token. "auto" does where it
-            can: on a CUDA GPU, without beams, hooks and other people's layers; True raises where it cannot, False never does. The
-            model keeps the last few sessions, with their caches and graphs, for calls with the same batch size, number of tokens
-            up to a multiple of 128, way of choosing and generator: the first of such calls captures the step, the second one with
+            can: on a CUDA GPU, without beams, autocast, hooks and other people's layers; True raises where it cannot, False never
+            does. The model keeps the last few sessions, with their caches and graphs, for calls with the same batch size, number
+            of tokens up to a multiple of 128 and way of choosing: the first of such calls captures the step, the second one with
             a prompt of the same shape its prefill. `model.sessions.clear()` frees their memory.
 
     Returns:
@@ -88,7 +88,10 @@ def generate(
         )
     if cuda_graph not in ("auto", True, False):
         raise ValueError(f"cuda_graph: expected 'auto', True or False, got {cuda_graph!r}")
-    why_not = "beam search reorders its cache" if num_beams > 1 else obstacle(model, input_ids.device)
+    device = input_ids.device
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"generator: expected one on {device.type}, as the model, got one on {generator.device.type}")
+    why_not = "beam search reorders its cache" if num_beams > 1 else obstacle(model, device)
     if cuda_graph is True and why_not is not None:
         raise ValueError(f"cuda_graph: there can be none here: {why_not}")
     end_ids = model.config.eos_token_id if eos_token_id is None else eos_token_id
@@ -102,24 +105,26 @@ def generate(
     }
     prompt = {name: tensor for name, tensor in given.items() if tensor is not None}
     batch, capacity = len(input_ids), input_ids.shape[-1] + max_new_tokens
-    if num_beams > 1:
-        decoder = Decoder(model, batch, capacity)
-        end_tensor = torch.tensor(ends, device=input_ids.device)
-        return _beam_search(decoder, decoder.prefill(prompt), max_new_tokens, end_tensor, num_beams)
-
-    choice = Choice(ends, temperature, top_k, top_p, generator)
-    if why_not is not None or cuda_graph is False:
-        return Session(model, batch, capacity, choice, graphs=False).answer(prompt, max_new_tokens, stream)
-    # Prompts of other lengths share a session, and its graphs.
-    capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
-    key = (batch, capacity, choice)
-    session = model.sessions.of(model).take(key)
-    if session is None:
-        merge_projections_(model)
-        model.sessions.of(model)  # which that may have changed
-        session = Session(model, batch, capacity, choice, graphs=True)
-    answer = session.answer(prompt, max_new_tokens, stream)
-    model.sessions.put(key, session)  # not after an error, which may leave it in any state
+    with on_device_of(input_ids):
+        if num_beams > 1:
+            decoder = Decoder(model, batch, capacity)
+            return _beam_search(model, decoder, prompt, max_new_tokens, torch.tensor(ends, device=device), num_beams)
+        choice, rest = (
+            Choice(ends, temperature, top_k, top_p, generator is not None),
+            (generator, max_new_tokens, stream),
+        )
+        if why_not is not None or cuda_graph is False:
+            return Session(model, batch, capacity, choice, graphs=False).answer(model, prompt, *rest)
+        # Prompts of other lengths share a session, and its graphs.
+        capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
+        key = (batch, capacity, choice)
+        session = model.sessions.of(model).take(key)
+        if session is None:
+            merge_projections_(model)
+            model.sessions.of(model)  # which that may have changed
+            session = Session(model, batch, capacity, choice, graphs=True)
+        answer = session.answer(model, prompt, *rest)
+        model.sessions.put(key, session)  # not after an error, which may leave it in any state
     return answer
 
 
@@ -131,41 +136,44 @@ class Choice:
     temperature: float
     top_k: int | None
     top_p: float | None
-    generator: torch.Generator | None
+    seeded: bool
+    """Whether a generator comes with every call."""
 
 
 class Decoder:
-    """A batch of sequences with their cache, in tensors that stay where they are: each step appends `tokens`, one a row."""
+    """A batch of sequences with their cache, in tensors that stay where they are: each step appends `tokens`, one a row.
+
+    It does not keep the model, which may keep it.
+    """
 
     def __init__(self, model: PaliGemma, batch: int, capacity: int) -> None:
-        self.model = model
         self.cache = model.new_cache(batch, capacity)
         device = self.cache.keys.device
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         lengths = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(4))
         self.visible = Visibility(*lengths)
 
-    def prefill(self, prompt: Mapping[str, Tensor]) -> Tensor:
+    def prefill(self, model: PaliGemma, prompt: Mapping[str, Tensor]) -> Tensor:
         """Take prompts [B, S], the arguments of `generate` by name, and give the hidden states [B, D] of their last tokens."""
         input_ids = prompt["input_ids"]
-        embeddings = self.model.embed(input_ids, prompt.get("pixel_values"), prompt.get("image_features"))
+        embeddings = model.embed(input_ids, prompt.get("pixel_values"), prompt.get("image_features"))
         masks = (prompt.get("attention_mask"), prompt.get("token_type_ids"))
-        visible, positions = self.model.visibility(input_ids, *masks)
+        visible, positions = model.visibility(input_ids, *masks)
         for name, lengths in vars(visible).items():
             getattr(self.visible, name).copy_(lengths)
         slots = torch.arange(input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
         last = (visible.kv_lens - 1).clamp(min=0).long()
-        return self.model.model.language_model(embeddings, positions, visible, self.cache, slots, last)[:, 0]
+        return model.model.language_model(embeddings, positions, visible, self.cache, slots, last)[:, 0]
 
-    def step(self) -> Tensor:
+    def step(self, model: PaliGemma) -> Tensor:
         """Append the tokens, each right behind its row's last one (over right padding), and give their states [B, D]."""
         visible = self.visible
         visible.q_starts.copy_(visible.kv_lens)
         visible.kv_lens.add_(1)
-        embeddings = self.model.model.language_model.embed(self.tokens[:, None])
+        embeddings = model.model.language_model.embed(self.tokens[:, None])
         slots = visible.q_starts[:, None]
         positions = slots - visible.kv_starts[:, None]
-        return self.model.model.language_model(embeddings, positions, visible, self.cache, slots.long())[:, 0]
+        return model.model.language_model(embeddings, positions, visible, self.cache, slots.long())[:, 0]
 
     def select_rows(self, rows: Tensor) -> None:
         """Continue with these rows (int64 [B']) of the batch, some perhaps repeated."""
@@ -187,50 +195,63 @@ class Session:
         self._next = torch.zeros(1, dtype=torch.int64, device=device)
         self._counts = torch.zeros(batch, dtype=torch.int64, device=device)
         self._finished = torch.zeros(batch, dtype=torch.bool, device=device)
-        self._step = Replayed(self._run_step, choice.generator) if graphs else self._run_step
+        # Graphs draw from the generator that they were captured with.
+        self._generator = torch.Generator(device) if choice.seeded else None
+        self._recorder = Recorder(self._generator)
+        # Of functions, not of methods: a session that refers to itself would keep its memory until the garbage collector comes.
+        self._step = Replayed(Session._run_step, self._recorder) if graphs else Session._run_step
         self._prefills: Shelf[tuple[dict[str, Tensor], Replayed]] = Shelf()
 
     def answer(
-        self, prompt: Mapping[str, Tensor], max_new_tokens: int, stream: Callable[[Tensor], None] | None
+        self,
+        model: PaliGemma,
+        prompt: Mapping[str, Tensor],
+        generator: torch.Generator | None,
+        max_new_tokens: int,
+        stream: Callable[[Tensor], None] | None,
     ) -> Tensor:
         """Continue each prompt: int64 [B, ≤ max_new_tokens]."""
-        self._prefill(prompt)
+        if self._generator is not None and generator is not None:
+            self._generator.set_state(generator.get_state())
+        self._prefill(model, prompt)
         between_looks = _between_looks(self._finished.device, stream)
         for count in range(1, max_new_tokens + 1):
             if stream is not None:
                 stream(self.decoder.tokens.clone())
             if count == max_new_tokens or (count % between_looks == 0 and bool(self._finished.all())):
                 break
-            self._step()
+            self._step(self, model)
+        if self._generator is not None and generator is not None:
+            generator.set_state(self._generator.get_state())
         return self._ids[:, : int(self._counts.max())].clone()
 
-    def _prefill(self, prompt: Mapping[str, Tensor]) -> None:
+    def _prefill(self, model: PaliGemma, prompt: Mapping[str, Tensor]) -> None:
         if not self._graphs:
-            self._run_prefill(prompt)
+            self._run_prefill(model, prompt)
             return
         key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in prompt.items())
         kept = self._prefills.take(key)
         if kept is None:
             inputs = {name: torch.empty_like(tensor) for name, tensor in prompt.items()}
-            kept = inputs, Replayed(partial(self._run_prefill, inputs), self.choice.generator)
+            kept = inputs, Replayed(Session._run_prefill, self._recorder)
         inputs, run = kept
         for name, tensor in prompt.items():
             inputs[name].copy_(tensor)
-        run()
+        run(self, model, inputs)
         self._prefills.put(key, kept)
 
-    def _run_prefill(self, prompt: Mapping[str, Tensor]) -> None:
+    def _run_prefill(self, model: PaliGemma, prompt: Mapping[str, Tensor]) -> None:
         self._next.zero_()
         self._counts.zero_()
         self._finished.zero_()
-        self._record(self.decoder.prefill(prompt))
+        self._record(model, self.decoder.prefill(model, prompt))
 
-    def _run_step(self) -> None:
-        self._record(self.decoder.step())
+    def _run_step(self, model: PaliGemma) -> None:
+        self._record(model, self.decoder.step(model))
 
-    def _record(self, hidden: Tensor) -> None:
+    def _record(self, model: PaliGemma, hidden: Tensor) -> None:
         """Choose the token after each hidden state [B, D], and write it down."""
-        token = _choose(self.decoder.model, hidden, self.choice).masked_fill(self._finished, self._pad)
+        token = _choose(model, hidden, self.choice, self._generator).masked_fill(self._finished, self._pad)
         self._ids.index_copy_(1, self._next, token[:, None])
         self._next.add_(1)
         self._counts.add_(~self._finished)
@@ -243,26 +264,26 @@ def _between_looks(device: torch.device, stream: object | None) -> int:
     return 1 if device.type == "cpu" or stream is not None else 8
 
 
-def _choose(model: PaliGemma, hidden: Tensor, choice: Choice) -> Tensor:
+def _choose(model: PaliGemma, hidden: Tensor, choice: Choice, generator: torch.Generator | None) -> Tensor:
     """Pick the token [B] after each hidden state [B, D]."""
     if choice.temperature == 0:
         return model.likeliest(hidden, 1)[1][:, 0]
     if choice.top_k is None:
-        return _draw(model.logits(hidden) / choice.temperature, choice)
+        return _draw(model.logits(hidden) / choice.temperature, choice.top_p, generator)
     logits, ids = model.likeliest(hidden, min(choice.top_k, model.config.text_config.vocab_size))
-    return ids.gather(1, _draw(logits / choice.temperature, choice)[:, None])[:, 0]
+    return ids.gather(1, _draw(logits / choice.temperature, choice.top_p, generator)[:, None])[:, 0]
 
 
-def _draw(logits: Tensor, choice: Choice) -> Tensor:
+def _draw(logits: Tensor, top_p: float | None, generator: torch.Generator | None) -> Tensor:
     """Draw a column [B] from each row of logits [B, n]."""
-    if choice.top_p is not None:
+    if top_p is not None:
         ordered, order = logits.softmax(-1).sort(-1, descending=True)
         # A token stays when those before it fall short of top_p, so the likeliest always does.
-        beyond = ordered.cumsum(-1) - ordered >= choice.top_p
+        beyond = ordered.cumsum(-1) - ordered >= top_p
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
     # As torch.multinomial draws one, without its look at the numbers, for which the host would wait.
     probabilities = logits.softmax(-1)
-    return (probabilities / torch.empty_like(probabilities).exponential_(generator=choice.generator)).argmax(-1)
+    return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1)
 
 
 @dataclass
@@ -273,13 +294,16 @@ class _Finished:
     tokens: Tensor
 
 
-def _beam_search(decoder: Decoder, hidden: Tensor, max_new_tokens: int, ends: Tensor, beams: int) -> Tensor:
+def _beam_search(
+    model: PaliGemma, decoder: Decoder, prompt: Mapping[str, Tensor], max_new_tokens: int, ends: Tensor, beams: int
+) -> Tensor:
     """Keep the `beams` best unfinished sequences; at every step each of them may also end, and the best ended one is kept.
 
     A prompt is done once no live beam scores above its best ended sequence: more tokens only lower a score.
     """
-    pad, device = decoder.model.config.pad_token_id, hidden.device
-    batch, vocabulary = len(hidden), decoder.model.config.text_config.vocab_size
+    hidden = decoder.prefill(model, prompt)
+    pad, device = model.config.pad_token_id, hidden.device
+    batch, vocabulary = len(hidden), model.config.text_config.vocab_size
     decoder.select_rows(torch.arange(batch, device=device).repeat_interleave(beams))
     live = torch.full((batch, beams), float("-inf"), device=device)
     live[:, 0] = 0.0
@@ -288,7 +312,7 @@ def _beam_search(decoder: Decoder, hidden: Tensor, max_new_tokens: int, ends: Te
     hidden = hidden.repeat_interleave(beams, 0)
     examples = torch.arange(batch, device=device)[:, None]
     for step in range(max_new_tokens):
-        log_probs = decoder.model.logits(hidden).log_softmax(-1)
+        log_probs = model.logits(hidden).log_softmax(-1)
         scores = live[:, :, None] + log_probs.view(batch, beams, vocabulary)
         _finish(best, scores[:, :, ends], tokens, ends, step)
         scores[:, :, ends] = float("-inf")
@@ -300,7 +324,7 @@ def _beam_search(decoder: Decoder, hidden: Tensor, max_new_tokens: int, ends: Te
         tokens[:, :, step] = chosen
         decoder.select_rows((examples * beams + parents).flatten())
         decoder.tokens.copy_(chosen.flatten())
-        hidden = decoder.step()
+        hidden = decoder.step(model)
     length = int((best.tokens != pad).sum(1).max())
     return best.tokens[:, : max(length, 1)]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import cache, partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,37 +19,64 @@ KEPT = 4
 Kept = TypeVar("Kept")
 
 
+class Recorder:
+    """Captures the graphs of one session: all draw from one generator, and share memory, as no two of them run at once."""
+
+    def __init__(self, generator: torch.Generator | None) -> None:
+        self._generator = generator
+        self._pool: Any = None
+
+    def capture(self, function: Callable[[], None]) -> Any:
+        """Record a function's launches as a `torch.cuda.CUDAGraph`, without running them."""
+        graph = capture(function, self._generator, self._pool)
+        self._pool = graph.pool()
+        return graph
+
+
 class Replayed:
-    """A function without arguments and result, which works on tensors that stay where they are.
+    """A function without a result, of tensors that stay where they are: it gets the same arguments every time.
 
     The first call runs it, which also sets up whatever kernels need; the second captures it as a CUDA graph, which from then on
     is replayed. A function that is called once is never captured: that would take longer than the call.
     """
 
-    def __init__(self, function: Callable[[], None], generator: torch.Generator | None) -> None:
-        self._function, self._generator = function, generator
+    def __init__(self, function: Callable[..., None], recorder: Recorder) -> None:
+        self._function, self._recorder = function, recorder
         self._graph: Any = None
         self._warm = False
 
-    def __call__(self) -> None:
+    def __call__(self, *arguments: Any) -> None:
         if not self._warm:
-            self._function()
+            self._function(*arguments)
             self._warm = True
             return
         if self._graph is None:
-            self._graph = capture(self._function, self._generator)
+            self._graph = self._recorder.capture(partial(self._function, *arguments))
         self._graph.replay()
 
 
-def capture(function: Callable[[], None], generator: torch.Generator | None) -> Any:
-    """Record a function's launches as a `torch.cuda.CUDAGraph`, without running them; each replay draws anew from `generator`."""
+_capturing = threading.Lock()
+"""A capture begins with a wait for the device, which the capture of another thread does not survive."""
+
+
+def capture(function: Callable[[], None], generator: torch.Generator | None, pool: Any) -> Any:
+    """Record a function's launches on the current device; each replay draws anew from `generator`.
+
+    Intermediate results take memory of `pool`, if another graph has one to share.
+    """
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    # Other threads may go on allocating memory.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # Of its own stream torch has one for all devices. Other threads may go on allocating memory.
+    stream = _stream(torch.cuda.current_device())
+    with _capturing, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         function()
     return graph
+
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class Shelf(Generic[Kept]):
@@ -98,23 +127,39 @@ def obstacle(model: nn.Module, device: torch.device) -> str | None:
     """Why a model's generation cannot be captured on a device, or None when it can."""
     if device.type != "cuda":
         return f"the model is on {device.type}"
-    for name, module in model.named_modules():
+    if torch.is_autocast_enabled(device.type):
+        return "autocast keeps casts of the weights only as long as it lasts"
+    for module in _modules(model):
+        kind = type(module)
         if module._forward_hooks or module._forward_pre_hooks:
-            return f"{name or 'the model'} has a forward hook, which a graph would not call"
+            return f"a {kind.__name__} has a forward hook, which a graph would not call"
         # What an adapter's layer does may change with numbers and switches that are no tensors.
-        if type(module).__module__.split(".")[0] not in ("torch", "pg_kernels"):
-            return f"{name} is a {type(module).__name__}, of which a graph might miss changes"
+        if not kind.__module__.startswith(("torch.", "pg_kernels.")):
+            return f"there is a {kind.__name__}, of which a graph might miss changes"
     return None
 
 
 def _fingerprint(model: nn.Module) -> tuple[object, ...]:
     """What a captured graph depends on: where every number is, which modules there are, and what runs them."""
-    found: list[object] = [backends.requested()]
-    for module in model.modules():
-        found += [type(module), module.training]
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        found += [tensor.data_ptr() for tensor in tensors if tensor is not None]
+    found: list[object] = [
+        backends.requested(),
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        torch.are_deterministic_algorithms_enabled(),
+    ]
+    for module in _modules(model):
+        found += (type(module), module.training)
+        found += [tensor.data_ptr() for tensor in module._parameters.values() if tensor is not None]
+        found += [tensor.data_ptr() for tensor in module._buffers.values() if tensor is not None]
         weight = vars(module).get("weight")
         if isinstance(weight, PackedInt8Weight):
-            found.append(weight.data_ptr())
+            found += weight.data_ptrs()
     return tuple(found)
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """All modules: `model.modules()` in a third of its time, which each call of `generate` takes before the first launch."""
+    found = [model]
+    for module in found:
+        found += [child for child in module._modules.values() if child is not None]
+    return found

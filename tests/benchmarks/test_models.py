@@ -119,9 +119,9 @@ def test_stages_are_replayed_where_there_are_graphs(op: str, monkeypatch: pytest
     trial.draw()
     captured = []
 
-    def capture(function: Callable[[], None], generator: None) -> Any:
+    def capture(function: Callable[[], None], generator: None, pool: None) -> Any:
         captured.append(function)
-        return SimpleNamespace(replay=function)
+        return SimpleNamespace(replay=function, pool=lambda: None)
 
     monkeypatch.setattr(models, "obstacle", lambda model, device: None)
     monkeypatch.setattr(graphs, "capture", capture)

@@ -123,8 +123,8 @@ def test_draws_follow_the_distribution(model: PaliGemma) -> None:
         ({"top_k": 3, "top_p": None}, order[:3]),
         ({"top_k": None, "top_p": 0.8}, order[: int((probabilities[order].cumsum(0) < 0.8).sum()) + 1]),
     ):
-        choice = Choice((), 0.7, generator=torch.Generator().manual_seed(1), **options)
-        draws = _choose(model, hidden, choice)
+        choice, generator = Choice((), 0.7, seeded=True, **options), torch.Generator().manual_seed(1)
+        draws = _choose(model, hidden, choice, generator)
         expected = torch.zeros(12).index_copy(0, kept, probabilities[kept] / probabilities[kept].sum())
         observed = torch.bincount(draws, minlength=12) / 20_000
         # Five standard deviations of a binomial share, at most 0.018.

@@ -6,9 +6,12 @@ Where there is no GPU, a stand-in for a captured graph runs the function again a
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +71,10 @@ class Recorded:
 
     def __init__(self, function: Callable[[], None]) -> None:
         self.replay = function
+        self.shared: object = None
+
+    def pool(self) -> object:
+        return self.shared or self
 
 
 @pytest.fixture
@@ -75,8 +82,9 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]:
     """Let everything be captured, by stand-ins, which are listed."""
     found: list[Recorded] = []
 
-    def capture(function: Callable[[], None], generator: torch.Generator | None) -> Recorded:
+    def capture(function: Callable[[], None], generator: torch.Generator | None, pool: object) -> Recorded:
         found.append(Recorded(function))
+        found[-1].shared = pool
         return found[-1]
 
     monkeypatch.setattr(graphs, "capture", capture)
@@ -114,7 +122,8 @@ def test_what_a_session_is_kept_for(model: PaliGemma, captured: list[Recorded]) 
     generator = torch.Generator()
     assert captures(temperature=1.0, generator=generator) == 1
     assert captures(temperature=1.0, generator=generator) == 1
-    assert captures(temperature=1.0, generator=torch.Generator()) == 1
+    assert captures(temperature=1.0, generator=torch.Generator()) == 0  # a session has its own, which takes its state
+    assert captures(temperature=1.0, top_k=3) == 1
     assert len(model.sessions) == graphs.KEPT
     assert captures() == 1  # the first one went when the fifth one came
     with pg_kernels.backend("reference"):
@@ -176,6 +185,56 @@ def test_a_stream_may_generate(model: PaliGemma, captured: list[Recorded]) -> No
     assert all(torch.equal(answer, expected[1]) for answer in inner)
 
 
+def test_graphs_of_a_session_share_memory(model: PaliGemma, captured: list[Recorded]) -> None:
+    for text in (4, 5, 4, 5):
+        model.generate(**prompts(model, text=text), max_new_tokens=4)
+    step, *prefills = captured
+    assert step.shared is None and [graph.shared for graph in prefills] == [step, step]
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["step by step", "replayed"])
+def test_memory_goes_with_whoever_held_it(
+    keeps: bool, captured: list[Recorded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, not when the garbage collector comes: it counts objects, not gigabytes."""
+    graph = SimpleNamespace(replay=lambda: None, pool=lambda: None)  # like a real one it holds nothing of what it ran
+    monkeypatch.setattr(graphs, "capture", lambda *_: graph)
+    gc.collect()
+    gc.disable()
+    try:
+        model, caches = make(), []
+        new_cache = PaliGemma.new_cache
+
+        def watched(self: PaliGemma, *sizes: int) -> Any:
+            cache = new_cache(self, *sizes)
+            caches.append(weakref.ref(cache))
+            return cache
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PaliGemma, "new_cache", watched)
+            for _ in range(3):
+                model.generate(**prompts(model), max_new_tokens=4, cuda_graph="auto" if keeps else False)
+        assert [cache() is not None for cache in caches] == ([True] if keeps else [False] * 3)
+        weight = weakref.ref(model.lm_head.weight)
+        del model
+        assert weight() is None and not any(cache() for cache in caches)
+    finally:
+        gc.enable()
+
+
+def test_a_generator_goes_on_where_it_was(model: PaliGemma, captured: list[Recorded]) -> None:
+    """As if the session drew from it itself, whoever drew before and after."""
+    ours, theirs = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    for number in range(3):
+        given = prompts(model, seed=number)
+        expected = model.generate(**given, max_new_tokens=6, generator=theirs, cuda_graph=False, **SAMPLED)
+        assert torch.equal(model.generate(**given, max_new_tokens=6, generator=ours, **SAMPLED), expected)
+        assert torch.equal(torch.rand(2, generator=ours), torch.rand(2, generator=theirs))
+    with pytest.raises(ValueError, match="^generator: expected one on cpu, as the model, got one on meta"):
+        other = SimpleNamespace(device=torch.device("meta"))
+        model.generate(**prompts(model), generator=other, **SAMPLED)
+
+
 def test_copies_of_a_model_begin_anew(model: PaliGemma, captured: list[Recorded]) -> None:
     given = prompts(model)
     expected = model.generate(**given, max_new_tokens=6)
@@ -206,11 +265,11 @@ def test_answers_end_where_the_last_one_does(
     free = model.generate(**given, max_new_tokens=12, eos_token_id=-1, cuda_graph=False)
     ends = sorted(set(free[:, ends_at - 1].tolist()))
     expected = model.generate(**given, max_new_tokens=12, eos_token_id=ends, cuda_graph=False)
-    session = Session(model, 2, 128, Choice(tuple(ends), 0.0, None, None, None), graphs=True)
+    session = Session(model, 2, 128, Choice(tuple(ends), 0.0, None, None, False), graphs=True)
     with torch.inference_mode():
         for look in (2, 5, 8):
             monkeypatch.setattr(generation, "_between_looks", lambda device, stream, look=look: look)
-            assert torch.equal(session.answer(given, 12, None), expected)
+            assert torch.equal(session.answer(model, given, None, 12, None), expected)
 
 
 @pytest.mark.parametrize("quantised", [False, True])
@@ -223,11 +282,11 @@ def test_a_step_looks_at_no_number(options: dict[str, Any], quantised: bool) -> 
             quantize_(model)
         with pytest.raises(DataDependentOutputException):
             model.model.language_model.norm.weight.sum().item()
-        choice = Choice((1, 2), options.get("temperature", 0.0), options.get("top_k"), options.get("top_p"), None)
+        choice = Choice((1, 2), options.get("temperature", 0.0), options.get("top_k"), options.get("top_p"), False)
         session = Session(model, 2, 128, choice, graphs=False)
         state = {**vars(session), **vars(session.decoder), **vars(session.decoder.visible)}
-        session._run_prefill(prompts(model))
-        session._run_step()
+        session._run_prefill(model, prompts(model))
+        session._run_step(model)
         # The same tensors as before hold everything.
         after = {**vars(session), **vars(session.decoder), **vars(session.decoder.visible)}
         assert all(after[name] is value for name, value in state.items())
@@ -246,16 +305,17 @@ def test_where_there_can_be_no_graph(model: PaliGemma, monkeypatch: pytest.Monke
     device = torch.device("cuda")
     assert graphs.obstacle(model, device) is None
     hook = model.model.language_model.norm.register_forward_hook(lambda *_: None)
-    assert (
-        graphs.obstacle(model, device) == "model.language_model.norm has a forward hook, which a graph would not call"
-    )
+    assert graphs.obstacle(model, device) == "a RMSNorm has a forward hook, which a graph would not call"
     hook.remove()
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type == "cuda")
+    assert str(graphs.obstacle(model, device)).startswith("autocast keeps casts of the weights only")
+    monkeypatch.undo()
 
     class Adapter(nn.Linear):
         pass
 
     model.lm_head = Adapter(16, 64, bias=False)
-    assert graphs.obstacle(model, device) == "lm_head is a Adapter, of which a graph might miss changes"
+    assert graphs.obstacle(model, device) == "there is a Adapter, of which a graph might miss changes"
 
 
 def _separately(x: Tensor, layers: Any) -> tuple[Tensor, ...]:
@@ -362,6 +422,17 @@ def test_tokens_are_the_same_with_all_kernels() -> None:
     assert torch.equal(model.generate(**given, max_new_tokens=3, eos_token_id=-1), expected)
     with pg_kernels.backend("triton"):
         assert torch.equal(model.generate(**given, max_new_tokens=3, eos_token_id=-1), expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_graphs_on_another_gpu_than_the_current_one() -> None:
+    for device in ("cuda:1", "cuda:0"):
+        model = make().to(device)
+        given = {name: tensor.to(device) for name, tensor in prompts(model).items()}
+        expected = model.generate(**given, max_new_tokens=6, cuda_graph=False)
+        for _ in range(3):
+            assert torch.equal(model.generate(**given, max_new_tokens=6), expected)
 
 
 @pytest.mark.cuda

@@ -216,7 +216,7 @@ def test_int8_is_the_model_of_its_dequantised_weights(config: PaliGemmaConfig, m
 def test_likeliest_tokens_are_those_of_the_logits(make, k: int) -> None:
     of = make()
     prompt = prompts()
-    hidden = Decoder(of, *prompt["input_ids"].shape).prefill(prompt)
+    hidden = Decoder(of, *prompt["input_ids"].shape).prefill(of, prompt)
     values, ids = of.likeliest(hidden, k)
     every = of.logits(hidden)
     expected = every.sort(descending=True, stable=True)

@@ -44,9 +44,9 @@ class PackedInt8Weight:
         """Where the weight is."""
         return self._data.device
 
-    def data_ptr(self) -> int:
-        """Address of what it holds: another one after it was moved or replaced."""
-        return self._data.data_ptr()
+    def data_ptrs(self) -> tuple[int, int]:
+        """Addresses of what it holds: other ones after it was moved or replaced."""
+        return self._data.data_ptr(), self._scale.data_ptr()
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
