@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from pg_kernels.model import PaliGemma
-from pg_kernels.model.gemma import GemmaAttention
 from pg_kernels.model.paligemma import MultiModalProjector
 from pg_kernels.model.siglip import SiglipAttention, SiglipMLP
-from pg_kernels.nn import GeGLUMLP, LayerNorm, RMSNorm
+from pg_kernels.nn import GeGLUMLP, LayerNorm, PrefixLMAttention, RMSNorm
 
 from .cases import ANSWER, PROMPT
 from .measure import seconds
@@ -209,7 +208,7 @@ _KINDS: dict[type[nn.Module], str] = {
     SiglipAttention: "image encoder, attention",
     SiglipMLP: "image encoder, MLP",
     MultiModalProjector: "projector",
-    GemmaAttention: "decoder, attention",
+    PrefixLMAttention: "decoder, attention",
     GeGLUMLP: "decoder, MLP",
     RMSNorm: "norms",
     LayerNorm: "norms",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pg_kernels import apply_rotary, apply_rotary_to_cache, prefix_lm_attention
-from pg_kernels.nn import GeGLUMLP, RMSNorm, normed_sum, projections
+from pg_kernels.nn import GeGLUMLP, PrefixLMAttention, RMSNorm, normed_sum
 
 from .config import TextConfig
 
@@ -39,77 +39,39 @@ class KVCache:
         self.values = self.values.index_select(1, rows)
 
 
-class GemmaAttention(nn.Module):
-    def __init__(self, config: TextConfig, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.head_dim = config.head_dim
-        self.scale = config.attention_scale
-        self.softcap = config.attn_logit_softcapping
-        self.window = config.sliding_window if layer % 2 == 0 else None
-        self.theta = config.rope_theta
-        query_dim, kv_dim = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_dim, bias=False)
-        self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        visibility: Visibility,
-        cache: KVCache | None,
-        slots: Tensor | None,
-        only: Tensor | None,
-    ) -> Tensor:
-        q, k, v = (
-            y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for y in projections(x, (self.q_proj, self.k_proj, self.v_proj))
-        )
-        if cache is None or slots is None:
-            q, k = apply_rotary(q, k, positions, theta=self.theta)
-        else:
-            keys, values = cache.keys[self.layer], cache.values[self.layer]
-            q = apply_rotary_to_cache(q, k, v, positions, keys, values, slots, theta=self.theta)
-            k, v = keys, values
-        if only is not None:
-            q = q.gather(2, only[:, None, None, None].expand(-1, q.shape[1], 1, q.shape[3]))
-            visibility = replace(visibility, q_starts=visibility.q_starts + only.int())
-        out = prefix_lm_attention(
-            q,
-            k,
-            v,
-            prefix_lens=visibility.prefix_lens,
-            kv_starts=visibility.kv_starts,
-            kv_lens=visibility.kv_lens,
-            q_starts=visibility.q_starts,
-            scale=self.scale,
-            softcap=self.softcap,
-            window=self.window,
-        )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+def attention(config: TextConfig, layer: int) -> PrefixLMAttention:
+    """The attention of a layer; on the even ones Gemma 2 may have a window."""
+    return PrefixLMAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        scale=config.attention_scale,
+        softcap=config.attn_logit_softcapping,
+        window=config.sliding_window if layer % 2 == 0 else None,
+        theta=config.rope_theta,
+    )
 
 
 class GemmaDecoderLayer(nn.Module):
     """One block of Gemma: a norm before attention and one, which Hugging Face calls post_attention, before the MLP.
 
     What a block adds last it leaves to the next norm, which reads it anyway: x and `added` (None before the first block) are
-    [B, S, D], and their sum is the block's input; the two results likewise.
+    [B, S, D], and their sum is the block's input; the two results likewise. The rest is for `PrefixLMAttention`.
     """
 
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = GemmaAttention(config, layer)
+        self.self_attn = attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GeGLUMLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, added: Tensor | None, *attention: object, only: Tensor | None = None
+        self, x: Tensor, added: Tensor | None, positions: Tensor, only: Tensor | None, **attention: Any
     ) -> tuple[Tensor, Tensor]:
         normed, x = normed_sum(self.input_layernorm, x, added)
-        attended = self.self_attn(normed, *attention, only)
+        attended = self.self_attn(normed, positions, only=only, **attention)
         normed, x = self.post_attention_layernorm(attended, residual=_picked(x, only))
         return x, self.mlp(normed)
 
@@ -120,17 +82,17 @@ class Gemma2DecoderLayer(nn.Module):
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = GemmaAttention(config, layer)
+        self.self_attn = attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GeGLUMLP(config.hidden_size, config.intermediate_size)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, added: Tensor | None, *attention: object, only: Tensor | None = None
+        self, x: Tensor, added: Tensor | None, positions: Tensor, only: Tensor | None, **attention: Any
     ) -> tuple[Tensor, Tensor]:
         normed, x = normed_sum(self.input_layernorm, x, added)
-        attended = self.post_attention_layernorm(self.self_attn(normed, *attention, only))
+        attended = self.post_attention_layernorm(self.self_attn(normed, positions, only=only, **attention))
         normed, x = self.pre_feedforward_layernorm(attended, residual=_picked(x, only))
         return x, self.post_feedforward_layernorm(self.mlp(normed))
 
@@ -174,6 +136,16 @@ class GemmaModel(nn.Module):
         """
         x, added = embeddings, None
         for index, layer in enumerate(self.layers):
-            last = index == len(self.layers) - 1
-            x, added = layer(x, added, positions, visibility, cache, slots, only=only if last else None)
+            x, added = layer(
+                x,
+                added,
+                positions,
+                only if index == len(self.layers) - 1 else None,
+                prefix_lens=visibility.prefix_lens,
+                kv_starts=visibility.kv_starts,
+                kv_lens=visibility.kv_lens,
+                q_starts=visibility.q_starts,
+                cache=None if cache is None else (cache.keys[index], cache.values[index]),
+                slots=slots,
+            )
         return normed_sum(self.norm, x, added)[0]

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pg_kernels.ops.apply_rotary import apply_rotary, apply_rotary_to_cache
 from pg_kernels.ops.geglu import geglu
 from pg_kernels.ops.geglu_mlp import geglu_mlp
 from pg_kernels.ops.int8_linear import int8_geglu, int8_linear, int8_projections, pack_int8
 from pg_kernels.ops.layer_norm import layer_norm
 from pg_kernels.ops.library import is_watched
+from pg_kernels.ops.prefix_lm_attention import prefix_lm_attention
 from pg_kernels.ops.quantize_int8 import check_group_size, quantize_int8
 from pg_kernels.ops.rms_norm import rms_norm
 
@@ -36,20 +38,169 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """`pg_kernels.layer_norm` with its weight and bias [dim]."""
+    """`pg_kernels.layer_norm` in the place of an nn.LayerNorm with weight and bias, over the last dimension.
 
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+    Raises ValueError for a shape of several dimensions.
+    """
+
+    def __init__(self, normalized_shape: int | Sequence[int], eps: float = 1e-5) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        if len(shape) != 1:
+            raise ValueError(f"normalized_shape: expected one size, the last dimension's, got {list(shape)}")
+        self.normalized_shape = shape
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape))
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Normalise x [..., dim]; with a residual of its shape give (y, x + residual)."""
+        """Normalise x [..., N]; with a residual of its shape give (y, x + residual)."""
         return layer_norm(x, self.weight, self.bias, self.eps, residual=residual)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class RotaryEmbedding(nn.Module):
+    """`pg_kernels.apply_rotary` with its theta: turns queries and keys itself, so that no cosines and sines are handed around."""
+
+    def __init__(self, theta: float = 10_000.0) -> None:
+        super().__init__()
+        self.theta = theta
+
+    @classmethod
+    def from_config(cls, config: Any) -> RotaryEmbedding:
+        """As transformers' GemmaRotaryEmbedding is made. Raises ValueError for scaled frequencies."""
+        parameters = config.rope_parameters
+        if parameters["rope_type"] != "default":
+            raise ValueError(f"config: rope_type is {parameters['rope_type']!r}, supported is 'default'")
+        return cls(parameters["rope_theta"])
+
+    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate q [B, H, S, D] and k [B, Hkv, S, D] by positions [S] or [B, S]."""
+        return apply_rotary(q, k, positions, theta=self.theta)
+
+    def extra_repr(self) -> str:
+        return f"theta={self.theta}"
+
+
+class PrefixLMAttention(nn.Module):
+    """Gemma's attention, with the parameter names of transformers': projections, rotary embedding, `prefix_lm_attention`.
+
+    Args:
+        hidden_size: the last dimension of what comes in and goes out.
+        num_attention_heads, num_key_value_heads, head_dim: H, Hkv and D.
+        bias: whether the four projections have one.
+        scale, softcap, window: as for `prefix_lm_attention`.
+        theta: as for `apply_rotary`.
+
+    Raises ValueError when Hkv does not divide H.
+
+    Source: Gemma, https://arxiv.org/abs/2403.08295; Gemma 2, https://arxiv.org/abs/2408.00118.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        bias: bool = False,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        window: int | None = None,
+        theta: float = 10_000.0,
+    ) -> None:
+        super().__init__()
+        if num_attention_heads % num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: {num_key_value_heads} does not divide num_attention_heads, {num_attention_heads}"
+            )
+        self.head_dim, self.scale, self.softcap, self.window = head_dim, scale, softcap, window
+        query_dim, kv_dim = num_attention_heads * head_dim, num_key_value_heads * head_dim
+        self.q_proj = nn.Linear(hidden_size, query_dim, bias)
+        self.k_proj = nn.Linear(hidden_size, kv_dim, bias)
+        self.v_proj = nn.Linear(hidden_size, kv_dim, bias)
+        self.o_proj = nn.Linear(query_dim, hidden_size, bias)
+        self.rotary_emb = RotaryEmbedding(theta)
+
+    @classmethod
+    def from_config(cls, config: Any, layer_idx: int) -> PrefixLMAttention:
+        """As transformers' GemmaAttention and Gemma2Attention are made. Raises ValueError for dropout and scaled frequencies."""
+        if config.attention_dropout:
+            raise ValueError(f"config: attention_dropout is {config.attention_dropout}, supported is 0")
+        gemma2 = config.model_type.startswith("gemma2")
+        sliding = gemma2 and config.layer_types[layer_idx] == "sliding_attention"
+        return cls(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.attention_bias,
+            scale=config.query_pre_attn_scalar**-0.5 if gemma2 else None,
+            softcap=config.attn_logit_softcapping if gemma2 else None,
+            window=config.sliding_window if sliding else None,
+            theta=RotaryEmbedding.from_config(config).theta,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        *,
+        prefix_lens: Tensor | int | None = None,
+        kv_starts: Tensor | int | None = None,
+        kv_lens: Tensor | int | None = None,
+        q_starts: Tensor | int | None = None,
+        cache: tuple[Tensor, Tensor] | None = None,
+        slots: Tensor | None = None,
+        only: Tensor | None = None,
+    ) -> Tensor:
+        """Map x [B, S, hidden_size] to the same shape.
+
+        Args:
+            positions: [S] or [B, S], int32 or int64: what the rotary embedding turns by.
+            prefix_lens, kv_starts, kv_lens, q_starts: as for `prefix_lm_attention`.
+            cache: keys and values [B, Hkv, capacity, D]: x's own are written into them, and x attends to all that they hold. For
+                inference only; as their size tells nothing, `kv_lens` and `q_starts` must.
+            slots: [S] or [B, S], int32 or int64: where in the cache x's keys and values go.
+            only: int64 [B], a row of each example's x: give [B, 1, hidden_size], of that one alone.
+
+        Raises ValueError for a cache without slots, lengths or the reverse, and what the ops raise.
+        """
+        if (cache is None) != (slots is None):
+            raise ValueError("cache and slots: one needs the other")
+        if cache is not None and (kv_lens is None or q_starts is None):
+            raise ValueError("kv_lens and q_starts: needed with a cache")
+        q, k, v = (
+            y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for y in projections(x, (self.q_proj, self.k_proj, self.v_proj))
+        )
+        if cache is None or slots is None:
+            q, k = self.rotary_emb(q, k, positions)
+        else:
+            q = apply_rotary_to_cache(q, k, v, positions, *cache, slots, theta=self.rotary_emb.theta)
+            k, v = cache
+        if only is not None:
+            q = q.gather(2, only[:, None, None, None].expand(-1, q.shape[1], 1, q.shape[3]))
+            q_starts = (k.shape[2] - x.shape[1] if q_starts is None else q_starts) + only.int()
+        out = prefix_lm_attention(
+            q,
+            k,
+            v,
+            prefix_lens=prefix_lens,
+            kv_starts=kv_starts,
+            kv_lens=kv_lens,
+            q_starts=q_starts,
+            scale=self.scale,
+            softcap=self.softcap,
+            window=self.window,
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.head_dim}, scale={self.scale}, softcap={self.softcap}, window={self.window}"
 
 
 class GeGLUMLP(nn.Module):
@@ -60,6 +211,14 @@ class GeGLUMLP(nn.Module):
         self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
         self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    @classmethod
+    def from_config(cls, config: Any) -> GeGLUMLP:
+        """As transformers' GemmaMLP and Gemma2MLP are made. Raises ValueError for another activation."""
+        activation = config.hidden_activation if config.model_type.startswith("gemma2") else config.hidden_act
+        if activation != "gelu_pytorch_tanh":
+            raise ValueError(f"config: the activation is {activation!r}, supported is 'gelu_pytorch_tanh'")
+        return cls(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., dim] to [..., dim]."""

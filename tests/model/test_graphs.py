@@ -375,11 +375,11 @@ def test_merged_projections(model_type: str, tmp_path: Path, monkeypatch: pytest
 
 
 FUSIONS: dict[str, tuple[Any, str, Any]] = {
-    "QKV": (gemma, "projections", _separately),
+    "QKV": (pg_nn, "projections", _separately),
     "QKV of the image encoder": (siglip, "projections", _separately),
     "sum and norm": (gemma, "normed_sum", _normed_after_adding),
     "sum and norm in the image encoder": (siglip, "normed_sum", _normed_after_adding),
-    "rotary and cache": (gemma, "apply_rotary_to_cache", _rotated_then_written),
+    "rotary and cache": (pg_nn, "apply_rotary_to_cache", _rotated_then_written),
     "gate and up": (
         pg_nn.GeGLUMLP,
         "forward",
