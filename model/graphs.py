@@ -134,7 +134,8 @@ def obstacle(model: nn.Module, device: torch.device) -> str | None:
         if module._forward_hooks or module._forward_pre_hooks:
             return f"a {kind.__name__} has a forward hook, which a graph would not call"
         # What an adapter's layer does may change with numbers and switches that are no tensors.
-        if not kind.__module__.startswith(("torch.", "pg_kernels.")):
+        package, _, rest = kind.__module__.partition(".")
+        if package not in ("torch", "pg_kernels") or rest.startswith("integrations."):
             return f"there is a {kind.__name__}, of which a graph might miss changes"
     return None
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pg_kernels import int8_linear, int8_topk, linear_cross_entropy
-from pg_kernels.nn import Int8Linear, LayerNorm, RMSNorm
+from pg_kernels.nn import Int8Embedding, Int8Linear, LayerNorm, RMSNorm
 from pg_kernels.ops.checks import values_are_free
 
 from .config import PaliGemmaConfig
@@ -237,24 +238,28 @@ class PaliGemma(nn.Module):
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """Give an empty key-value cache for `batch` rows of `capacity` tokens, in the model's dtype and place."""
-        weight = self.model.language_model.norm.weight
-        return KVCache(self.config.text_config, batch, capacity, dtype=weight.dtype, device=weight.device)
+        table = self.model.language_model.embed_tokens
+        # Norms may be kept in fp32; what goes through the layers has the embedding's dtype.
+        dtype = table.dtype if isinstance(table, Int8Embedding) else table.weight.dtype
+        return KVCache(self.config.text_config, batch, capacity, dtype=dtype, device=table.weight.device)
 
     def _loss(self, hidden: Tensor, labels: Tensor, reduction: str, label_smoothing: float) -> Tensor:
-        targets = labels[:, 1:]
-        softcap = self.config.text_config.final_logit_softcapping
-        weight = self.lm_head.weight
-        losses = linear_cross_entropy(
-            hidden[:, :-1],
-            weight.dequantize(hidden.dtype) if type(self.lm_head) is Int8Linear else weight,
-            targets,
-            softcap=softcap,
-            label_smoothing=label_smoothing,
-            reduction="mean" if reduction == "token" else "none",
-        )
-        if reduction == "token":
-            return losses
+        hidden, targets, head = hidden[:, :-1], labels[:, 1:], self.lm_head
+        if type(head) in (nn.Linear, Int8Linear):
+            losses = linear_cross_entropy(
+                hidden,
+                head.weight.dequantize(hidden.dtype) if type(head) is Int8Linear else head.weight,
+                targets,
+                softcap=self.config.text_config.final_logit_softcapping,
+                label_smoothing=label_smoothing,
+                reduction="none",
+            )
+        else:  # An adapter's head is more than a product with its `.weight`.
+            logits = self.logits(hidden).transpose(1, 2)
+            losses = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
         counts = (targets != -100).sum(1)
+        if reduction == "token":
+            return losses.sum() / counts.sum().clamp(min=1)
         return (losses.sum(1) / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
 
     def _check_ids(self, input_ids: Tensor, placeholders: Tensor, image_features: Tensor | None) -> None:

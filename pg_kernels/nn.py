@@ -355,6 +355,14 @@ class Int8Linear(_Int8Module):
         module.set_weight(weight.qdata, scale[:, 0] if scale.shape[1] == 1 else scale)
         return module
 
+    def dequantize(self) -> nn.Linear:
+        """An nn.Linear of the numbers that the weight stands for, in `dtype`, and a copy of the bias; frozen, like the weight."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta", self.dtype)
+        linear.weight = nn.Parameter(self.weight.dequantize(self.dtype), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+        return linear.train(self.training)
+
     @classmethod
     def _replacing(cls, linear: nn.Linear, group_size: int | None, activations: str) -> Int8Linear:
         module = cls(
