@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,15 +14,11 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "robot_policy.py"
 
 
 @pytest.fixture(scope="module")
-def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(EXAMPLE.stem, EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def example() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(EXAMPLE)))
 
 
-def test_actions_are_those_of_plain_pytorch(example: ModuleType) -> None:
+def test_actions_are_those_of_plain_pytorch(example: SimpleNamespace) -> None:
     torch.manual_seed(0)
     size = example.SIZES["tiny"]
     plain, kernels = example.Policy(size, example.PLAIN).eval(), example.Policy(size, example.KERNELS).eval()
