@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -281,6 +281,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="each policy acts once a round, one after the other")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds: expected at least 2")
     size, dtype = SIZES[arguments.size], getattr(torch, arguments.dtype)
 
     torch.manual_seed(arguments.seed)
@@ -300,8 +302,10 @@ def main() -> None:
         expected = exact.denoise(noise, *exact.prefill(images, prompt, state))
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in policies}
         actions = {}
+        order = list(policies.items())
         for _ in range(arguments.rounds + 1):
-            for name, policy in policies.items():
+            order.append(order.pop(0))  # whoever comes first may find other caches and clocks
+            for name, policy in order:
                 begin = time.perf_counter()
                 prefix = policy.prefill(floats[0], prompt, floats[1])
                 middle = time.perf_counter()
@@ -314,16 +318,22 @@ def main() -> None:
         end=" ",
     )
     print(f"{prefix[1]} tokens of images, prompt and state, {size.actions} actions in {STEPS} steps")
-    print(f"{'':18}{'prefix':>10}{f'{STEPS} steps':>12}{'chunk':>12}{'plain ÷ it':>12}{'largest difference':>20}")
+    print(f"{'':18}{'prefix':>10}{f'{STEPS} steps':>12}{'chunk':>12}{'plain ÷ it':>12}{'in rounds':>14}", end="")
+    print(f"{'largest difference':>20}")
     chunks = {name: [sum(parts) for parts in taken[1:]] for name, taken in times.items()}  # the first round warms up
+    theirs = chunks["plain PyTorch"]
     for name, chunk in chunks.items():
         before, steps = (median(part) * 1e3 for part in zip(*times[name][1:], strict=True))
-        ratio = median(theirs / ours for theirs, ours in zip(chunks["plain PyTorch"], chunk, strict=True))
+        low, _, high = quantiles([their / our for their, our in zip(theirs, chunk, strict=True)], n=4)
         difference = (actions[name].float() - expected).abs().max().item()
         print(f"{name:18}{before:>7.1f} ms{steps:>9.1f} ms{median(chunk) * 1e3:>9.1f} ms", end="")
-        print(f"{ratio:>12.2f}{difference:>20.1e}")
-    print(f"Medians of {arguments.rounds} rounds. Differences are from plain PyTorch in float32, of actions", end=" ")
-    print(f"whose standard deviation is {expected.std():.2f}.")
+        print(f"{median(theirs) / median(chunk):>12.2f}{f'{low:.2f} to {high:.2f}':>14}{difference:>20.1e}")
+    print(
+        f"Times are medians of {arguments.rounds} rounds, 'plain ÷ it' is their ratio, 'in rounds' the middle half of each",
+        end=" ",
+    )
+    print("round's ratios. Differences")
+    print(f"are from plain PyTorch in float32, of actions whose standard deviation is {expected.std():.2f}.")
 
 
 if __name__ == "__main__":

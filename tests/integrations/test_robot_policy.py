@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pg_kernels.model import EMBEDDED_CHECKPOINT, PaliGemma
+from pg_kernels.nn import PrefixLMAttention
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "robot_policy.py"
 
 
@@ -41,3 +44,41 @@ def test_actions_are_those_of_plain_pytorch(example: SimpleNamespace) -> None:
     torch.testing.assert_close(act(kernels), expected, rtol=1e-4, atol=1e-4)
     error = (act(example.quantized(kernels)) - expected).norm() / expected.norm()
     assert 0 < error < 0.03
+
+
+def test_an_expert_over_the_models_cache() -> None:
+    """Prompts of different lengths, padded on either side, make no difference to the expert's tokens behind them."""
+    torch.manual_seed(0)
+    model = PaliGemma.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32)
+    text = model.config.text_config
+    expert = PrefixLMAttention(48, text.num_attention_heads, text.num_key_value_heads, text.head_dim)
+    x, pixels = torch.randn(2, 3, 48), torch.rand(2, 3, 112, 112)
+    image = [model.config.image_token_id] * model.config.vision_config.num_image_tokens
+    rows = [[*image, 2, 40, 41, 42], [*image, 2, 50]]
+
+    @torch.no_grad()
+    def attended(input_ids: Tensor, mask: Tensor, x: Tensor, pixels: Tensor) -> Tensor:
+        seen, positions = model.visibility(input_ids, mask, None)
+        cache = model.new_cache(len(x), input_ids.shape[1] + 3)
+        slots = torch.arange(input_ids.shape[1]).expand(len(x), -1)
+        model.model.language_model(model.embed(input_ids, pixels, None), positions, seen, cache, slots)
+        slots = seen.kv_lens[:, None] + torch.arange(3)
+        return expert(
+            x,
+            slots - seen.kv_starts[:, None],
+            prefix_lens=seen.prefix_lens + 3,
+            kv_starts=seen.kv_starts,
+            kv_lens=seen.kv_lens + 3,
+            q_starts=seen.kv_lens,
+            cache=(cache.keys[-1], cache.values[-1]),
+            slots=slots,
+        )
+
+    alone = [
+        attended(torch.tensor([row]), torch.ones(1, len(row)), x[i : i + 1], pixels[i : i + 1])
+        for i, row in enumerate(rows)
+    ]
+    for left in (0, 2):
+        padded = torch.tensor([rows[0], [0] * left + rows[1] + [0] * (2 - left)])
+        together = attended(padded, (padded != 0).int(), x, pixels)
+        torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
