@@ -329,11 +329,11 @@ def main() -> None:
         print(f"{name:18}{before:>7.1f} ms{steps:>9.1f} ms{median(chunk) * 1e3:>9.1f} ms", end="")
         print(f"{median(theirs) / median(chunk):>12.2f}{f'{low:.2f} to {high:.2f}':>14}{difference:>20.1e}")
     print(
-        f"Times are medians of {arguments.rounds} rounds, 'plain ÷ it' is their ratio, 'in rounds' the middle half of each",
-        end=" ",
+        f"Times: medians of {arguments.rounds} rounds; plain ÷ it: their ratio; in rounds: the middle half of each round's."
     )
-    print("round's ratios. Differences")
-    print(f"are from plain PyTorch in float32, of actions whose standard deviation is {expected.std():.2f}.")
+    print(
+        f"Differences are from plain PyTorch in float32, of actions whose standard deviation is {expected.std():.2f}."
+    )
 
 
 if __name__ == "__main__":
