@@ -58,9 +58,14 @@ def prefix_lm_attention(q: Tensor, k: Rows, v: Rows, examples: Sequence[Example]
     for example, alike in groupby(examples):
         which = slice(first, first + len(list(alike)))
         blocks = _blocks(q.shape[2], example, scores)
-        outs.append(torch.cat([_block(q, k, v, which, example, block, scores) for block in blocks], dim=2))
+        outs.append(_joined([_block(q, k, v, which, example, block, scores) for block in blocks], 2))
         first = which.stop
-    return torch.cat(outs) if outs else q * (k.tensor.sum() + v.tensor.sum())
+    return _joined(outs, 0) if outs else q * (k.tensor.sum() + v.tensor.sum())
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """torch.cat, which copies a single part, too."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _are_few(q: Tensor, k: Rows, v: Rows) -> bool:
@@ -125,7 +130,7 @@ def prefix_lm_attention_varlen(
         one, keys, values = rows
         example = (prefix, 0, end - start, 0)
         outs.append(prefix_lm_attention(one, Rows(keys, None), Rows(values, None), [example], scores))
-    return torch.cat(outs, dim=2) if outs else q * (k.sum() + v.sum())
+    return _joined(outs, 2) if outs else q * (k.sum() + v.sum())
 
 
 def _blocks(q_len: int, example: Example, scores: Scores) -> Iterator[slice]:
