@@ -223,8 +223,7 @@ class GeGLUMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., dim] to [..., dim]."""
         projections = (self.gate_proj, self.up_proj, self.down_proj)
-        # A LoRA layer also has a `.weight`, but its forward is more than a product with it.
-        if all(type(projection) is nn.Linear for projection in projections):
+        if all(map(is_only_a_product, projections)):
             return geglu_mlp(x, *(projection.weight for projection in projections))
         gate: Any = self.gate_proj
         up: Any = self.up_proj
@@ -490,6 +489,19 @@ def _one_behind_the_other(tensors: Sequence[Tensor]) -> Tensor | None:
             return None
         address += tensor.nbytes
     return first.detach().as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
+
+
+def is_only_a_product(layer: nn.Module) -> bool:
+    """Whether a layer does no more than multiply by its `.weight`, so that an op may do it instead.
+
+    A LoRA layer has a `.weight`, too; hooks watch a layer or, as accelerate's, bring its weight only when it is called.
+    """
+    return (
+        type(layer) is nn.Linear
+        and layer.bias is None
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+        and "forward" not in vars(layer)
+    )
 
 
 def _share_activations(layers: Sequence[Any]) -> bool:

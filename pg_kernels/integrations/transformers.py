@@ -1,0 +1,463 @@
+"""The kernels under transformers: an attention implementation, and faster forwards for models that exist already."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaForCausalLM, GemmaMLP, GemmaRMSNorm
+from transformers.models.gemma2.modeling_gemma2 import (
+    Gemma2Attention,
+    Gemma2ForCausalLM,
+    Gemma2MLP,
+    Gemma2RMSNorm,
+    eager_attention_forward,
+)
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3ForCausalLM, Gemma3MLP, Gemma3RMSNorm
+from transformers.models.paligemma.modeling_paligemma import (
+    PaliGemmaCausalLMOutputWithPast,
+    PaliGemmaForConditionalGeneration,
+)
+from transformers.models.siglip.modeling_siglip import SiglipAttention
+from transformers.utils.generic import can_return_tuple
+
+from pg_kernels import apply_rotary, linear_cross_entropy, prefix_lm_attention, quantize_, rms_norm
+from pg_kernels.backends import requested, select
+from pg_kernels.nn import GeGLUMLP, Int8Linear, is_only_a_product
+from pg_kernels.ops.prefix_lm_attention.reference import visible_keys
+
+NAME = "pg_kernels"
+"""What `register` makes transformers know the attention by."""
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def register() -> None:
+    """Make `attn_implementation="pg_kernels"` known to transformers, for every model of it; again does no harm.
+
+    A mask that `prefix_lm_attention` can express (a bidirectional prefix, causal text after it, padding before or after both, a
+    sliding window) becomes a few lengths. With any other one, with dropout, and with what else the op does not have, attention is
+    PyTorch's under the dense mask, or transformers' eager one where there is a softcap.
+    """
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+# A device must be waited for, once a forward pass, to know what kind of mask it is: a compiled graph cannot, and breaks here.
+@torch.compiler.disable
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Tensor:
+    """Give lengths for `_attention`, int32 [B, 1, 1, 4 + window], or the dense mask, bool [B, 1, Sq, Skv], if no lengths mean it.
+
+    The lengths are guessed from the dense mask, and taken only if they lead to the very same one: S² bytes per example for a
+    moment, where attention itself needs more. Rows of padding, which nobody looks at, may differ.
+    """
+    dense = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        use_vmap=use_vmap,
+        device=device,
+    )
+    if dense.shape[1] != 1 or not dense.numel():
+        return dense
+    visible = dense[:, 0]
+    queries = torch.arange(q_length, device=visible.device) + q_offset
+    rows = torch.ones(batch_size, q_length, dtype=torch.bool, device=visible.device)
+    if attention_mask is not None:
+        missing = max(kv_offset + kv_length - attention_mask.shape[1], 0)
+        padded = nn.functional.pad(attention_mask.bool(), (0, missing))[:, queries]
+        rows = padded | (
+            queries[-1] + 1 != attention_mask.shape[1]
+        )  # where it ends elsewhere, it is not about these rows
+    lengths = _lengths(visible & rows[..., None], rows, queries[0] - kv_offset)
+    windows = [None] if local_size is None else [None, local_size]
+    same = [
+        (visible_keys(q_length, kv_length, *lengths, True, window) == visible) | ~rows[..., None] for window in windows
+    ]
+    fits = torch.stack([cells.all() for cells in same]).tolist()
+    if not any(fits):
+        return dense
+    window = windows[fits.index(True)] or 0
+    # The window is the tensor's size, for the kernel needs an int, and no device should be waited for in every layer.
+    return nn.functional.pad(torch.stack(lengths, 1), (0, window))[:, None, None]
+
+
+def _lengths(visible: Tensor, rows: Tensor, q_start: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prefix length, start, end and first position, int32 [B] each, that bool [B, Sq, Skv] would have; `rows` [B, Sq] count."""
+    key = torch.arange(visible.shape[2], device=visible.device)
+    seen = visible.any(1)
+    start = seen.int().argmax(1)
+    end = (seen * (key + 1)).amax(1)
+    first = rows.int().argmax(1)  # the first query that is no padding: what it sees of the future is the prefix
+    horizon = (visible[torch.arange(len(first), device=first.device), first] * (key + 1)).amax(1)
+    prefix = (horizon - start).where(horizon > q_start + first + 1, 0)
+    return prefix.int(), start.int(), end.int(), q_start.expand_as(start).int()
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend with query [B, H, Sq, D] and key and value [B, Hkv, Skv, D], as transformers asks for it; [B, Sq, H, D]."""
+    for unknown in ("s_aux", "cache"):  # attention sinks, paged caches
+        if options.get(unknown) is not None:
+            raise ValueError(f"{unknown}: not supported by attn_implementation={NAME!r}")
+    q_len, kv_len = query.shape[2], key.shape[2]
+    causal, window = True, None
+    lengths: tuple[int | Tensor, ...] | None = None
+    if (
+        attention_mask is None
+    ):  # as for transformers' SDPA: a single query sees everything, others from the first key on
+        causal = q_len > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        lengths = 0, 0, kv_len, 0
+    elif attention_mask.dtype == torch.int32:
+        lengths = attention_mask[:, 0, 0, :4].unbind(1)
+        window = attention_mask.shape[3] - 4 or None
+    if lengths is not None and not dropout and key.shape == value.shape and options.get("position_bias") is None:
+        prefix_lens, kv_starts, kv_lens, q_starts = lengths
+        out = prefix_lm_attention(
+            query,
+            key,
+            value,
+            prefix_lens=prefix_lens,
+            kv_starts=kv_starts,
+            kv_lens=kv_lens,
+            q_starts=q_starts,
+            causal=causal,
+            scale=scaling,
+            softcap=softcap,
+            window=window,
+        )
+        return out.transpose(1, 2).contiguous(), None
+    if lengths is not None:
+        tensors = (torch.as_tensor(t, device=query.device).expand(len(query)) for t in lengths)
+        attention_mask = visible_keys(q_len, kv_len, *tensors, causal, window)[:, None]
+    if softcap is None:
+        arguments = (module, query, key, value, attention_mask)
+        return sdpa_attention_forward(*arguments, dropout=dropout, scaling=scaling, is_causal=False, **options)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        bias = torch.zeros((), dtype=query.dtype, device=query.device)
+        attention_mask = bias.where(attention_mask, torch.finfo(query.dtype).min)
+    out, _ = eager_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap
+    )
+    return out, None
+
+
+@dataclass
+class _Patch:
+    """What `unpatch` must know besides what it sees: the attention that each configuration had, and whether floats are gone."""
+
+    attention: list[tuple[Any, str]]
+    int8: bool
+
+
+def patch(
+    model: Model,
+    *,
+    rms_norm: bool = True,
+    rotary: bool = True,
+    mlp: bool = True,
+    attention: bool = True,
+    loss: bool = True,
+    int8: str | None = None,
+) -> Model:
+    """Let a live model of transformers run on the kernels: PaliGemma 1 and 2, Gemma 1, 2 and 3 (text), SigLIP.
+
+    Modules, parameters and their names stay; only the classes of some modules become subclasses with another forward. Works
+    before and after PEFT wraps the model. Anything that has become more than the kernel computes (LoRA, hooks, offloaded weights,
+    an own loss function) is left to transformers, call by call.
+
+    Args:
+        model: the model, or a module that holds some, such as a PEFT model or a robot policy.
+        rms_norm: Gemma's norms.
+        rotary: rotary embeddings, in fp32 instead of the model's dtype, unless they are scaled or no fused kernel runs there.
+        mlp: Gemma's MLPs with tanh-approximated GELU.
+        attention: `register`, and switch to it.
+        loss: with labels, in training, compute the loss without logits: `output.logits` is None. An argument `skip_logits` of
+            the model's forward overrules this, either way.
+        int8: "int8" or "int8-dynamic" also replaces nn.Linear layers as `quantize_` does, for good, but for adapters.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: nothing in the model can be patched, it is patched already, or an unknown `int8`; nothing is changed then.
+    """
+    if _holders(model):
+        raise ValueError("model: already patched; call unpatch first")
+    wanted = {"rms_norm": rms_norm, "rotary": rotary, "mlp": mlp, "loss": loss}
+    modules = [module for module in model.modules() if wanted.get(_kind(module), False)]
+    attends = any(type(module) in (*_ATTENTIONS, SiglipAttention) for module in model.modules())
+    outermost = _outermost(model) if attention and attends else []
+    if not modules and not outermost:
+        known = "PaliGemma, Gemma, Gemma 2, Gemma 3 (text) and SigLIP"
+        raise ValueError(f"model: {type(model).__name__} holds nothing to patch; expected one of transformers' {known}")
+    if int8 is not None:
+        quantize_(model, int8, skip=_is_adapter(model))
+    configs = {id(m.config): m.config for top in outermost for m in top.modules() if isinstance(m, PreTrainedModel)}
+    model._pg_kernels_patch = _Patch([(c, c._attn_implementation) for c in configs.values()], int8 is not None)
+    if outermost:
+        register()
+    for top in outermost:
+        top.set_attn_implementation(NAME)
+    for module in modules:
+        _set_class(module, _patched(type(module)))
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Undo `patch`, to the bit; give the model.
+
+    Raises ValueError for a model that is not patched, and for one with int8 weights, whose floats are gone: load it again.
+    """
+    holders = _holders(model)
+    if not holders:
+        raise ValueError("model: not patched")
+    if any(holder._pg_kernels_patch.int8 for holder in holders):
+        raise ValueError("model: int8 has replaced the float weights for good; load the checkpoint again")
+    for holder in holders:
+        for config, name in holder._pg_kernels_patch.attention:
+            config._attn_implementation_internal = name
+        del holder._pg_kernels_patch
+    for module in model.modules():
+        if original := vars(type(module)).get("_pg_kernels_original"):
+            _set_class(module, original)
+    return model
+
+
+def apply_to_paligemma(**options: Any) -> Callable[[], None]:
+    """Patch every PaliGemma that transformers builds or loads from now on; calling the result ends that.
+
+    Args:
+        options: `patch`'s but `int8`, which needs the weights.
+
+    Raises:
+        ValueError: applied already. TypeError: an unknown option.
+    """
+    cls = PaliGemmaForConditionalGeneration
+    original = cls.__init__
+    if hasattr(original, "_pg_kernels_original"):
+        raise ValueError("apply_to_paligemma: applied already")
+    allowed = inspect.signature(patch).parameters.keys() - {"model", "int8"}
+    if unknown := options.keys() - allowed:
+        raise TypeError(f"apply_to_paligemma: got {', '.join(sorted(unknown))}, expected {', '.join(sorted(allowed))}")
+
+    @functools.wraps(original)
+    def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        patch(self, **options)
+
+    def undo() -> None:
+        if cls.__init__ is init:
+            cls.__init__ = original
+
+    init._pg_kernels_original = original  # type: ignore[attr-defined]
+    cls.__init__ = init
+    return undo
+
+
+def _holders(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if "_pg_kernels_patch" in vars(module)]
+
+
+def _outermost(model: nn.Module) -> list[PreTrainedModel]:
+    """The models of transformers in a module that are part of no other one."""
+    if isinstance(model, PreTrainedModel):
+        return [model]
+    return [found for child in model.children() for found in _outermost(child)]
+
+
+def _is_adapter(model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    """Tell PEFT's own layers, which are trained, from those that they adapt."""
+    if not any(hasattr(module, "peft_config") for module in model.modules()):
+        return lambda name, layer: False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    own = set()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            own |= set(module.modules()) - set(module.get_base_layer().modules())
+    return lambda name, layer: layer in own or layer.weight.requires_grad
+
+
+def _kind(module: nn.Module) -> str:
+    """Which forward of ours fits a module, as `patch` calls it; "" for none."""
+    kind = next((kind for kind, (classes, _) in _FORWARDS.items() if type(module) in classes), "")
+    if kind == "mlp" and type(module.act_fn) is not type(ACT2FN["gelu_pytorch_tanh"]):
+        return ""
+    return "" if kind == "rotary" and _theta(module) is None else kind
+
+
+@functools.cache
+def _patched(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass with our forward that looks like the class itself, for checkpoints and PEFT know classes by their names."""
+    forward = next(forward for classes, forward in _FORWARDS.values() if cls in classes)
+    body = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, (cls,), {**body, "forward": forward(cls.forward), "_pg_kernels_original": cls})
+
+
+def _set_class(module: Any, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
+    if "_old_forward" in vars(module):  # what accelerate calls between its hooks
+        module._old_forward = cls.forward.__get__(module)
+
+
+def _norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, x: Tensor) -> Any:
+        return rms_norm(x, self.weight, self.eps)
+
+    return forward
+
+
+def _mlp_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    return GeGLUMLP.forward
+
+
+def _attention_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **options: Any,
+    ) -> Any:
+        positions = options.get("position_ids")
+        # Without a kernel, cosines computed once for all layers are faster than ours for each.
+        fused = requested() != "auto" or select("apply_rotary", hidden_states.device.type) != "reference"
+        if positions is None or not fused:
+            return original(self, hidden_states, position_embeddings, attention_mask, past_key_values, **options)
+        q, k, v = (
+            layer(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if isinstance(self, Gemma3Attention):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rotary(q, k, positions.expand(len(q), -1), theta=_theta(self))
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if not isinstance(self, GemmaAttention):
+            options["sliding_window"] = self.sliding_window
+        if isinstance(self, Gemma2Attention):
+            options["softcap"] = self.attn_logit_softcapping
+        dropout = self.attention_dropout if self.training else 0.0
+        out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **options)
+        return self.o_proj(out.flatten(2)), weights
+
+    return forward
+
+
+def _theta(attention: Any) -> float | None:
+    """The base of the angles' series, or None where they are scaled."""
+    parameters = attention.config.rope_parameters
+    parameters = parameters.get(getattr(attention, "layer_type", None), parameters)  # Gemma 3's differ by kind of layer
+    return parameters["rope_theta"] if parameters["rope_type"] == "default" else None
+
+
+def _computes_loss(model: Any, logits_to_keep: int | Tensor) -> bool:
+    """Whether `linear_cross_entropy` gives the loss that the model would."""
+    head = model.lm_head
+    whole = not isinstance(logits_to_keep, Tensor) and logits_to_keep == 0
+    return whole and model.loss_function is ForCausalLMLoss and (is_only_a_product(head) or _is_plain_int8(head))
+
+
+def _is_plain_int8(head: nn.Module) -> bool:
+    return type(head) is Int8Linear and head.bias is None
+
+
+def _loss_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+    names = list(signature.parameters)[1:]
+    code = inspect.unwrap(original).__code__
+    # PaliGemma's forward has left it out in some versions.
+    caps = "final_logit_softcapping" in (*code.co_consts, *code.co_names)
+
+    @can_return_tuple
+    def without_logits(self: Any, labels: Tensor, **inputs: Any) -> Any:
+        outputs = self.model(**inputs)
+        hidden = outputs.last_hidden_state
+        head = self.lm_head
+        targets = inputs.get("shift_labels")
+        if targets is None:
+            hidden, targets = hidden[:, :-1], labels[:, 1:]
+        items = inputs.get("num_items_in_batch")
+        text = self.config.get_text_config()
+        loss = linear_cross_entropy(
+            hidden,
+            head.weight.dequantize(hidden.dtype) if type(head) is Int8Linear else head.weight,
+            targets.to(hidden.device),
+            ignore_index=inputs.get("ignore_index", -100),
+            softcap=getattr(text, "final_logit_softcapping", None) if caps else None,
+            reduction="mean" if items is None else "sum",
+        )
+        if items is not None:
+            loss = loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
+        pali = isinstance(self, PaliGemmaForConditionalGeneration)
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return (PaliGemmaCausalLMOutputWithPast if pali else CausalLMOutputWithPast)(loss=loss, **others)
+
+    def forward(self: Any, *args: Any, skip_logits: bool | None = None, **inputs: Any) -> Any:
+        inputs |= zip(names, args, strict=False)
+        skip = self.training if skip_logits is None else skip_logits
+        if not skip or inputs.get("labels") is None or not _computes_loss(self, inputs.get("logits_to_keep", 0)):
+            return original(self, **inputs)
+        inputs.pop("logits_to_keep", None)
+        return without_logits(self, **inputs)
+
+    # Trainer and generate look at it; functools.wraps would lead accelerate past this function.
+    skip = inspect.Parameter("skip_logits", inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = list(signature.parameters.values())
+    forward.__signature__ = signature.replace(parameters=[*parameters[:-1], skip, parameters[-1]])  # type: ignore[attr-defined]
+    forward.__doc__ = original.__doc__
+    return forward
+
+
+_ATTENTIONS = (GemmaAttention, Gemma2Attention, Gemma3Attention)
+_HEADS = (PaliGemmaForConditionalGeneration, GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM)
+_FORWARDS: dict[str, tuple[tuple[type[nn.Module], ...], Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
+    "rms_norm": ((GemmaRMSNorm, Gemma2RMSNorm, Gemma3RMSNorm), _norm_forward),
+    "rotary": (_ATTENTIONS, _attention_forward),
+    "mlp": ((GemmaMLP, Gemma2MLP, Gemma3MLP), _mlp_forward),
+    "loss": (_HEADS, _loss_forward),
+}
+"""For each of `patch`'s options: the classes whose forwards it replaces, and what makes the new one of the old."""
