@@ -61,7 +61,7 @@ def _mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
+    q_offset: Any = 0,  # an int, or of a static cache a tensor
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
@@ -70,12 +70,12 @@ def _mask(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Tensor:
-    """Give lengths for `_attention`, int32 [B, 1, 1, 4 + window], or the dense mask, bool [B, 1, Sq, Skv], if no lengths mean it.
+    """Give lengths for `_attention`, int32 [B, parts, 1, 4 + window], or, if none mean the mask, itself, bool [B, 1, Sq, Skv].
 
     The lengths are guessed from the dense mask, and taken only if they lead to the very same one: S² bytes per example for a
     moment, where attention itself needs more. Rows of padding, which nobody looks at, may differ.
     """
-    dense = sdpa_mask(
+    dense: Any = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -95,25 +95,22 @@ def _mask(
     rows = torch.ones(batch_size, q_length, dtype=torch.bool, device=visible.device)
     if attention_mask is not None:
         missing = max(kv_offset + kv_length - attention_mask.shape[1], 0)
-        padded = nn.functional.pad(attention_mask.bool(), (0, missing))[:, queries]
-        rows = padded | (
-            queries[-1] + 1 != attention_mask.shape[1]
-        )  # where it ends elsewhere, it is not about these rows
+        about_them = queries[-1] + 1 == attention_mask.shape[1]
+        rows = nn.functional.pad(attention_mask.bool(), (0, missing))[:, queries] | ~about_them
     lengths = _lengths(visible & rows[..., None], rows, queries[0] - kv_offset)
-    windows = [None] if local_size is None else [None, local_size]
-    same = [
-        (visible_keys(q_length, kv_length, *lengths, True, window) == visible) | ~rows[..., None] for window in windows
-    ]
+    choices = [lengths[:, None, None]]
+    if local_size is not None:
+        # The kernel's window never hides the prefix, transformers' does from what comes after it: two parts.
+        causal = lengths * lengths.new_tensor([0, 1, 1, 1])
+        parts = torch.stack((lengths, causal), 1)[:, :, None]
+        choices += [nn.functional.pad(part, (0, local_size)) for part in (parts[:, 1:], parts)]
+    same = [(_visible(choice, q_length, kv_length) == dense) | ~rows[:, None, :, None] for choice in choices]
     fits = torch.stack([cells.all() for cells in same]).tolist()
-    if not any(fits):
-        return dense
-    window = windows[fits.index(True)] or 0
-    # The window is the tensor's size, for the kernel needs an int, and no device should be waited for in every layer.
-    return nn.functional.pad(torch.stack(lengths, 1), (0, window))[:, None, None]
+    return choices[fits.index(True)] if any(fits) else dense
 
 
-def _lengths(visible: Tensor, rows: Tensor, q_start: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Prefix length, start, end and first position, int32 [B] each, that bool [B, Sq, Skv] would have; `rows` [B, Sq] count."""
+def _lengths(visible: Tensor, rows: Tensor, q_start: Tensor) -> Tensor:
+    """Prefix length, start, end and first position, int32 [B, 4], that bool [B, Sq, Skv] would have; `rows` [B, Sq] count."""
     key = torch.arange(visible.shape[2], device=visible.device)
     seen = visible.any(1)
     start = seen.int().argmax(1)
@@ -121,7 +118,31 @@ def _lengths(visible: Tensor, rows: Tensor, q_start: Tensor) -> tuple[Tensor, Te
     first = rows.int().argmax(1)  # the first query that is no padding: what it sees of the future is the prefix
     horizon = (visible[torch.arange(len(first), device=first.device), first] * (key + 1)).amax(1)
     prefix = (horizon - start).where(horizon > q_start + first + 1, 0)
-    return prefix.int(), start.int(), end.int(), q_start.expand_as(start).int()
+    return torch.stack((prefix, start, end, q_start.expand_as(start)), 1).int()
+
+
+def _visible(mask: Tensor, q_len: int, kv_len: int) -> Tensor:
+    """The dense mask, bool [B, 1, Sq, Skv], that lengths of `_mask` mean."""
+
+    def seen(part: Any, window: int | None) -> Tensor:
+        prefix, start, end, q_start = part
+        return visible_keys(q_len, kv_len, prefix, start, end, q_start, True, window)[:, None]
+
+    return _by_parts(mask, q_len, seen)
+
+
+def _by_parts(mask: Tensor, q_len: int, result: Callable[[Any, int | None], Tensor]) -> Tensor:
+    """What `result` [B, H, Sq, N] is for lengths of `_mask`; of two parts the first is the prefix's queries', without a window.
+
+    The window is the tensor's size, for a kernel needs an int, and no device should be waited for in every layer.
+    """
+    parts, window = [part[:, 0, :4].unbind(1) for part in mask.unbind(1)], mask.shape[3] - 4 or None
+    out = result(parts[-1], window)
+    if len(parts) == 1:
+        return out
+    prefix, start, _, q_start = parts[0]
+    inside = q_start[:, None] + torch.arange(q_len, device=mask.device) < (start + prefix)[:, None]
+    return torch.where(inside[:, None, :, None], result(parts[0], None), out)
 
 
 def _attention(
@@ -141,35 +162,21 @@ def _attention(
         if options.get(unknown) is not None:
             raise ValueError(f"{unknown}: not supported by attn_implementation={NAME!r}")
     q_len, kv_len = query.shape[2], key.shape[2]
-    causal, window = True, None
-    lengths: tuple[int | Tensor, ...] | None = None
-    if (
-        attention_mask is None
-    ):  # as for transformers' SDPA: a single query sees everything, others from the first key on
+    attend: Any = functools.partial(prefix_lm_attention, query, key, value, scale=scaling, softcap=softcap)
+    ours = not dropout and key.shape == value.shape and options.get("position_bias") is None
+    if attention_mask is None:
+        # As for transformers' SDPA: one query sees everything, several begin at the first key.
         causal = q_len > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        lengths = 0, 0, kv_len, 0
+        if ours:
+            return attend(q_starts=0, causal=causal).transpose(1, 2).contiguous(), None
+        if causal:
+            attention_mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril()[None, None]
     elif attention_mask.dtype == torch.int32:
-        lengths = attention_mask[:, 0, 0, :4].unbind(1)
-        window = attention_mask.shape[3] - 4 or None
-    if lengths is not None and not dropout and key.shape == value.shape and options.get("position_bias") is None:
-        prefix_lens, kv_starts, kv_lens, q_starts = lengths
-        out = prefix_lm_attention(
-            query,
-            key,
-            value,
-            prefix_lens=prefix_lens,
-            kv_starts=kv_starts,
-            kv_lens=kv_lens,
-            q_starts=q_starts,
-            causal=causal,
-            scale=scaling,
-            softcap=softcap,
-            window=window,
-        )
-        return out.transpose(1, 2).contiguous(), None
-    if lengths is not None:
-        tensors = (torch.as_tensor(t, device=query.device).expand(len(query)) for t in lengths)
-        attention_mask = visible_keys(q_len, kv_len, *tensors, causal, window)[:, None]
+        if ours:
+            names = ("prefix_lens", "kv_starts", "kv_lens", "q_starts")
+            out = _by_parts(attention_mask, q_len, lambda part, window: attend(**dict(zip(names, part)), window=window))
+            return out.transpose(1, 2).contiguous(), None
+        attention_mask = _visible(attention_mask, q_len, kv_len)
     if softcap is None:
         arguments = (module, query, key, value, attention_mask)
         return sdpa_attention_forward(*arguments, dropout=dropout, scaling=scaling, is_causal=False, **options)
@@ -220,27 +227,34 @@ def patch(
         The model.
 
     Raises:
-        ValueError: nothing in the model can be patched, it is patched already, or an unknown `int8`; nothing is changed then.
+        ValueError: nothing in the model can be patched, it is patched already, somebody else has, or an unknown `int8`; nothing
+            is changed then.
     """
     if _holders(model):
         raise ValueError("model: already patched; call unpatch first")
     wanted = {"rms_norm": rms_norm, "rotary": rotary, "mlp": mlp, "loss": loss}
-    modules = [module for module in model.modules() if wanted.get(_kind(module), False)]
+    modules: list[Any] = [module for module in model.modules() if wanted.get(_kind(module), False)]
     attends = any(type(module) in (*_ATTENTIONS, SiglipAttention) for module in model.modules())
     outermost = _outermost(model) if attention and attends else []
     if not modules and not outermost:
         known = "PaliGemma, Gemma, Gemma 2, Gemma 3 (text) and SigLIP"
         raise ValueError(f"model: {type(model).__name__} holds nothing to patch; expected one of transformers' {known}")
+    if covered := [module for module in modules if "forward" in vars(module) and "_old_forward" not in vars(module)]:
+        name = type(covered[0]).__name__
+        raise ValueError(
+            f"model: a {name} has a forward of its own, as accelerate gives for autocast; patch before that"
+        )
     if int8 is not None:
         quantize_(model, int8, skip=_is_adapter(model))
     configs = {id(m.config): m.config for top in outermost for m in top.modules() if isinstance(m, PreTrainedModel)}
-    model._pg_kernels_patch = _Patch([(c, c._attn_implementation) for c in configs.values()], int8 is not None)
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    vars(model)["_pg_kernels_patch"] = _Patch(before, int8 is not None)
     if outermost:
         register()
     for top in outermost:
         top.set_attn_implementation(NAME)
     for module in modules:
-        _set_class(module, _patched(type(module)))
+        _set_class(module, _patched(module.__class__))
     return model
 
 
@@ -273,7 +287,7 @@ def apply_to_paligemma(**options: Any) -> Callable[[], None]:
     Raises:
         ValueError: applied already. TypeError: an unknown option.
     """
-    cls = PaliGemmaForConditionalGeneration
+    cls: Any = PaliGemmaForConditionalGeneration
     original = cls.__init__
     if hasattr(original, "_pg_kernels_original"):
         raise ValueError("apply_to_paligemma: applied already")
@@ -282,7 +296,7 @@ def apply_to_paligemma(**options: Any) -> Callable[[], None]:
         raise TypeError(f"apply_to_paligemma: got {', '.join(sorted(unknown))}, expected {', '.join(sorted(allowed))}")
 
     @functools.wraps(original)
-    def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         patch(self, **options)
 
@@ -306,7 +320,7 @@ def _outermost(model: nn.Module) -> list[PreTrainedModel]:
     return [found for child in model.children() for found in _outermost(child)]
 
 
-def _is_adapter(model: nn.Module) -> Callable[[str, nn.Module], bool]:
+def _is_adapter(model: nn.Module) -> Callable[[str, Any], bool]:
     """Tell PEFT's own layers, which are trained, from those that they adapt."""
     if not any(hasattr(module, "peft_config") for module in model.modules()):
         return lambda name, layer: False
@@ -316,7 +330,7 @@ def _is_adapter(model: nn.Module) -> Callable[[str, nn.Module], bool]:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             own |= set(module.modules()) - set(module.get_base_layer().modules())
-    return lambda name, layer: layer in own or layer.weight.requires_grad
+    return lambda name, layer: layer in own or bool(layer.weight.requires_grad)
 
 
 def _kind(module: nn.Module) -> str:
@@ -328,7 +342,7 @@ def _kind(module: nn.Module) -> str:
 
 
 @functools.cache
-def _patched(cls: type[nn.Module]) -> type[nn.Module]:
+def _patched(cls: Any) -> Any:
     """A subclass with our forward that looks like the class itself, for checkpoints and PEFT know classes by their names."""
     forward = next(forward for classes, forward in _FORWARDS.values() if cls in classes)
     body = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -341,15 +355,8 @@ def _set_class(module: Any, cls: type[nn.Module]) -> None:
         module._old_forward = cls.forward.__get__(module)
 
 
-def _norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(self: Any, x: Tensor) -> Any:
-        return rms_norm(x, self.weight, self.eps)
-
-    return forward
-
-
-def _mlp_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    return GeGLUMLP.forward
+def _norm_forward(self: Any, x: Tensor) -> Any:
+    return rms_norm(x, self.weight, self.eps)
 
 
 def _attention_forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -387,7 +394,7 @@ def _attention_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _theta(attention: Any) -> float | None:
+def _theta(attention: Any) -> Any:
     """The base of the angles' series, or None where they are scaled."""
     parameters = attention.config.rope_parameters
     parameters = parameters.get(getattr(attention, "layer_type", None), parameters)  # Gemma 3's differ by kind of layer
@@ -396,6 +403,8 @@ def _theta(attention: Any) -> float | None:
 
 def _computes_loss(model: Any, logits_to_keep: int | Tensor) -> bool:
     """Whether `linear_cross_entropy` gives the loss that the model would."""
+    if type(model) in _HEADS:  # unpatched, and called by what accelerate has kept
+        return False
     head = model.lm_head
     whole = not isinstance(logits_to_keep, Tensor) and logits_to_keep == 0
     return whole and model.loss_function is ForCausalLMLoss and (is_only_a_product(head) or _is_plain_int8(head))
@@ -455,9 +464,9 @@ def _loss_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 _ATTENTIONS = (GemmaAttention, Gemma2Attention, Gemma3Attention)
 _HEADS = (PaliGemmaForConditionalGeneration, GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM)
 _FORWARDS: dict[str, tuple[tuple[type[nn.Module], ...], Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
-    "rms_norm": ((GemmaRMSNorm, Gemma2RMSNorm, Gemma3RMSNorm), _norm_forward),
+    "rms_norm": ((GemmaRMSNorm, Gemma2RMSNorm, Gemma3RMSNorm), lambda original: _norm_forward),
     "rotary": (_ATTENTIONS, _attention_forward),
-    "mlp": ((GemmaMLP, Gemma2MLP, Gemma3MLP), _mlp_forward),
+    "mlp": ((GemmaMLP, Gemma2MLP, Gemma3MLP), lambda original: GeGLUMLP.forward),
     "loss": (_HEADS, _loss_forward),
 }
 """For each of `patch`'s options: the classes whose forwards it replaces, and what makes the new one of the old."""
