@@ -35,14 +35,13 @@ def main():
     patch(model)
 
     picture = Image.open(EMBEDDED_CHECKPOINT / "samples" / "banana_and_owl.png").convert("RGB")
-    pictures = [picture, ImageOps.mirror(picture)] * 40
+    pictures = [picture, ImageOps.mirror(picture)] * 60
     print("before:", answer(model, processor, picture))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
             per_device_train_batch_size=2,
             learning_rate=1e-3,
-            lr_scheduler_type="constant_with_warmup",
             warmup_steps=5,
             num_train_epochs=1,
             logging_steps=10,

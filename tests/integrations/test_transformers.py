@@ -99,7 +99,14 @@ def paligemma(kind: str = "gemma", attention: str = "eager", **text: Any) -> Any
 
 
 def text_model(model_type: str, attention: str = "eager", **text: Any) -> Any:
-    extra = {"query_pre_attn_scalar": 24, "sliding_window": WINDOW} if model_type != "gemma" else {}
+    extra: dict[str, Any] = {}
+    if model_type != "gemma":
+        extra = {"query_pre_attn_scalar": 24, "sliding_window": WINDOW}
+    if model_type == "gemma3":  # two bases, one of them scaled, as in the released models
+        scaled = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+        plain = {"rope_type": "default", "rope_theta": 1e4}
+        extra["rope_parameters"] = {"full_attention": scaled, "sliding_attention": plain}
+        extra["layer_types"] = ["sliding_attention", "full_attention"]
     config = TEXTS[model_type](**{**TEXT, **extra, **text})
     return randomised(AutoModelForCausalLM.from_config(config, attn_implementation=attention))
 
@@ -303,9 +310,11 @@ def test_text_models(model_type: str) -> None:
         valid = inputs["attention_mask"].bool()
         labels = inputs["input_ids"].where(valid & valid.roll(1, 1), -100)
         assert_logits_equal(ours(**inputs), theirs(**inputs), inputs["attention_mask"])
-        # What Trainer passes where it accumulates gradients.
-        expected = theirs(**inputs, labels=labels, num_items_in_batch=torch.tensor(17))
-        actual = ours(**inputs, labels=labels, num_items_in_batch=torch.tensor(17))
+        # What Trainer passes where it accumulates gradients, and where it splits sequences.
+        options = {"num_items_in_batch": torch.tensor(17)}
+        if side == "left":
+            options["shift_labels"] = nn.functional.pad(labels, (1, -1), value=-100)
+        expected, actual = (one(**inputs, labels=labels, **options) for one in (theirs, ours))
         torch.testing.assert_close(actual.loss, expected.loss, atol=1e-5, rtol=1e-5)
         expected.loss.backward()
         actual.loss.backward()
