@@ -70,7 +70,7 @@ def _mask(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Tensor:
-    """Give lengths for `_attention`, int32 [B, parts, 1, 4 + window], or, if none mean the mask, itself, bool [B, 1, Sq, Skv].
+    """Give lengths for `_attention`, int32 [B, parts, 4 + window, 1], or, if none mean the mask, itself, bool [B, 1, Sq, Skv].
 
     The lengths are guessed from the dense mask, and taken only if they lead to the very same one: S² bytes per example for a
     moment, where attention itself needs more. Rows of padding, which nobody looks at, may differ.
@@ -98,12 +98,12 @@ def _mask(
         about_them = queries[-1] + 1 == attention_mask.shape[1]
         rows = nn.functional.pad(attention_mask.bool(), (0, missing))[:, queries] | ~about_them
     lengths = _lengths(visible & rows[..., None], rows, queries[0] - kv_offset)
-    choices = [lengths[:, None, None]]
+    choices = [lengths[:, None, :, None]]
     if local_size is not None:
         # The kernel's window never hides the prefix, transformers' does from what comes after it: two parts.
         causal = lengths * lengths.new_tensor([0, 1, 1, 1])
-        parts = torch.stack((lengths, causal), 1)[:, :, None]
-        choices += [nn.functional.pad(part, (0, local_size)) for part in (parts[:, 1:], parts)]
+        parts = torch.stack((lengths, causal), 1)[..., None]
+        choices += [nn.functional.pad(part, (0, 0, 0, local_size)) for part in (parts[:, 1:], parts)]
     same = [(_visible(choice, q_length, kv_length) == dense) | ~rows[:, None, :, None] for choice in choices]
     fits = torch.stack([cells.all() for cells in same]).tolist()
     return choices[fits.index(True)] if any(fits) else dense
@@ -136,7 +136,7 @@ def _by_parts(mask: Tensor, q_len: int, result: Callable[[Any, int | None], Tens
 
     The window is the tensor's size, for a kernel needs an int, and no device should be waited for in every layer.
     """
-    parts, window = [part[:, 0, :4].unbind(1) for part in mask.unbind(1)], mask.shape[3] - 4 or None
+    parts, window = [part[:, :4, 0].unbind(1) for part in mask.unbind(1)], mask.shape[2] - 4 or None
     out = result(parts[-1], window)
     if len(parts) == 1:
         return out
@@ -172,6 +172,8 @@ def _attention(
         if causal:
             attention_mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril()[None, None]
     elif attention_mask.dtype == torch.int32:
+        if attention_mask.shape[1] > 2 or attention_mask.shape[2] < 4 or attention_mask.shape[3] != 1:
+            raise ValueError(f"{type(module).__name__} has changed the mask; use another attn_implementation for it")
         if ours:
             names = ("prefix_lens", "kv_starts", "kv_lens", "q_starts")
             out = _by_parts(attention_mask, q_len, lambda part, window: attend(**dict(zip(names, part)), window=window))

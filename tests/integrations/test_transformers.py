@@ -258,7 +258,7 @@ def both_masks(**options: Any) -> tuple[Tensor, Tensor]:
 def test_masks_become_lengths(name: str) -> None:
     options, (parts, size) = EXPRESSIBLE[name]
     mask, dense = both_masks(**options)
-    assert mask.dtype == torch.int32 and mask.shape == (2, parts, 1, size)
+    assert mask.dtype == torch.int32 and mask.shape == (2, parts, size, 1)
     rows = torch.ones(dense.shape[:3], dtype=torch.bool)
     if "attention_mask" in options:
         first = int(options.get("q_offset", 0))
@@ -442,6 +442,14 @@ def test_unknown_attention_is_refused(option: str) -> None:
     q = torch.zeros(1, 1, 2, 4)
     with pytest.raises(ValueError, match=f"{option}: not supported"):
         integration._attention(nn.Module(), q, q, q, None, **{option: q})
+
+
+def test_changed_mask_is_refused() -> None:
+    """Some models of transformers work on the mask as if it were a dense one."""
+    q = torch.zeros(2, 1, 8, 4)
+    lengths, _ = both_masks()
+    with pytest.raises(ValueError, match="has changed the mask"):
+        integration._attention(nn.Module(), q, q, q, lengths * torch.ones(2, 1, 1, 8, dtype=torch.int32))
 
 
 def test_loss_is_left_to_transformers_where_it_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
