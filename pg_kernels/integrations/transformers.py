@@ -132,17 +132,17 @@ def _visible(mask: Tensor, q_len: int, kv_len: int) -> Tensor:
 
 
 def _by_parts(mask: Tensor, q_len: int, result: Callable[[Any, int | None], Tensor]) -> Tensor:
-    """What `result` [B, H, Sq, N] is for lengths of `_mask`; of two parts the first is the prefix's queries', without a window.
+    """What `result` [B, H, Sq, N] is for lengths of `_mask`; of two parts, the first is for the queries in the prefix.
 
     The window is the tensor's size, for a kernel needs an int, and no device should be waited for in every layer.
     """
     parts, window = [part[:, :4, 0].unbind(1) for part in mask.unbind(1)], mask.shape[2] - 4 or None
-    out = result(parts[-1], window)
+    results = [result(part, window) for part in parts]
     if len(parts) == 1:
-        return out
+        return results[0]
     prefix, start, _, q_start = parts[0]
     inside = q_start[:, None] + torch.arange(q_len, device=mask.device) < (start + prefix)[:, None]
-    return torch.where(inside[:, None, :, None], result(parts[0], None), out)
+    return torch.where(inside[:, None, :, None], results[0], results[1])
 
 
 def _attention(
