@@ -169,7 +169,7 @@ def _attention(
         causal = q_len > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
         if ours:
             return attend(q_starts=0, causal=causal).transpose(1, 2).contiguous(), None
-        if causal:
+        if causal and softcap is not None:
             attention_mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril()[None, None]
     elif attention_mask.dtype == torch.int32:
         if attention_mask.shape[1] > 2 or attention_mask.shape[2] < 4 or attention_mask.shape[3] != 1:
@@ -181,7 +181,7 @@ def _attention(
         attention_mask = _visible(attention_mask, q_len, kv_len)
     if softcap is None:
         arguments = (module, query, key, value, attention_mask)
-        return sdpa_attention_forward(*arguments, dropout=dropout, scaling=scaling, is_causal=False, **options)
+        return sdpa_attention_forward(*arguments, dropout=dropout, scaling=scaling, is_causal=is_causal, **options)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         bias = torch.zeros((), dtype=query.dtype, device=query.device)
         attention_mask = bias.where(attention_mask, torch.finfo(query.dtype).min)
@@ -347,7 +347,7 @@ def _kind(module: nn.Module) -> str:
 def _patched(cls: Any) -> Any:
     """A subclass with our forward that looks like the class itself, for checkpoints and PEFT know classes by their names."""
     forward = next(forward for classes, forward in _FORWARDS.values() if cls in classes)
-    body = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body = {name: getattr(cls, name) for name in ("__module__", "__doc__")}
     return type(cls.__name__, (cls,), {**body, "forward": forward(cls.forward), "_pg_kernels_original": cls})
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
@@ -243,6 +244,12 @@ INEXPRESSIBLE = {
     "chunks": {"mask_function": masks.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long))},
     "two images": {"mask_function": blocks([[-1, 0, 0, -1, 1, 1, -1, -1]] * 2)},
     "image after text": {"mask_function": blocks([[-1, -1, 0, 0, 0, -1, -1, -1]] * 2)},
+    # Only rows that a padding mask ends with can be padding.
+    "longer mask": {
+        "q_length": 3,
+        "attention_mask": PADDED[:1].expand(2, -1),
+        "mask_function": lambda b, h, q, k: ((q == 0) & (k == 5)) | ((q > 0) & (k <= q + 4)),
+    },
     "bidirectional window": {"mask_function": masks.sliding_window_bidirectional_mask_function(2), "local_size": 2},
 }
 
@@ -271,6 +278,31 @@ def test_masks_become_lengths(name: str) -> None:
 def test_other_masks_stay_dense(name: str) -> None:
     mask, dense = both_masks(**INEXPRESSIBLE[name])
     assert mask.dtype == torch.bool and torch.equal(mask, dense)
+
+
+def test_prefix_is_what_the_first_query_sees_of_the_future() -> None:
+    for function, expected in ((masks.causal_mask_function, [0, 0]), (blocks(PREFIX), [5, 3])):
+        assert both_masks(mask_function=function)[0][:, 0, 0, 0].tolist() == expected
+    padded, _ = both_masks(mask_function=blocks(PREFIX), attention_mask=PADDED)
+    assert padded[:, 0, :, 0].tolist() == [[3, 2, 8, 0], [3, 0, 5, 0]]  # prefix, start, end, first position
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("is_causal", [None, True, False])
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_no_mask_means_what_it_means_to_sdpa(q_len: int, is_causal: bool | None, dropout: float) -> None:
+    q, k, v = torch.randn(2, 2, q_len, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    outputs = []
+    for attend in (integration._attention, integration.sdpa_attention_forward):
+        torch.manual_seed(0)
+        outputs.append(attend(nn.Module(), q, k, v, None, is_causal=is_causal, dropout=dropout)[0])
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    module = nn.Module().eval()  # in which transformers' eager attention, the fallback with a softcap, does not drop
+    module.num_key_value_groups = 1
+    with_softcap = {"is_causal": is_causal, "softcap": 2.0, "scaling": 1.0}
+    actual, _ = integration._attention(module, q, k, v, None, dropout=dropout, **with_softcap)
+    expected, _ = integration._attention(module, q, k, v, None, **with_softcap)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 # Logits, losses, gradients
@@ -335,6 +367,24 @@ def test_fused_rotary(model_type: str) -> None:
         assert torch.equal(ours.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
         again = unpatch(ours)(**inputs)
         assert torch.equal(again.logits, theirs(**inputs).logits)
+
+
+@pytest.mark.parametrize("model_type", TEXTS)
+def test_fused_rotary_passes_on_what_any_attention_gets(model_type: str) -> None:
+    """Others than ours may want the window."""
+    seen: list[dict[str, Any]] = []
+
+    def record(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
+        seen.append({name: value for name, value in options.items() if not isinstance(value, Tensor)})
+        return v.repeat_interleave(2, 1).transpose(1, 2), None
+
+    AttentionInterface.register("record", record)
+    theirs = text_model(model_type, "record", attention_dropout=0.25).train()
+    theirs(**text_batch())
+    with pg.backend("reference"):
+        patched(theirs, attention=False)(**text_batch())
+    layers = len(seen) // 2
+    assert layers == 2 and seen[layers:] == seen[:layers]
 
 
 def test_siglip() -> None:
@@ -446,6 +496,17 @@ def test_unknown_attention_is_refused(option: str) -> None:
         integration._attention(nn.Module(), q, q, q, None, **{option: q})
 
 
+def test_hooks_see_their_layers() -> None:
+    theirs = paligemma().train()
+    ours, seen = patched(theirs), []
+    hooked = {"lm_head": ours.lm_head, "up_proj": ours.model.language_model.layers[1].mlp.up_proj}
+    for name, layer in hooked.items():
+        layer.register_forward_hook(lambda module, inputs, output, name=name: seen.append(name))
+    output = ours(**labelled())
+    assert seen == ["up_proj", "lm_head"] and output.logits is not None
+    torch.testing.assert_close(output.loss, theirs(**labelled()).loss, atol=1e-5, rtol=1e-5)
+
+
 def test_changed_mask_is_refused() -> None:
     """Some models of transformers work on the mask as if it were a dense one."""
     q = torch.zeros(2, 1, 8, 4)
@@ -464,7 +525,11 @@ def test_loss_is_left_to_transformers_where_it_is_another(monkeypatch: pytest.Mo
     assert ours(**labelled(), skip_logits=True).logits is None
     loss, *_ = ours(**labelled(), skip_logits=True, return_dict=False)
     assert loss.dim() == 0 and losses.calls == 2
-    ours.train().loss_function = lambda logits, labels, **_: logits.sum() * 0 + 3
+    inputs = labelled()
+    inputs["labels"] = inputs["labels"].clamp(min=-1)
+    expected = paligemma()(**inputs, ignore_index=-1).loss
+    torch.testing.assert_close(ours.train()(**inputs, ignore_index=-1).loss, expected, atol=1e-5, rtol=1e-5)
+    ours.loss_function = lambda logits, labels, **_: logits.sum() * 0 + 3
     output = ours(**labelled())
     assert output.loss == 3 and output.logits is not None
 
