@@ -91,6 +91,10 @@ def _mask(
     if dense.shape[1] != 1 or not dense.numel():
         return dense
     visible = dense[:, 0]
+    if q_length == 1:  # when decoding: any run of keys is a prefix of its own
+        start, end = _span(visible[:, 0])
+        run = torch.stack((end - start, start, end, torch.zeros_like(start)), 1).int()[:, None, :, None]
+        return run if bool((visible.sum(2)[:, 0] == end - start).all()) else dense
     queries = torch.arange(q_length, device=visible.device) + q_offset
     rows = torch.ones(batch_size, q_length, dtype=torch.bool, device=visible.device)
     if attention_mask is not None:
@@ -111,14 +115,16 @@ def _mask(
 
 def _lengths(visible: Tensor, rows: Tensor, q_start: Tensor) -> Tensor:
     """Prefix length, start, end and first position, int32 [B, 4], that bool [B, Sq, Skv] would have; `rows` [B, Sq] count."""
-    key = torch.arange(visible.shape[2], device=visible.device)
-    seen = visible.any(1)
-    start = seen.int().argmax(1)
-    end = (seen * (key + 1)).amax(1)
+    start, end = _span(visible.any(1))
     first = rows.int().argmax(1)  # the first query that is no padding: what it sees of the future is the prefix
-    horizon = (visible[torch.arange(len(first), device=first.device), first] * (key + 1)).amax(1)
+    _, horizon = _span(visible[torch.arange(len(first), device=first.device), first])
     prefix = (horizon - start).where(horizon > q_start + first + 1, 0)
     return torch.stack((prefix, start, end, q_start.expand_as(start)), 1).int()
+
+
+def _span(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """The first true key of bool [B, Skv], and the one after the last; 0 and 0 where there is none."""
+    return seen.int().argmax(1), (seen * torch.arange(1, seen.shape[1] + 1, device=seen.device)).amax(1)
 
 
 def _visible(mask: Tensor, q_len: int, kv_len: int) -> Tensor:

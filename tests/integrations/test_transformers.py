@@ -240,6 +240,7 @@ EXPRESSIBLE = {
 }
 INEXPRESSIBLE = {
     "hole": {"attention_mask": HOLE},
+    "hole, when decoding": {"q_length": 1, "q_offset": 7, "attention_mask": HOLE},
     "packed": {"mask_function": masks.and_masks(masks.causal_mask_function, PACKED)},
     "chunks": {"mask_function": masks.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long))},
     "two images": {"mask_function": blocks([[-1, 0, 0, -1, 1, 1, -1, -1]] * 2)},
