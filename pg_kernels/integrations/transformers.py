@@ -114,7 +114,7 @@ def _mask(
 
 
 def _lengths(visible: Tensor, rows: Tensor, q_start: Tensor) -> Tensor:
-    """Prefix length, start, end and first position, int32 [B, 4], that bool [B, Sq, Skv] would have; `rows` [B, Sq] count."""
+    """The four of _LENGTHS, int32 [B, 4], that bool [B, Sq, Skv] would have; `rows` [B, Sq] count."""
     start, end = _span(visible.any(1))
     first = rows.int().argmax(1)  # the first query that is no padding: what it sees of the future is the prefix
     _, horizon = _span(visible[torch.arange(len(first), device=first.device), first])
@@ -129,26 +129,24 @@ def _span(seen: Tensor) -> tuple[Tensor, Tensor]:
 
 def _visible(mask: Tensor, q_len: int, kv_len: int) -> Tensor:
     """The dense mask, bool [B, 1, Sq, Skv], that lengths of `_mask` mean."""
-
-    def seen(part: Any, window: int | None) -> Tensor:
-        prefix, start, end, q_start = part
-        return visible_keys(q_len, kv_len, prefix, start, end, q_start, True, window)[:, None]
-
-    return _by_parts(mask, q_len, seen)
+    return _by_parts(mask, q_len, lambda **part: visible_keys(q_len, kv_len, causal=True, **part)[:, None])
 
 
-def _by_parts(mask: Tensor, q_len: int, result: Callable[[Any, int | None], Tensor]) -> Tensor:
+def _by_parts(mask: Tensor, q_len: int, result: Callable[..., Tensor]) -> Tensor:
     """What `result` [B, H, Sq, N] is for lengths of `_mask`; of two parts, the first is for the queries in the prefix.
 
     The window is the tensor's size, for a kernel needs an int, and no device should be waited for in every layer.
     """
-    parts, window = [part[:, :4, 0].unbind(1) for part in mask.unbind(1)], mask.shape[2] - 4 or None
-    results = [result(part, window) for part in parts]
+    parts = [dict(zip(_LENGTHS, part[:, :4, 0].unbind(1), strict=True)) for part in mask.unbind(1)]
+    results = [result(**part, window=mask.shape[2] - 4 or None) for part in parts]
     if len(parts) == 1:
         return results[0]
-    prefix, start, _, q_start = parts[0]
-    inside = q_start[:, None] + torch.arange(q_len, device=mask.device) < (start + prefix)[:, None]
+    positions = parts[0]["q_starts"][:, None] + torch.arange(q_len, device=mask.device)
+    inside = positions < (parts[0]["kv_starts"] + parts[0]["prefix_lens"])[:, None]
     return torch.where(inside[:, None, :, None], results[0], results[1])
+
+
+_LENGTHS = ("prefix_lens", "kv_starts", "kv_lens", "q_starts")
 
 
 def _attention(
@@ -162,39 +160,42 @@ def _attention(
     is_causal: bool | None = None,
     softcap: float | None = None,
     **options: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attend with query [B, H, Sq, D] and key and value [B, Hkv, Skv, D], as transformers asks for it; [B, Sq, H, D]."""
     for unknown in ("s_aux", "cache"):  # attention sinks, paged caches
         if options.get(unknown) is not None:
             raise ValueError(f"{unknown}: not supported by attn_implementation={NAME!r}")
-    q_len, kv_len = query.shape[2], key.shape[2]
-    attend: Any = functools.partial(prefix_lm_attention, query, key, value, scale=scaling, softcap=softcap)
-    ours = not dropout and key.shape == value.shape and options.get("position_bias") is None
-    if attention_mask is None:
-        # As for transformers' SDPA: one query sees everything, several begin at the first key.
-        causal = q_len > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        if ours:
-            return attend(q_starts=0, causal=causal).transpose(1, 2).contiguous(), None
-        if causal and softcap is not None:
-            attention_mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril()[None, None]
-    elif attention_mask.dtype == torch.int32:
-        if attention_mask.shape[1] > 2 or attention_mask.shape[2] < 4 or attention_mask.shape[3] != 1:
-            raise ValueError(f"{type(module).__name__} has changed the mask; use another attn_implementation for it")
-        if ours:
-            names = ("prefix_lens", "kv_starts", "kv_lens", "q_starts")
-            out = _by_parts(attention_mask, q_len, lambda part, window: attend(**dict(zip(names, part)), window=window))
-            return out.transpose(1, 2).contiguous(), None
-        attention_mask = _visible(attention_mask, q_len, kv_len)
+    compact = attention_mask if attention_mask is not None and attention_mask.dtype == torch.int32 else None
+    if compact is not None and not _is_whole(compact):
+        raise ValueError(f"{type(module).__name__} has changed the mask; use another attn_implementation for it")
+    # As for transformers' SDPA: without a mask one query sees everything, and several begin at the first key.
+    causal = query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if dropout or key.shape != value.shape or options.get("position_bias") is not None:
+        if compact is not None:
+            attention_mask = _visible(compact, query.shape[2], key.shape[2])
+    elif compact is not None or attention_mask is None:
+        attend = functools.partial(prefix_lm_attention, query, key, value, scale=scaling, softcap=softcap)
+        out = attend(q_starts=0, causal=causal) if compact is None else _by_parts(compact, query.shape[2], attend)
+        return out.transpose(1, 2).contiguous(), None
     if softcap is None:
         arguments = (module, query, key, value, attention_mask)
         return sdpa_attention_forward(*arguments, dropout=dropout, scaling=scaling, is_causal=is_causal, **options)
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        bias = torch.zeros((), dtype=query.dtype, device=query.device)
-        attention_mask = bias.where(attention_mask, torch.finfo(query.dtype).min)
-    out, _ = eager_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap
-    )
-    return out, None
+    bias: Any = _bias(attention_mask, query, key, causal)
+    return eager_attention_forward(module, query, key, value, bias, dropout=dropout, scaling=scaling, softcap=softcap)
+
+
+def _is_whole(mask: Tensor) -> bool:
+    """Whether int32 is what `_mask` gave: some models work on a mask as if it were dense, or slice it along the keys."""
+    return mask.dim() == 4 and mask.shape[1] <= 2 and mask.shape[2] >= 4 and mask.shape[3] == 1
+
+
+def _bias(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
+    """A dense mask as transformers' eager attention wants it: added to the scores."""
+    if mask is None and causal:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros((), dtype=query.dtype, device=query.device).where(mask, torch.finfo(query.dtype).min)
 
 
 @dataclass
