@@ -94,7 +94,7 @@ def _mask(
     if q_length == 1:  # when decoding: any run of keys is a prefix of its own
         start, end = _span(visible[:, 0])
         run = torch.stack((end - start, start, end, torch.zeros_like(start)), 1).int()[:, None, :, None]
-        return run if bool((visible.sum(2)[:, 0] == end - start).all()) else dense
+        return _adjacent(run) if bool((visible.sum(2)[:, 0] == end - start).all()) else dense
     queries = torch.arange(q_length, device=visible.device) + q_offset
     rows = torch.ones(batch_size, q_length, dtype=torch.bool, device=visible.device)
     if attention_mask is not None:
@@ -110,7 +110,12 @@ def _mask(
         choices += [nn.functional.pad(part, (0, 0, 0, local_size)) for part in (parts[:, 1:], parts)]
     same = [(_visible(choice, q_length, kv_length) == dense) | ~rows[:, None, :, None] for choice in choices]
     fits = torch.stack([cells.all() for cells in same]).tolist()
-    return choices[fits.index(True)] if any(fits) else dense
+    return _adjacent(choices[fits.index(True)]) if any(fits) else dense
+
+
+def _adjacent(mask: Tensor) -> Tensor:
+    """The same with a length's numbers for all examples side by side in memory, where a kernel needs no copy of them."""
+    return mask.movedim(0, -1).contiguous().movedim(-1, 0)
 
 
 def _lengths(visible: Tensor, rows: Tensor, q_start: Tensor) -> Tensor:

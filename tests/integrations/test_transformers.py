@@ -57,7 +57,7 @@ TEXT = {
 VISION = {
     "model_type": "siglip_vision_model",
     "vision_use_head": False,
-    "hidden_size": 24,
+    "hidden_size": 32,
     "intermediate_size": 40,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
@@ -267,6 +267,7 @@ def test_masks_become_lengths(name: str) -> None:
     options, (parts, size) = EXPRESSIBLE[name]
     mask, dense = both_masks(**options)
     assert mask.dtype == torch.int32 and mask.shape == (2, parts, size, 1)
+    assert all(length.is_contiguous() for length in mask.flatten(1).unbind(1))
     rows = torch.ones(dense.shape[:3], dtype=torch.bool)
     if "attention_mask" in options:
         first = int(options.get("q_offset", 0))
@@ -332,6 +333,28 @@ def test_gradients(model: Any) -> None:
     expected.loss.backward()
     actual.loss.backward()
     assert_gradients_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else ["cpu"],  # in the interpreter
+)
+def test_triton_kernels(model: Any, device: str) -> None:
+    """All of them, with rotary embeddings, which are transformers' where there are none."""
+    pytest.importorskip("triton")
+    theirs, ours = copy.deepcopy(model).train().to(device), patched(model).train().to(device)
+    inputs = {name: tensor.to(device) for name, tensor in labelled().items()}
+    prompts = {name: tensor.to(device) for name, tensor in batch("left", suffix=False).items()}
+    options = {"max_new_tokens": 2, "do_sample": False}
+    expected = theirs(**inputs).loss
+    with pg.backend("triton"):
+        actual = ours(**inputs).loss
+        actual.backward()
+        tokens = ours.eval().generate(**prompts, **options)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    expected.backward()
+    assert_gradients_equal(ours, theirs)
+    assert torch.equal(tokens, theirs.eval().generate(**prompts, **options))
 
 
 @pytest.mark.parametrize("model_type", TEXTS)
