@@ -72,8 +72,8 @@ def _mask(
 ) -> Tensor:
     """Give lengths for `_attention`, int32 [B, parts, 4 + window, 1], or, if none mean the mask, itself, bool [B, 1, Sq, Skv].
 
-    The lengths are guessed from the dense mask, and taken only if they lead to the very same one: S² bytes per example for a
-    moment, where attention itself needs more. Rows of padding, which nobody looks at, may differ.
+    The lengths are guessed from the dense mask, and taken only if they lead to the very same one: some bytes for each query and
+    key, for a moment and once for all layers. Rows of padding, which nobody looks at, may differ.
     """
     dense: Any = sdpa_mask(
         batch_size=batch_size,
@@ -235,7 +235,8 @@ def patch(
         attention: `register`, and switch to it.
         loss: with labels, in training, compute the loss without logits: `output.logits` is None. An argument `skip_logits` of
             the model's forward overrules this, either way.
-        int8: "int8" or "int8-dynamic" also replaces nn.Linear layers as `quantize_` does, for good, but for adapters.
+        int8: "int8" or "int8-dynamic" also replaces nn.Linear layers as `quantize_` does, for good, but for adapters;
+            `save_pretrained` then raises ValueError, except for adapters.
 
     Returns:
         The model.
@@ -260,6 +261,8 @@ def patch(
         )
     if int8 is not None:
         quantize_(model, int8, skip=_is_adapter(model))
+        for top in _outermost(model):
+            vars(top)["save_pretrained"] = _refuse_to_save
     configs = {id(m.config): m.config for top in outermost for m in top.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]
     vars(model)["_pg_kernels_patch"] = _Patch(before, int8 is not None)
@@ -345,6 +348,11 @@ def _is_adapter(model: nn.Module) -> Callable[[str, Any], bool]:
         if isinstance(module, BaseTunerLayer):
             own |= set(module.modules()) - set(module.get_base_layer().modules())
     return lambda name, layer: layer in own or bool(layer.weight.requires_grad)
+
+
+def _refuse_to_save(*args: Any, **options: Any) -> None:
+    """transformers would read levels as if they were weights, and only warn of scales that it does not know."""
+    raise ValueError("save_pretrained: transformers cannot load int8 weights; save the model before, or its adapters")
 
 
 def _kind(module: nn.Module) -> str:

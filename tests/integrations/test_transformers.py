@@ -777,7 +777,7 @@ def test_peft(model: Any, order: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["int8", "int8-dynamic"])
-def test_int8(mode: str) -> None:
+def test_int8(mode: str, tmp_path: Path) -> None:
     """Weights rounded to 8 bits by row are off by up to 0.4 % of its largest; random logits move by a few per cent."""
     theirs = paligemma()
     ours = patched(theirs, int8=mode)
@@ -789,10 +789,14 @@ def test_int8(mode: str) -> None:
     assert sum(type(module) is Int8Linear for module in ours.modules()) == 2 * 7 + 6 + 2
     with pytest.raises(ValueError, match="int8 has replaced the float weights"):
         unpatch(ours)
+    with pytest.raises(ValueError, match="transformers cannot load int8 weights"):
+        ours.save_pretrained(tmp_path)
     adapted = patch(lora(copy.deepcopy(theirs)), int8=mode).train()
     adapted(**inputs).loss.backward()
     trained = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
     assert trained and trained == {name for name, _ in adapted.named_parameters() if "lora_" in name}
+    adapted.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
 class Examples(torch.utils.data.Dataset):
