@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from . import drop_in
 from .compare import compare, markdown
 from .extension import extension_kernels
 from .readme import update
@@ -75,6 +76,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     sessions.set_defaults(command=_session)
 
+    training = commands.add_parser(
+        "drop-in",
+        help="training with transformers, patched and not: time, memory, losses, on this CPU",
+        description="Fine-tune the built-in model by LoRA with transformers' Trainer, and take steps over PaliGemma's whole "
+        "vocabulary, each with transformers as it is and patched; store times, memory and losses.",
+    )
+    training.add_argument("out", type=Path, metavar="FOLDER", help="where drop-in.json, .md and .png go")
+    training.add_argument("--rounds", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")
+    training.set_defaults(command=_drop_in)
+
     resources = commands.add_parser(
         "resources",
         help="compile the Triton kernels for GPUs: a Markdown table of registers, spills, shared memory and tensor cores",
@@ -130,6 +141,16 @@ def _session(options: argparse.Namespace) -> int:
     )
     print(markdown_sessions(content))
     return 1 if content["failed"] else 0
+
+
+def _drop_in(options: argparse.Namespace) -> int:
+    if options.rounds < 1:
+        raise ValueError(f"--rounds: expected at least 1, got {options.rounds}")
+    content = drop_in.run(
+        options.out, rounds=options.rounds, command=f"python -m benchmarks drop-in --rounds {options.rounds}"
+    )
+    print(drop_in.markdown(content))
+    return 0
 
 
 def _resources(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""A robot policy in the shape of pi0, in plain PyTorch and on pg_kernels: time per chunk of actions, and how far they differ.
+"""A robot policy in the shape of pi0, as transformers runs it and patched: time per chunk of actions, and how far they differ.
 
 python examples/robot_policy.py [--size tiny|base] [--dtype float32|bfloat16] [--rounds N] [--seed N]
 
@@ -14,20 +14,19 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Cache, GemmaConfig, GemmaModel, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-import pg_kernels as pg
-from pg_kernels import nn as pg_nn
+from pg_kernels.integrations.transformers import patch
 
 STEPS = 10
+PLAIN = "transformers"
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,45 @@ class Size:
     layers: int
     heads: int
     head_dim: int
-    kv_heads: int = 1
     prompt: int = 16
     actions: int = 50
     action_dim: int = 32
     patch: int = 14
     vocabulary: int = 1024
+
+    @property
+    def image_tokens(self) -> int:
+        return self.cameras * (self.image_size // self.patch) ** 2
+
+    def gemma(self, width: int, mlp: int) -> dict[str, Any]:
+        return {
+            "model_type": "gemma",
+            "vocab_size": self.vocabulary,
+            "hidden_size": width,
+            "intermediate_size": mlp,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": 1,
+            "head_dim": self.head_dim,
+        }
+
+    def paligemma(self) -> PaliGemmaConfig:
+        vision = {
+            "model_type": "siglip_vision_model",
+            "hidden_size": self.vision_width,
+            "intermediate_size": self.vision_mlp,
+            "num_hidden_layers": self.vision_layers,
+            "num_attention_heads": self.vision_heads,
+            "image_size": self.image_size,
+            "patch_size": self.patch,
+            "vision_use_head": False,
+        }
+        return PaliGemmaConfig(
+            vision_config=vision,
+            text_config=self.gemma(self.width, self.mlp),
+            projection_dim=self.width,
+            image_token_index=self.vocabulary - 1,
+        )
 
 
 SIZES = {
@@ -61,197 +93,58 @@ SIZES = {
 }
 
 
-# --- the layers, as transformers writes them
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        total = x if residual is None else x + residual
-        wide = total.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * (1.0 + self.weight.float())
-        return normed.to(x.dtype) if residual is None else (normed.to(x.dtype), total)
-
-
-class GeGLUMLP(nn.Module):
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
-        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
-        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
-
-
-class Attention(nn.Module):
-    """Over a static cache, all of which up to the last token is seen."""
-
-    def __init__(self, hidden_size: int, heads: int, kv_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.q_proj = nn.Linear(hidden_size, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=False)
-
-    def forward(
-        self, x: Tensor, positions: Tensor, *, cache: tuple[Tensor, Tensor], q_starts: int, kv_lens: int, **_: Any
-    ) -> Tensor:
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        frequencies = 10_000.0 ** (-torch.arange(0, self.head_dim, 2) / self.head_dim)
-        angles = (positions[:, None] * frequencies).repeat(1, 2)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        q, k = (
-            y * cos + torch.cat((-y[..., y.shape[-1] // 2 :], y[..., : y.shape[-1] // 2]), -1) * sin for y in (q, k)
-        )
-        for kept, new in zip(cache, (k, v), strict=True):
-            kept[:, :, q_starts:kv_lens] = new
-        k, v = (kept[:, :, :kv_lens] for kept in cache)
-        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-
-@dataclass(frozen=True)
-class Layers:
-    """What a policy is built from: classes that are made and called alike, and whose parameters have the same names."""
-
-    rms_norm: Callable[..., nn.Module]
-    layer_norm: Callable[..., nn.Module]
-    mlp: Callable[..., nn.Module]
-    attention: Callable[..., nn.Module]
-    image_attention: Callable[..., Tensor]
-
-
-PLAIN = Layers(RMSNorm, nn.LayerNorm, GeGLUMLP, Attention, F.scaled_dot_product_attention)
-KERNELS = Layers(
-    pg_nn.RMSNorm,
-    pg_nn.LayerNorm,
-    pg_nn.GeGLUMLP,
-    pg_nn.PrefixLMAttention,
-    partial(pg.prefix_lm_attention, causal=False),
-)
-
-
-# --- the policy
-
-
-class ImageBlock(nn.Module):
-    def __init__(self, size: Size, layers: Layers) -> None:
-        super().__init__()
-        width = size.vision_width
-        self.heads, self.attention = size.vision_heads, layers.image_attention
-        self.layer_norm1, self.layer_norm2 = layers.layer_norm(width, 1e-6), layers.layer_norm(width, 1e-6)
-        self.qkv_proj, self.out_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, size.vision_mlp), nn.Linear(size.vision_mlp, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv_proj(self.layer_norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out_proj(self.attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
-
-
-class ImageEncoder(nn.Module):
-    """Images [n, 3, H, W] to tokens [n, N, vision_width]."""
-
-    def __init__(self, size: Size, layers: Layers) -> None:
-        super().__init__()
-        self.patch_embedding = nn.Conv2d(3, size.vision_width, size.patch, size.patch)
-        self.position_embedding = nn.Embedding((size.image_size // size.patch) ** 2, size.vision_width)
-        self.layers = nn.Sequential(*(ImageBlock(size, layers) for _ in range(size.vision_layers)))
-        self.post_layernorm = layers.layer_norm(size.vision_width, 1e-6)
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)
-        return self.post_layernorm(self.layers(patches + self.position_embedding.weight))
-
-
-class Block(nn.Module):
-    """Gemma's, over a cache into which it writes its keys and values from `start` on."""
-
-    def __init__(self, width: int, mlp: int, size: Size, layers: Layers) -> None:
-        super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = layers.rms_norm(width), layers.rms_norm(width)
-        self.self_attn = layers.attention(width, size.heads, size.kv_heads, size.head_dim)
-        self.mlp = layers.mlp(width, mlp)
-
-    def forward(self, x: Tensor, cache: tuple[Tensor, Tensor], start: int) -> Tensor:
-        end = start + x.shape[1]
-        positions = torch.arange(start, end)
-        attended = self.self_attn(
-            self.input_layernorm(x),
-            positions,
-            prefix_lens=end,  # all see all: pi0's blocks are bidirectional, and later ones are not there yet
-            kv_lens=end,
-            q_starts=start,
-            cache=cache,
-            slots=positions,
-        )
-        normed, x = self.post_attention_layernorm(attended, residual=x)
-        return x + self.mlp(normed)
-
-
 class Policy(nn.Module):
     """Images, a prompt and the robot's state to a chunk of actions [B, actions, action_dim]."""
 
-    def __init__(self, size: Size, layers: Layers) -> None:
+    def __init__(self, size: Size) -> None:
         super().__init__()
         self.size = size
-        width, expert = size.width, size.expert_width
-        self.vision_tower = ImageEncoder(size, layers)
-        self.projector = nn.Linear(size.vision_width, width)
-        self.embed_tokens = nn.Embedding(size.vocabulary, width)
-        self.language_model = nn.ModuleList(Block(width, size.mlp, size, layers) for _ in range(size.layers))
-        self.expert = nn.ModuleList(Block(expert, size.expert_mlp, size, layers) for _ in range(size.layers))
-        self.norm = layers.rms_norm(expert)
-        self.state_proj = nn.Linear(size.action_dim, expert)
-        self.action_in_proj = nn.Linear(size.action_dim, expert)
-        self.time_mlp_in, self.time_mlp_out = nn.Linear(2 * expert, expert), nn.Linear(expert, expert)
-        self.action_out_proj = nn.Linear(expert, size.action_dim)
+        width = size.expert_width
+        self.paligemma = PaliGemmaForConditionalGeneration(size.paligemma())
+        self.expert = GemmaModel(GemmaConfig(**size.gemma(width, size.expert_mlp)))
+        self.state_proj, self.action_in_proj = nn.Linear(size.action_dim, width), nn.Linear(size.action_dim, width)
+        self.time_mlp_in, self.time_mlp_out = nn.Linear(2 * width, width), nn.Linear(width, width)
+        self.action_out_proj = nn.Linear(width, size.action_dim)
 
-    def prefill(self, images: Tensor, prompt: Tensor, state: Tensor) -> tuple[Tensor, int]:
-        """Write keys and values of all that denoising does not change: the cache [layers, 2, B, Hkv, capacity, D], its length.
+    def prefill(self, images: Tensor, prompt: Tensor, state: Tensor) -> Cache:
+        """Keys and values of all that denoising does not change.
 
         The state's are among them: it sees images and prompt, but no action.
         """
-        batch = len(prompt)
-        features = self.projector(self.vision_tower(images.flatten(0, 1))).unflatten(0, (batch, -1)).flatten(1, 2)
-        x = torch.cat((features, self.embed_tokens(prompt)), 1)
-        shape = (self.size.layers, 2, batch, self.size.kv_heads, x.shape[1] + 1 + self.size.actions, self.size.head_dim)
-        cache, length = x.new_zeros(shape), x.shape[1]
-        run(self.language_model, x, cache, 0)
-        run(self.expert, self.state_proj(state)[:, None], cache, length)
-        return cache, length + 1
+        placeholder = self.paligemma.config.image_token_id
+        ids = torch.cat((torch.full((len(prompt), self.size.image_tokens), placeholder), prompt), 1)
+        seen = self.paligemma.model(
+            input_ids=ids,
+            pixel_values=images.flatten(0, 1),
+            attention_mask=torch.ones_like(ids),
+            token_type_ids=torch.zeros_like(ids),
+            use_cache=True,
+        )
+        self.expert(inputs_embeds=self.state_proj(state)[:, None], past_key_values=seen.past_key_values)
+        return seen.past_key_values
 
-    def velocity(self, actions: Tensor, moment: float, cache: Tensor, length: int) -> Tensor:
+    def velocity(self, actions: Tensor, moment: float, cache: Cache) -> Tensor:
         """Where actions [B, actions, action_dim] should move at a moment in [0, 1]."""
-        half = self.size.expert_width // 2
-        periods = 4e-3 * 1e3 ** torch.linspace(0, 1, half)
+        periods = 4e-3 * 1e3 ** torch.linspace(0, 1, self.size.expert_width // 2)
         angles = 2 * torch.pi * moment / periods
         wave = torch.cat((angles.sin(), angles.cos())).to(actions.dtype).expand(*actions.shape[:2], -1)
         x = self.time_mlp_in(torch.cat((self.action_in_proj(actions), wave), -1))
-        x = run(self.expert, self.time_mlp_out(F.silu(x)), cache, length)
-        return self.action_out_proj(self.norm(x))
+        count, length = actions.shape[1], cache.get_seq_length()
+        out = self.expert(
+            inputs_embeds=self.time_mlp_out(F.silu(x)),
+            # Actions see each other: pi0's blocks are bidirectional.
+            attention_mask=torch.ones(len(actions), 1, count, length + count, dtype=torch.bool),
+            past_key_values=cache,
+        )
+        cache.crop(-count)
+        return self.action_out_proj(out.last_hidden_state)
 
-    def denoise(self, noise: Tensor, cache: Tensor, length: int) -> Tensor:
+    def denoise(self, noise: Tensor, cache: Cache) -> Tensor:
         """Follow the velocity from noise, at 0, to actions, at 1."""
         actions = noise
         for step in range(STEPS):
-            actions = actions + self.velocity(actions, step / STEPS, cache, length) / STEPS
+            actions = actions + self.velocity(actions, step / STEPS, cache) / STEPS
         return actions
-
-
-def run(blocks: nn.ModuleList, x: Tensor, cache: Tensor, start: int) -> Tensor:
-    for block, (keys, values) in zip(blocks, cache, strict=True):
-        x = block(x, (keys, values), start)
-    return x
 
 
 @torch.no_grad()
@@ -260,17 +153,14 @@ def initialize(policy: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight)
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
 
 
-# --- the comparison
-
-
-def quantized(policy: Policy) -> Policy:
-    """A copy with int8 layers; what reads and writes actions stays as it is."""
+def patched(policy: Policy, int8: str | None = None) -> Policy:
+    """A copy on the kernels; what reads and writes actions stays as it is."""
     policy = copy.deepcopy(policy)
-    for part in (policy.vision_tower, policy.language_model, policy.expert):
-        pg.quantize_(part)
+    for model in (policy.paligemma, policy.expert):
+        patch(model, int8=int8)
     return policy
 
 
@@ -286,20 +176,23 @@ def main() -> None:
     size, dtype = SIZES[arguments.size], getattr(torch, arguments.dtype)
 
     torch.manual_seed(arguments.seed)
-    exact = Policy(size, PLAIN).eval()
+    exact = Policy(size).eval()
     initialize(exact)
     plain = copy.deepcopy(exact).to(dtype)
-    kernels = Policy(size, KERNELS).eval().to(dtype)
-    kernels.load_state_dict(plain.state_dict())
-    policies = {"plain PyTorch": plain, "pg_kernels": kernels, "pg_kernels, int8": quantized(kernels)}
+    policies = {
+        PLAIN: plain,
+        "patched": patched(plain),
+        "patched, int8": patched(plain, "int8"),
+        "patched, int8-dynamic": patched(plain, "int8-dynamic"),
+    }
 
     images = torch.rand(1, size.cameras, 3, size.image_size, size.image_size) * 2 - 1
-    prompt = torch.randint(size.vocabulary, (1, size.prompt))
+    prompt = torch.randint(size.vocabulary - 1, (1, size.prompt))
     state, noise = torch.randn(1, size.action_dim), torch.randn(1, size.actions, size.action_dim)
     floats = [tensor.to(dtype) for tensor in (images, state, noise)]
 
     with torch.inference_mode():
-        expected = exact.denoise(noise, *exact.prefill(images, prompt, state))
+        expected = exact.denoise(noise, exact.prefill(images, prompt, state))
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in policies}
         actions = {}
         order = list(policies.items())
@@ -307,9 +200,9 @@ def main() -> None:
             order.append(order.pop(0))  # whoever comes first may find other caches and clocks
             for name, policy in order:
                 begin = time.perf_counter()
-                prefix = policy.prefill(floats[0], prompt, floats[1])
+                cache = policy.prefill(floats[0], prompt, floats[1])
                 middle = time.perf_counter()
-                actions[name] = policy.denoise(floats[2], *prefix)
+                actions[name] = policy.denoise(floats[2], cache)
                 times[name].append((middle - begin, time.perf_counter() - middle))
 
     parameters = sum(parameter.numel() for parameter in plain.parameters()) / 1e6
@@ -317,23 +210,21 @@ def main() -> None:
         f"{arguments.size}: {parameters:.0f} M parameters, {arguments.dtype}, {torch.get_num_threads()} thread(s);",
         end=" ",
     )
-    print(f"{prefix[1]} tokens of images, prompt and state, {size.actions} actions in {STEPS} steps")
-    print(f"{'':18}{'prefix':>10}{f'{STEPS} steps':>12}{'chunk':>12}{'plain ÷ it':>12}{'in rounds':>14}", end="")
+    print(f"{cache.get_seq_length()} tokens of images, prompt and state, {size.actions} actions in {STEPS} steps")
+    print(f"{'':22}{'prefix':>10}{f'{STEPS} steps':>12}{'chunk':>12}{'plain ÷ it':>12}{'in rounds':>14}", end="")
     print(f"{'largest difference':>20}")
     chunks = {name: [sum(parts) for parts in taken[1:]] for name, taken in times.items()}  # the first round warms up
-    theirs = chunks["plain PyTorch"]
+    theirs = chunks[PLAIN]
     for name, chunk in chunks.items():
         before, steps = (median(part) * 1e3 for part in zip(*times[name][1:], strict=True))
         low, _, high = quantiles([their / our for their, our in zip(theirs, chunk, strict=True)], n=4)
         difference = (actions[name].float() - expected).abs().max().item()
-        print(f"{name:18}{before:>7.1f} ms{steps:>9.1f} ms{median(chunk) * 1e3:>9.1f} ms", end="")
+        print(f"{name:22}{before:>7.1f} ms{steps:>9.1f} ms{median(chunk) * 1e3:>9.1f} ms", end="")
         print(f"{median(theirs) / median(chunk):>12.2f}{f'{low:.2f} to {high:.2f}':>14}{difference:>20.1e}")
     print(
         f"Times: medians of {arguments.rounds} rounds; plain ÷ it: their ratio; in rounds: the middle half of each round's."
     )
-    print(
-        f"Differences are from plain PyTorch in float32, of actions whose standard deviation is {expected.std():.2f}."
-    )
+    print(f"Differences are from transformers in float32, of actions whose standard deviation is {expected.std():.2f}.")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SAYS = {"transformers_finetune.py": "after: eine banane und eine eule"}
+SAYS = {
+    "lora_int8.py": "after: loss 0.",
+    "robot_policy.py": "patched, int8-dynamic",
+    "transformers_finetune.py": "after: eine banane und eine eule",
+}
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

@@ -1,4 +1,4 @@
-"""The example policy: on the kernels, with the parameters of its plain PyTorch layers, it acts as they do."""
+"""The example policy acts as it does without the kernels; and an expert of our own modules over our model's cache."""
 
 from __future__ import annotations
 
@@ -21,29 +21,33 @@ def example() -> SimpleNamespace:
     return SimpleNamespace(**runpy.run_path(str(EXAMPLE)))
 
 
-def test_actions_are_those_of_plain_pytorch(example: SimpleNamespace) -> None:
+def test_actions_are_those_of_transformers(example: SimpleNamespace) -> None:
     torch.manual_seed(0)
     size = example.SIZES["tiny"]
-    plain, kernels = example.Policy(size, example.PLAIN).eval(), example.Policy(size, example.KERNELS).eval()
+    plain = example.Policy(size).eval()
     example.initialize(plain)
-    kernels.load_state_dict(plain.state_dict(), strict=True)
     images = torch.rand(2, size.cameras, 3, size.image_size, size.image_size) * 2 - 1
-    prompt, state = torch.randint(size.vocabulary, (2, size.prompt)), torch.randn(2, size.action_dim)
+    prompt, state = torch.randint(size.vocabulary - 1, (2, size.prompt)), torch.randn(2, size.action_dim)
     noise = torch.randn(2, size.actions, size.action_dim)
 
     @torch.inference_mode()
     def act(policy: torch.nn.Module) -> Tensor:
-        prefix = policy.prefill(images, prompt, state)
-        kept = prefix[0].clone()
-        actions = policy.denoise(noise, *prefix)
-        assert torch.equal(prefix[0][..., : prefix[1], :], kept[..., : prefix[1], :])  # computed once
+        cache = policy.prefill(images, prompt, state)
+        kept = [layer.keys.clone() for layer in cache.layers]
+        actions = policy.denoise(noise, cache)
+        assert len(kept) == size.layers and kept[0].shape[2] == size.image_tokens + size.prompt + 1
+        assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, kept, strict=True))
         return actions
 
     expected = act(plain)
     assert expected.shape == noise.shape and not torch.allclose(expected[0], expected[1], atol=0.1)
-    torch.testing.assert_close(act(kernels), expected, rtol=1e-4, atol=1e-4)
-    error = (act(example.quantized(kernels)) - expected).norm() / expected.norm()
-    assert 0 < error < 0.03
+    assert plain.expert.config._attn_implementation == "sdpa"
+    patched = example.patched(plain)
+    assert patched.expert.config._attn_implementation == "pg_kernels"
+    torch.testing.assert_close(act(patched), expected, rtol=1e-4, atol=1e-4)
+    for mode, most in (("int8", 0.05), ("int8-dynamic", 0.1)):
+        error = (act(example.patched(plain, mode)) - expected).norm() / expected.norm()
+        assert 0 < error < most
 
 
 def test_an_expert_over_the_models_cache() -> None:
