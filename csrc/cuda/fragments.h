@@ -15,7 +15,8 @@ struct BFloat16 {
 
   // Of w = 128 s + low with s the sign bit, w = (128 + low) − (128 + 128 s), both exact.
   static __device__ uint32_t pair(uint32_t bytes) {
-    return ptx::subtract_bf16((bytes & 0x007F007Fu) | 0x43004300u, (bytes & 0x00800080u) | 0x43004300u);
+    return ptx::subtract_bf16(ptx::and_or(bytes, 0x007F007Fu, 0x43004300u),
+                              ptx::and_or(bytes, 0x00800080u, 0x43004300u));
   }
   static __device__ uint32_t even(uint32_t bytes) { return pair(bytes); }
   static __device__ uint32_t odd(uint32_t bytes) { return pair(bytes >> 8); }

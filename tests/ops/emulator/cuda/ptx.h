@@ -248,6 +248,7 @@ uint32_t subtract(uint32_t a, uint32_t b) {
 }
 inline uint32_t subtract_bf16(uint32_t a, uint32_t b) { return subtract<from_bf16, to_bf16>(a, b); }
 inline uint32_t subtract_f16(uint32_t a, uint32_t b) { return subtract<from_f16, to_f16>(a, b); }
+inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = uint64_t(b) << 32 | a;
   uint32_t y = 0;
