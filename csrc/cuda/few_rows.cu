@@ -94,10 +94,11 @@ __global__ void __launch_bounds__(kWarps * 32, kTokens == 1 ? 2 : 1) few_rows_ke
     const int tile = row_here / kTileRows, row = place.row + row_here;
     const Weight& weight = weight_of(0);
     if (row >= weight.n || token >= p.m) continue;
-    float y = finished<kGrouped>(p, weight, row, token, total(tile, row_here % kTileRows, token));
+    const float row_scale = row_scale_of<Type>(p, token);
+    float y = Finish<Type, kGrouped>(p, weight, row)(total(tile, row_here % kTileRows, token), row_scale);
     if (kGeglu) {
       const float up = total(kTiles + tile, row_here % kTileRows, token);
-      y = gelu(y) * finished<kGrouped>(p, p.weights[1], row, token, up);
+      y = gelu(y) * Finish<Type, kGrouped>(p, p.weights[1], row)(up, row_scale);
     }
     store_float(weight.y, int64_t(token) * weight.n + row, p.y_type, y);
   }

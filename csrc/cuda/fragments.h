@@ -110,24 +110,54 @@ __device__ inline float load_float(const void* from, int64_t i, Float type) {
   return type == Float::kFloat16 ? ptx::from_f16(bits) : ptx::from_bf16(bits);
 }
 
+__device__ inline uint16_t to_16_bits(Float type, float value) {
+  return type == Float::kFloat16 ? ptx::to_f16(value) : ptx::to_bf16(value);
+}
+
 __device__ inline void store_float(void* to, int64_t i, Float type, float value) {
   if (type == Float::kFloat32) {
     static_cast<float*>(to)[i] = value;
   } else {
-    static_cast<uint16_t*>(to)[i] = type == Float::kFloat16 ? ptx::to_f16(value) : ptx::to_bf16(value);
+    static_cast<uint16_t*>(to)[i] = to_16_bits(type, value);
+  }
+}
+
+// The same of four fp32, by their bits; i is a multiple of four.
+__device__ inline void store_four(void* to, int64_t i, Float type, uint4 bits) {
+  if (type == Float::kFloat32) {
+    static_cast<uint4*>(to)[i / 4] = bits;
+  } else {
+    const auto pair = [&](uint32_t low, uint32_t high) {
+      return to_16_bits(type, ptx::as_float(low)) | uint32_t(to_16_bits(type, ptx::as_float(high))) << 16;
+    };
+    static_cast<uint64_t*>(to)[i / 4] = pair(bits.x, bits.y) | uint64_t(pair(bits.z, bits.w)) << 32;
   }
 }
 
 // x · sigmoid(2 u) with u = √(2/π) (x + 0.044715 x³) is gelu with tanh.
 __device__ inline float gelu(float x) { return x / (1.0f + expf(-x * (1.5957691216f + 0.07135481283f * x * x))); }
 
-// A finished number: the sum of a row of the weight and a row of x.
-template <bool kGrouped>
-__device__ inline float finished(const Product& p, const Weight& weight, int row, int64_t token, float sum) {
+// What sums become that belong to a row of the weight, or beyond its end to its last: nobody stores those.
+template <class Type, bool kGrouped>
+struct Finish {
+  float scale, bias;
+  Finish() = default;
+  __device__ Finish(const Product& p, const Weight& weight, int row) {
+    row = row < weight.n ? row : weight.n - 1;
+    scale = kGrouped ? 1.0f : __ldg(weight.scale + row);
+    bias = weight.bias == nullptr ? 0.0f : load_float(weight.bias, row, p.bias_type);
+  }
   // One factor at a time: their product could underflow.
-  if (!kGrouped) sum = ptx::multiply(sum, weight.scale[row]);
-  if (p.int8_activations) sum = ptx::multiply(sum, p.row_scale[token]);
-  return weight.bias == nullptr ? sum : sum + load_float(weight.bias, row, p.bias_type);
+  __device__ float operator()(float sum, float row_scale) const {
+    if (!kGrouped) sum = ptx::multiply(sum, scale);
+    if (Type::kBytes == 1) sum = ptx::multiply(sum, row_scale);
+    return sum + bias;
+  }
+};
+
+template <class Type>
+__device__ inline float row_scale_of(const Product& p, int64_t token) {
+  return Type::kBytes == 1 ? __ldg(p.row_scale + (token < p.m ? token : p.m - 1)) : 1.0f;
 }
 
 // Which weight a block of `rows` rows belongs to, and its first row.
@@ -175,20 +205,81 @@ void with_type(const Product& p, const Launch& launch) {
   }
 }
 
-// One number of the product, or the bits of this block's part of its sum where the columns are split.
-__device__ inline void store_result(const Product& p, int which, int row, int64_t token, uint32_t bits) {
-  const Weight& weight = p.weights[which];
-  if (row >= weight.n || token >= p.m) return;
-  if (p.splits == 1) {
-    store_float(weight.y, token * weight.n + row, p.y_type, ptx::as_float(bits));
-  } else {
-    int64_t rows = 0, before = 0;
-    for (int i = 0; i < p.count; ++i) {
-      if (i == which) before = rows;
-      rows += p.weights[i].n;
+// Rows of the weights before one of them, or of all.
+__host__ __device__ inline int64_t rows_before(const Product& p, int which) {
+  int64_t rows = 0;
+  for (int i = 0; i < kMostWeights; ++i) rows += i < which ? p.weights[i].n : 0;
+  return rows;
+}
+
+// A block's results lie in shared memory, those of a token so far apart: what lanes write at once is in different
+// banks, and four are aligned together.
+template <int kRows>
+constexpr int kStride = kRows + 4;
+
+// Puts a warp's results there, or the bits of its sums where blocks share the columns: two tiles of rows that begin at
+// row_of(0) and row_of(1), or one of each weight with geglu, and kTokenTiles of tokens, whose sums are sum(tile of
+// rows, tile of tokens, element).
+template <class Type, bool kGrouped, bool kGeglu, int kRows, int kTokenTiles, class RowOf, class SumOf>
+__device__ inline void put_results(const Product& p, const Place& place, int64_t first_token, int warp_token,
+                                   uint32_t* results, const RowOf& row_of, const SumOf& sum) {
+  const int lane = threadIdx.x % 32;
+  Finish<Type, kGrouped> finish[2][2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      finish[i][half] = {p, p.weights[kGeglu ? i : place.weight], row_of(i) + half * 8 + lane / 4};
     }
-    p.parts[(int64_t(blockIdx.z) * p.m + token) * rows + before + row] = bits;
   }
+#pragma unroll
+  for (int j = 0; j < kTokenTiles * 2; ++j) {
+    const int token = warp_token + j / 2 * 8 + lane % 4 * 2 + j % 2;
+    const float row_scale = row_scale_of<Type>(p, first_token + token);
+#pragma unroll
+    for (int i = 0; i < (kGeglu ? 1 : 2); ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t& result = results[token * kStride<kRows> + row_of(i) - place.row + half * 8 + lane / 4];
+        const int element = half * 2 + j % 2;
+        if (p.splits > 1) {
+          result = ptx::as_bits(sum(i, j / 2, element));
+        } else {
+          float y = finish[i][half](float(sum(i, j / 2, element)), row_scale);
+          if (kGeglu) y = gelu(y) * finish[1][half](float(sum(1, j / 2, element)), row_scale);
+          result = ptx::as_bits(y);
+        }
+      }
+    }
+  }
+}
+
+// Stores them, or this block's part of the sums: neighbouring threads write neighbouring rows of the weight, each of
+// them four where those are aligned.
+template <int kTokens, int kRows, int kThreads>
+__device__ inline void store_results(const Product& p, const Place& place, int64_t first_token, const uint32_t* results,
+                                     int thread) {
+  const Weight& weight = p.weights[place.weight];
+  const bool split = p.splits > 1;
+  const int64_t stride = split ? rows_before(p, p.count) : weight.n;
+  void* const to = split ? p.parts + int64_t(blockIdx.z) * p.m * stride + rows_before(p, place.weight) : weight.y;
+  const Float type = split ? Float::kFloat32 : p.y_type;
+  const auto store = [&](auto count) {
+    constexpr int kCount = decltype(count)::value, kAcross = kRows / kCount;
+    const int row = thread % kAcross * kCount;
+    if (place.row + row >= weight.n) return;
+    for (int token = thread / kAcross; token < kTokens && first_token + token < p.m; token += kThreads / kAcross) {
+      const uint32_t* from = results + token * kStride<kRows> + row;
+      const int64_t at = (first_token + token) * stride + place.row + row;
+      if constexpr (kCount == 4) {
+        store_four(to, at, type, *reinterpret_cast<const uint4*>(from));
+      } else {
+        store_float(to, at, type, ptx::as_float(*from));
+      }
+    }
+  };
+  const bool aligned = weight.n % 4 == 0 && stride % 4 == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0;
+  aligned ? store(std::integral_constant<int, 4>{}) : store(std::integral_constant<int, 1>{});
 }
 
 // Up to 16 rows of x; more; more on Hopper, where all columns of a row of the weight share a scale.

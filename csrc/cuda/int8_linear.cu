@@ -74,18 +74,21 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class Sum, bool kGrouped>
-__global__ void __launch_bounds__(kThreads) add_parts_kernel(const Product p, int which, int64_t rows, int64_t before) {
-  const Weight& weight = p.weights[which];
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= int64_t(p.m) * weight.n) return;
-  const int64_t token = i / weight.n;
-  const int row = int(i % weight.n);
+// The parts' sums, in their order, of a token and kThreads rows of the weights.
+template <class Type, bool kGrouped>
+__global__ void __launch_bounds__(kThreads) add_parts_kernel(const Product p) {
+  using Sum = typename Accumulator<Type, kGrouped>::Sum;
+  const int64_t token = blockIdx.x, rows = rows_before(p, p.count);
+  int64_t row = int64_t(blockIdx.y) * kThreads + threadIdx.x;
+  if (row >= rows) return;
   Sum sum = 0;
-  for (int s = 0; s < p.splits; ++s) {
-    sum += reinterpret_cast<const Sum*>(p.parts)[(int64_t(s) * p.m + token) * rows + before + row];
-  }
-  store_float(weight.y, i, p.y_type, finished<kGrouped>(p, weight, row, token, float(sum)));
+  for (int s = 0; s < p.splits; ++s)
+    sum += reinterpret_cast<const Sum*>(p.parts)[(s * int64_t(p.m) + token) * rows + row];
+  int which = 0;
+  while (row >= p.weights[which].n) row -= p.weights[which++].n;
+  const Weight& weight = p.weights[which];
+  const float y = Finish<Type, kGrouped>(p, weight, int(row))(float(sum), row_scale_of<Type>(p, token));
+  store_float(weight.y, token * weight.n + row, p.y_type, y);
 }
 
 constexpr int kFewRows = 16;
@@ -95,18 +98,11 @@ bool takes_sm90(const Product& p, int device) {
   return p.m > 64 && p.group >= p.k && ptx::compute_capability(device) == 90;
 }
 
-// The parts' sums, in their order.
 void add_parts(const Product& p, cudaStream_t stream) {
-  const auto kernel = p.group < p.k        ? add_parts_kernel<float, true>
-                      : p.int8_activations ? add_parts_kernel<int32_t, false>
-                                           : add_parts_kernel<float, false>;
-  int64_t rows = 0, before = 0;
-  for (int i = 0; i < p.count; ++i) rows += p.weights[i].n;
-  for (int i = 0; i < p.count; ++i) {
-    const dim3 blocks(unsigned((int64_t(p.m) * p.weights[i].n + kThreads - 1) / kThreads));
-    ptx::launch(kernel, blocks, kThreads, 0, stream, p, i, rows, before);
-    before += p.weights[i].n;
-  }
+  with_type(p, [&](auto type, auto grouped) {
+    const dim3 blocks(p.m, unsigned((rows_before(p, p.count) + kThreads - 1) / kThreads));
+    ptx::launch(add_parts_kernel<decltype(type), decltype(grouped)::value>, blocks, kThreads, 0, stream, p);
+  });
 }
 
 }  // namespace

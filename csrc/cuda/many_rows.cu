@@ -106,41 +106,17 @@ __global__ void __launch_bounds__(kThreads) many_rows_kernel(const Product p) {
   // Through shared memory, so that neighbouring threads write neighbouring rows of the weight.
   ptx::copies_wait<0>();
   __syncthreads();
-  uint32_t* results = reinterpret_cast<uint32_t*>(stages);  // [tokens][kRows + 1]
-  const auto value = [&](int i, int row, int64_t token, float sum) {
-    return row < weight_of(i).n && token < p.m ? finished<kGrouped>(p, weight_of(i), row, token, sum) : 0.0f;
-  };
-#pragma unroll
-  for (int j = 0; j < kTokenTiles; ++j) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int token = warp_token + j * 8 + lane % 4 * 2 + e % 2;
-      const int64_t there = first_token + token;
-#pragma unroll
-      for (int i = 0; i < (kGeglu ? 1 : kTiles); ++i) {
-        const int row = row_of(i) + lane / 4 + e / 2 * 8;
-        uint32_t& result = results[token * (kRows + 1) + row - place.row];
-        if (p.splits > 1) {
-          result = ptx::as_bits(sums[i][j].sums[e]);
-        } else {
-          float y = value(i, row, there, float(sums[i][j].sums[e]));
-          if (kGeglu) y = gelu(y) * value(1, row, there, float(sums[1][j].sums[e]));
-          result = ptx::as_bits(y);
-        }
-      }
-    }
-  }
+  uint32_t* results = reinterpret_cast<uint32_t*>(stages);
+  put_results<Type, kGrouped, kGeglu, kRows, kTokenTiles>(p, place, first_token, warp_token, results, row_of,
+                                                          [&](int i, int j, int e) { return sums[i][j].sums[e]; });
   __syncthreads();
-  for (int i = threadIdx.x; i < kTokens * kRows; i += kThreads) {
-    const int token = i / kRows;
-    store_result(p, place.weight, place.row + i % kRows, first_token + token, results[token * (kRows + 1) + i % kRows]);
-  }
+  store_results<kTokens, kRows, kThreads>(p, place, first_token, results, threadIdx.x);
 }
 
 template <class Type, int kTokens, bool kGeglu, bool kGrouped>
 void launch(const Product& p, cudaStream_t stream) {
   constexpr int kRows = kWarpsOfRows * kTileRows * (kGeglu ? 1 : kTiles);
-  constexpr int kCopies = kStages * kTokens * kLine, kResults = kTokens * (kRows + 1) * 4;
+  constexpr int kCopies = kStages * kTokens * kLine, kResults = kTokens * kStride<kRows> * 4;
   // Blocks that share a weight run side by side, and find it in the L2 cache.
   ptx::launch(many_rows_kernel<Type, kTokens, kGeglu, kGrouped>,
               dim3((p.m + kTokens - 1) / kTokens, blocks_of(p, kRows), p.splits), kThreads,

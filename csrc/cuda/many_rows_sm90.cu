@@ -130,31 +130,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     // Through shared memory, so that neighbouring threads write neighbouring rows of the weight.
     ptx::wait_for_threads(kGroups * 128);
-    uint32_t* results = reinterpret_cast<uint32_t*>(stages);  // [tokens][kRows + 1]
-    const auto value = [&](int i, int row, int64_t token, Sum sum) {
-      return row < weight_of(i).n && token < p.m ? finished<false>(p, weight_of(i), row, token, float(sum)) : 0.0f;
-    };
-#pragma unroll
-    for (int j = 0; j < kTokens / 2; ++j) {
-      const int token = j / 4 * 8 + lane % 4 * 2 + j % 2;
-#pragma unroll
-      for (int i = 0; i < (kGeglu ? 1 : kTiles); ++i) {
-        const int row = row_of(group, i) + warp * 16 + lane / 4 + j % 4 / 2 * 8;
-        uint32_t& result = results[token * (kRows + 1) + row - place.row];
-        if (p.splits > 1) {
-          result = ptx::as_bits(sums[i][j]);
-        } else {
-          float y = value(i, row, first_token + token, sums[i][j]);
-          if (kGeglu) y = gelu(y) * value(1, row, first_token + token, sums[1][j]);
-          result = ptx::as_bits(y);
-        }
-      }
-    }
+    uint32_t* results = reinterpret_cast<uint32_t*>(stages);
+    put_results<Type, false, kGeglu, kRows, kTokens / 8>(
+        p, place, first_token, 0, results, [&](int i) { return row_of(group, i) + warp * kTileRows; },
+        [&](int i, int j, int e) { return sums[i][j * 4 + e]; });
     ptx::wait_for_threads(kGroups * 128);
-    for (int i = thread; i < kTokens * kRows; i += kGroups * 128) {
-      const int token = i / kRows, row = place.row + i % kRows;
-      store_result(p, place.weight, row, first_token + token, results[token * (kRows + 1) + i % kRows]);
-    }
+    store_results<kTokens, kRows, kGroups * 128>(p, place, first_token, results, thread);
   }
 #endif
 }
@@ -163,7 +144,7 @@ template <class Type, int kTokens, bool kGeglu>
 void launch(const Product& p, cudaStream_t stream) {
   using S = Stage<Type, kTokens>;
   constexpr int kRows = kGroups * 64 * (kGeglu ? 1 : kTiles);
-  constexpr int kResults = kTokens * (kRows + 1) * 4, kAll = S::kCount * (S::kBytes + 16);
+  constexpr int kResults = kTokens * kStride<kRows> * 4, kAll = S::kCount * (S::kBytes + 16);
   static_assert(kResults <= kAll && kAll <= 227 * 1024);
   const int columns = Type::kBytes == 1 ? chunks_of(p) * kChunk : p.k;
   ptx::launch(many_rows_sm90_kernel<Type, kTokens, kGeglu>,
