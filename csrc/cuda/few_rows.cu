@@ -26,45 +26,64 @@ __global__ void __launch_bounds__(kWarps * 32, kTokens == 1 ? 2 : 1) few_rows_ke
   const auto weight_of = [&](int s) -> const Weight& { return p.weights[kGeglu ? s / kTiles : place.weight]; };
   const auto row_of = [&](int s) { return place.row + s % kTiles * kTileRows; };
   const uint8_t* streams[kStreams];
-  for (int s = 0; s < kStreams; ++s) streams[s] = tile_of(weight_of(s), row_of(s), chunks, lane);
+  Scales<kGrouped> scales[kStreams];
+  for (int s = 0; s < kStreams; ++s) {
+    streams[s] = tile_of(weight_of(s), row_of(s), chunks, lane) + warp * kChunkBytes;
+    scales[s].find(p, weight_of(s), row_of(s) + row_in_tile);
+  }
 
-  uint4 weights[kAhead][kStreams];
+  // Instructions must not take longer than the weights do: loads are at constant distances from pointers, and know by
+  // one comparison whether there is something, as words of x, 16 bytes of a row apart, end with it.
+  constexpr int kBytes = kChunk * Type::kBytes;
+  const uint64_t once = ptx::evict_first();
+  int chunks_left = chunks - warp, bytes_left[kTokens];
+  const uint8_t* rows[kTokens];
+  for (int i = 0; i < kTokens; ++i) {
+    const int token = i * 8 + row_in_tile, width = Type::kBytes == 1 ? chunks * kChunk : p.k * Type::kBytes;
+    rows[i] = static_cast<const uint8_t*>(p.x) + int64_t(token) * width + warp * kBytes + quad * 4;
+    bytes_left[i] = token < p.m ? width - warp * kBytes : 0;
+  }
+  uint4 weights[kAhead][kStreams] = {};
   uint32_t x[kAhead][kTokens][kWords<Type>];
-  const auto load = [&](int stage, int chunk) {
+  const auto load = [&](int stage, int ahead) {
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
-      weights[stage][s] = chunk < chunks ? ptx::load_once(streams[s] + int64_t(chunk) * kChunkBytes) : uint4{};
+      // Beyond the last chunk x is zero, and the weights may be what they were.
+      if (chunks_left > ahead) weights[stage][s] = ptx::load_once(streams[s] + ahead * kChunkBytes, once);
     }
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      const int64_t token = i * 8 + row_in_tile;
 #pragma unroll
       for (int w = 0; w < kWords<Type>; ++w) {
-        // Words are 16 bytes of a row apart, and quantised rows are padded.
-        const int byte = chunk * kChunk * Type::kBytes + w * 16 + quad * 4;
-        const int width = Type::kBytes == 1 ? chunks * kChunk : p.k * Type::kBytes;
-        const bool there = chunk < chunks && token < p.m && byte < width;
-        x[stage][i][w] = there ? ptx::load4(static_cast<const uint8_t*>(p.x) + token * width + byte) : 0u;
+        const int byte = ahead * kBytes + w * 16;
+        x[stage][i][w] = bytes_left[i] > byte ? ptx::load4(rows[i] + byte) : 0u;
       }
     }
   };
 
   Sums sums[kStreams][kTokens];
+  constexpr int kTurn = kAhead * kWarps;
 #pragma unroll
-  for (int stage = 0; stage < kAhead; ++stage) load(stage, warp + stage * kWarps);
-  for (int first = warp; first < chunks; first += kAhead * kWarps) {
+  for (int stage = 0; stage < kAhead; ++stage) load(stage, stage * kWarps);
+  for (int first = warp; first < chunks; first += kTurn) {
 #pragma unroll
     for (int stage = 0; stage < kAhead; ++stage) {
-      const int chunk = first + stage * kWarps;
 #pragma unroll
       for (int s = 0; s < kStreams; ++s) {
         float scale[2] = {};
-        if (chunk < chunks) load_scales<kGrouped>(p, weight_of(s), row_of(s) + row_in_tile, chunk, scale);
+        const int chunk = first + stage * kWarps;
+        if (chunk < chunks) scales[s].load(p, chunk, scale);
         const Operand<Type> operand(weights[stage][s]);
 #pragma unroll
         for (int i = 0; i < kTokens; ++i) sums[s][i].add(operand, x[stage][i], scale);
       }
-      load(stage, chunk + kAhead * kWarps);
+      load(stage, kTurn + stage * kWarps);
+    }
+    chunks_left -= kTurn;
+    for (int s = 0; s < kStreams; ++s) streams[s] += kTurn * kChunkBytes;
+    for (int i = 0; i < kTokens; ++i) {
+      rows[i] += kTurn * kBytes;
+      bytes_left[i] -= kTurn * kBytes;
     }
   }
 

@@ -53,6 +53,8 @@ struct Int8 {
   }
 };
 
+__host__ __device__ inline int min_of(int a, int b) { return a < b ? a : b; }
+
 // Words of b that a chunk takes.
 template <class Type>
 constexpr int kWords = 2 * Type::kBytes;
@@ -93,16 +95,24 @@ struct Accumulator<Type, true> {
   }
 };
 
-// The scales of a lane's two rows for a chunk; 1 where they come at the end.
+// Where the scales of a lane's two rows are, which are none where they come at the end.
 template <bool kGrouped>
-__device__ inline void load_scales(const Product& p, const Weight& weight, int row, int chunk, float (&scale)[2]) {
-  if (!kGrouped) return;
-  const int groups = (p.k + p.group - 1) / p.group, group = chunk * kChunk / p.group;
-  for (int i = 0; i < 2; ++i) {
-    const int here = row + 8 * i;
-    scale[i] = here < weight.n ? __ldg(weight.scale + int64_t(here) * groups + group) : 0.0f;
+struct Scales {
+  __device__ void find(const Product&, const Weight&, int) {}
+  __device__ void load(const Product&, int, float (&)[2]) const {}
+};
+template <>
+struct Scales<true> {
+  const float* rows[2];
+  __device__ void find(const Product& p, const Weight& weight, int row) {
+    const int groups = (p.k + p.group - 1) / p.group;
+    for (int i = 0; i < 2; ++i) rows[i] = weight.scale + int64_t(min_of(row + 8 * i, weight.n - 1)) * groups;
   }
-}
+  __device__ void load(const Product& p, int chunk, float (&scale)[2]) const {
+    const int group = unsigned(chunk) / unsigned(p.group / kChunk);
+    for (int i = 0; i < 2; ++i) scale[i] = __ldg(rows[i] + group);
+  }
+};
 
 __device__ inline float load_float(const void* from, int64_t i, Float type) {
   if (type == Float::kFloat32) return static_cast<const float*>(from)[i];
@@ -143,7 +153,7 @@ struct Finish {
   float scale, bias;
   Finish() = default;
   __device__ Finish(const Product& p, const Weight& weight, int row) {
-    row = row < weight.n ? row : weight.n - 1;
+    row = min_of(row, weight.n - 1);
     scale = kGrouped ? 1.0f : __ldg(weight.scale + row);
     bias = weight.bias == nullptr ? 0.0f : load_float(weight.bias, row, p.bias_type);
   }

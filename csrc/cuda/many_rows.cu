@@ -13,8 +13,12 @@ constexpr int kTiles = 2;   // of a warp: two of one weight, or one of each with
 // Segments of 16 bytes change places within a line, so that 8 rows of a matrix lie in different banks.
 __device__ int swizzled(int token, int segment) { return token * kLine + ((segment ^ (token % 8)) * 16); }
 
+// At once on a multiprocessor, as registers have it.
+template <class Type, int kTokens, bool kGrouped>
+constexpr int kBlocks = kTokens == 64 && Type::kBytes == 2 && !kGrouped ? 2 : 1;
+
 template <class Type, int kTokens, bool kGeglu, bool kGrouped>
-__global__ void __launch_bounds__(kThreads) many_rows_kernel(const Product p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<Type, kTokens, kGrouped>) many_rows_kernel(const Product p) {
   constexpr int kChunks = kLine / (kChunk * Type::kBytes);  // of a line
   constexpr int kTokenTiles = kTokens / kWarpsOfTokens / 8;
   constexpr int kRows = kWarpsOfRows * kTileRows * (kGeglu ? 1 : kTiles);
@@ -30,7 +34,11 @@ __global__ void __launch_bounds__(kThreads) many_rows_kernel(const Product p) {
   const auto weight_of = [&](int tile) -> const Weight& { return p.weights[kGeglu ? tile : place.weight]; };
   const auto row_of = [&](int tile) { return place.row + (kGeglu ? warp_row : warp_row * kTiles + tile) * kTileRows; };
   const uint8_t* tiles[kTiles];
-  for (int i = 0; i < kTiles; ++i) tiles[i] = tile_of(weight_of(i), row_of(i), chunks, lane);
+  Scales<kGrouped> scales[kTiles];
+  for (int i = 0; i < kTiles; ++i) {
+    tiles[i] = tile_of(weight_of(i), row_of(i), chunks, lane);
+    scales[i].find(p, weight_of(i), row_of(i) + lane / 4);
+  }
 
   unsigned char* stages = ptx::shared();
   const auto copy_line = [&](int line) {
@@ -86,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) many_rows_kernel(const Product p) {
         if (chunk < chunks) {
 #pragma unroll
           for (int i = 0; i < kTiles; ++i) {
-            load_scales<kGrouped>(p, weight_of(i), row_of(i) + lane / 4, chunk, scale[i]);
+            scales[i].load(p, chunk, scale[i]);
           }
         }
         const Operand<Type> operands[kTiles] = {Operand<Type>(now[0][chunk_of_line]),

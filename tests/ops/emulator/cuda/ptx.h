@@ -130,7 +130,8 @@ T load(const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % sizeof(T) != 0) throw std::runtime_error("a load is misaligned");
   return *static_cast<const T*>(from);
 }
-inline uint4 load_once(const void* from) { return load<uint4>(from); }
+inline uint64_t evict_first() { return 0; }
+inline uint4 load_once(const void* from, uint64_t) { return load<uint4>(from); }
 inline uint4 load16(const void* from) { return load<uint4>(from); }
 inline uint32_t load4(const void* from) { return load<uint32_t>(from); }
 
