@@ -34,14 +34,18 @@ template <class Type, int kTokens>
 struct Stage {
   static constexpr int kChunks = kLine / (kChunk * Type::kBytes);  // of a line
   static constexpr int kTileBytes = kChunks * kChunkBytes;         // of 16 rows of weights
-  static constexpr int kWeightTiles = kGroups * kTiles * 4;
+  static constexpr int kWeightTiles = kGroups * kTiles * 4;        // with geglu those of one weight, then of the other
   static constexpr int kBytes = kTokens * kLine + kWeightTiles * kTileBytes;
   static constexpr int kCount = kShared / kBytes;
 };
 
+struct Maps {
+  ptx::TensorMap x, weights[kMostWeights];
+};
+
 template <class Type, int kTokens, bool kGeglu>
 __global__ void __launch_bounds__(kThreads, 1)
-    many_rows_sm90_kernel(const Product p, const __grid_constant__ ptx::TensorMap x) {
+    many_rows_sm90_kernel(const Product p, const __grid_constant__ Maps maps) {
 #ifdef PG_KERNELS_HOPPER
   using S = Stage<Type, kTokens>;
   using Sum = typename Type::Sum;
@@ -65,25 +69,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
 
-  const auto weight_of = [&](int tile) -> const Weight& { return p.weights[kGeglu ? tile : place.weight]; };
-  // Of 64 rows: tile i of warpgroup g.
-  const auto row_of = [&](int g, int i) { return place.row + (kGeglu ? g : g * kTiles + i) * 64; };
-
   if (group == kGroups) {
     ptx::give_registers<24>();
     if (thread == kGroups * 128) {
+      const uint64_t once = ptx::evict_first();
       for (int line = begin; line < end; ++line) {
         const int turn = line - begin, stage = turn % S::kCount;
         ptx::barrier_wait(empty(stage), turn / S::kCount % 2 ^ 1);
-        const int there = chunks - line * S::kChunks < S::kChunks ? chunks - line * S::kChunks : S::kChunks;
-        ptx::barrier_arrive_expecting(full(stage), kTokens * kLine + S::kWeightTiles * there * kChunkBytes);
-        const uint32_t to = ptx::shared_address(stages + stage * S::kBytes);
-        ptx::copy_tensor(to, x, line * (kLine / Type::kBytes), int(first_token), full(stage));
-        for (int t = 0; t < S::kWeightTiles; ++t) {
-          const int tile = t / 4 % kTiles;
-          const uint8_t* from = tile_of(weight_of(tile), row_of(t / 4 / kTiles, tile) + t % 4 * kTileRows, chunks, 0);
-          ptx::copy_bulk(to + kTokens * kLine + t * S::kTileBytes, from + int64_t(line) * S::kTileBytes,
-                         there * kChunkBytes, full(stage));
+        ptx::barrier_arrive_expecting(full(stage), S::kBytes);
+        uint32_t to = ptx::shared_address(stages + stage * S::kBytes);
+        ptx::copy_box(to, maps.x, line * kLine, int(first_token), full(stage));
+        to += kTokens * kLine;
+        for (int i = 0; i < (kGeglu ? 2 : 1); ++i) {
+          ptx::copy_box(to + i * kRows / kTileRows * S::kTileBytes, maps.weights[kGeglu ? i : place.weight],
+                        line * S::kTileBytes, place.row / kTileRows, full(stage), once);
         }
       }
     }
@@ -104,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int c = first; c < first + kTogether; ++c) {
 #pragma unroll
           for (int i = 0; i < kTiles; ++i) {
-            const int tile = (group * kTiles + i) * 4 + warp;
+            const int tile = (kGeglu ? i * kGroups + group : group * kTiles + i) * 4 + warp;
             const unsigned char* from = here + kTokens * kLine + tile * S::kTileBytes + c * kChunkBytes + lane * 16;
             operands[c][i] = Operand<Type>(*reinterpret_cast<const uint4*>(from));
           }
@@ -132,7 +131,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::wait_for_threads(kGroups * 128);
     uint32_t* results = reinterpret_cast<uint32_t*>(stages);
     put_results<Type, false, kGeglu, kRows, kTokens / 8>(
-        p, place, first_token, 0, results, [&](int i) { return row_of(group, i) + warp * kTileRows; },
+        p, place, first_token, 0, results,
+        [&](int i) { return place.row + (kGeglu ? group : group * kTiles + i) * 64 + warp * kTileRows; },
         [&](int i, int j, int e) { return sums[i][j * 4 + e]; });
     ptx::wait_for_threads(kGroups * 128);
     store_results<kTokens, kRows, kGroups * 128>(p, place, first_token, results, thread);
@@ -146,10 +146,16 @@ void launch(const Product& p, cudaStream_t stream) {
   constexpr int kRows = kGroups * 64 * (kGeglu ? 1 : kTiles);
   constexpr int kResults = kTokens * kStride<kRows> * 4, kAll = S::kCount * (S::kBytes + 16);
   static_assert(kResults <= kAll && kAll <= 227 * 1024);
-  const int columns = Type::kBytes == 1 ? chunks_of(p) * kChunk : p.k;
+  const int chunks = chunks_of(p);
+  Maps maps{};
+  maps.x = ptx::describe(p.x, p.m, Type::kBytes == 1 ? chunks * kChunk : p.k * Type::kBytes, kTokens, kLine, true);
+  for (int i = 0; i < p.count; ++i) {
+    const int tiles = (p.weights[i].n + kTileRows - 1) / kTileRows;
+    maps.weights[i] =
+        ptx::describe(p.weights[i].data, tiles, int64_t(chunks) * kChunkBytes, kRows / kTileRows, S::kTileBytes, false);
+  }
   ptx::launch(many_rows_sm90_kernel<Type, kTokens, kGeglu>,
-              dim3((p.m + kTokens - 1) / kTokens, blocks_of(p, kRows), p.splits), kThreads, kAll, stream, p,
-              ptx::describe(p.x, Type::kBytes, p.m, columns, kTokens));
+              dim3((p.m + kTokens - 1) / kTokens, blocks_of(p, kRows), p.splits), kThreads, kAll, stream, p, maps);
 }
 
 }  // namespace

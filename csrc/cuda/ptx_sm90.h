@@ -8,10 +8,12 @@
 
 namespace pg_kernels::ptx {
 
-// A matrix of rows in device memory, of which blocks of `box` rows of 128 bytes are copied; zeros beyond its ends.
+// A matrix of rows in device memory, of which boxes are copied, with zeros beyond its ends. All sizes are multiples of
+// 16 bytes; a box is at most 256 times 8 bytes wide, and 128 bytes where it is to be swizzled.
 using TensorMap = CUtensorMap;
 
-inline TensorMap describe(const void* x, int element_bytes, int64_t rows, int64_t columns, int box) {
+inline TensorMap describe(const void* from, int64_t rows, int64_t row_bytes, int box_rows, int box_bytes,
+                          bool swizzled) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                               const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -23,13 +25,12 @@ inline TensorMap describe(const void* x, int element_bytes, int64_t rows, int64_
     return reinterpret_cast<Encode>(found);
   }();
   TensorMap map;
-  const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[] = {cuuint64_t(columns * element_bytes)};
-  const cuuint32_t boxes[] = {cuuint32_t(128 / element_bytes), cuuint32_t(box)}, steps[] = {1, 1};
-  const auto type = element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
-  if (encode(&map, type, 2, const_cast<void*>(x), sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
-    throw std::runtime_error("CUDA: cannot describe x to the copy engine");
+  const cuuint64_t sizes[] = {cuuint64_t(row_bytes / 8), cuuint64_t(rows)}, strides[] = {cuuint64_t(row_bytes)};
+  const cuuint32_t boxes[] = {cuuint32_t(box_bytes / 8), cuuint32_t(box_rows)}, steps[] = {1, 1};
+  if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT64, 2, const_cast<void*>(from), sizes, strides, boxes, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
+    throw std::runtime_error("CUDA: cannot describe a matrix to the copy engine");
   }
   return map;
 }
@@ -84,19 +85,20 @@ __device__ inline void barrier_wait(uint32_t barrier, int parity) {
       "r"(parity)
       : "memory");
 }
-__device__ inline void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-  asm volatile(
-      "{\n .reg .b64 policy;\n createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-      " cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
-      "policy;\n}" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(barrier)
-      : "memory");
-}
-__device__ inline void copy_tensor(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier) {
+// A box that begins at a byte, a multiple of 16, of a row.
+__device__ inline void copy_box(uint32_t to, const TensorMap& map, int byte, int row, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
           "r"(to),
-      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      "l"(&map), "r"(byte / 8), "r"(row), "r"(barrier)
+      : "memory");
+}
+__device__ inline void copy_box(uint32_t to, const TensorMap& map, int byte, int row, uint32_t barrier,
+                                uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
+      "%3}], [%4], %5;" ::"r"(to),
+      "l"(&map), "r"(byte / 8), "r"(row), "r"(barrier), "l"(policy)
       : "memory");
 }
 // Of the threads that call it, a multiple of 32, none goes on before all have come.

@@ -11,16 +11,20 @@
 namespace pg_kernels::ptx {
 
 struct TensorMap {
-  const unsigned char* x;
-  int element_bytes;
-  int64_t rows, columns;
-  int box;
+  const unsigned char* from;
+  int64_t rows, row_bytes;
+  int box_rows, box_bytes;
+  bool swizzled;
 };
-inline TensorMap describe(const void* x, int element_bytes, int64_t rows, int64_t columns, int box) {
-  if (reinterpret_cast<uintptr_t>(x) % 16 != 0 || columns * element_bytes % 16 != 0 || box > 256) {
+inline TensorMap describe(const void* from, int64_t rows, int64_t row_bytes, int box_rows, int box_bytes,
+                          bool swizzled) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || row_bytes % 16 != 0 || box_bytes % 16 != 0) {
     throw std::runtime_error("emulator: a tensor map wants multiples of 16 bytes");
   }
-  return {static_cast<const unsigned char*>(x), element_bytes, rows, columns, box};
+  if (box_rows > 256 || box_bytes > (swizzled ? 128 : 256 * 8)) {
+    throw std::runtime_error("emulator: a tensor map's boxes are not as large");
+  }
+  return {static_cast<const unsigned char*>(from), rows, row_bytes, box_rows, box_bytes, swizzled};
 }
 
 struct Barrier {
@@ -77,29 +81,22 @@ inline void barrier_wait(uint32_t barrier, int parity) {
     pause();
   }
 }
-inline void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0)
-    throw std::runtime_error("a bulk copy is misaligned");
-  at(to, 16);
-  at(to + bytes - 16, 16);
-  barrier_at(barrier).copies.push_back([=] {
-    std::memcpy(block->shared + to, from, bytes);
-    return bytes;
-  });
-}
 inline uint32_t swizzle128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
-inline void copy_tensor(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier) {
-  if (to % 1024 != 0) throw std::runtime_error("a swizzled box is misaligned");
+inline void copy_box(uint32_t to, const TensorMap& map, int byte, int row, uint32_t barrier, uint64_t = 0) {
+  if (to % (map.swizzled ? 1024 : 128) != 0 || byte % 16 != 0) throw std::runtime_error("a box is misaligned");
   barrier_at(barrier).copies.push_back([=] {
-    for (int r = 0; r < map.box; ++r) {
-      for (int byte = 0; byte < 128; ++byte) {
-        const int64_t c = column + byte / map.element_bytes;
-        const bool there = row + r < map.rows && c < map.columns;
-        *at(swizzle128(to + r * 128 + byte), 1) =
-            there ? map.x[((row + r) * map.columns + c) * map.element_bytes + byte % map.element_bytes] : 0;
+    for (int r = 0; r < map.box_rows; ++r) {
+      for (int b = 0; b < map.box_bytes; b += 16) {
+        const uint32_t address = to + r * map.box_bytes + b;
+        unsigned char* here = at(map.swizzled ? swizzle128(address) : address, 16);
+        if (row + r < map.rows && byte + b < map.row_bytes) {
+          std::memcpy(here, map.from + (row + r) * map.row_bytes + byte + b, 16);
+        } else {
+          std::memset(here, 0, 16);
+        }
       }
     }
-    return map.box * 128;
+    return map.box_rows * map.box_bytes;
   });
 }
 inline void wait_for_threads(int threads) {
