@@ -292,6 +292,19 @@ __device__ inline void store_results(const Product& p, const Place& place, int64
   aligned ? store(std::integral_constant<int, 4>{}) : store(std::integral_constant<int, 1>{});
 }
 
+// Tokens of a tile of many_rows: the larger reads weights and converts them half as often, unless that computes much
+// that nobody asked for; with groups registers do not hold it.
+inline int tile_tokens(const Product& p) {
+  const bool wide = (p.m + 63) / 64 * 64 * 20 >= (p.m + 127) / 128 * 128 * 17;
+  return wide && p.group >= p.k ? 128 : 64;
+}
+// How many of its blocks a multiprocessor holds, as registers have it.
+constexpr int blocks_at_once(int tokens, bool int8_activations, bool grouped) {
+  return tokens == 64 && !int8_activations && !grouped ? 2 : 1;
+}
+// Tokens of a tile of many_rows_sm90.
+inline int tile_tokens_sm90(const Product& p) { return (p.m + 143) / 144 * 144 < (p.m + 127) / 128 * 128 ? 144 : 128; }
+
 // Up to 16 rows of x; more; more on Hopper, where all columns of a row of the weight share a scale.
 void few_rows(const Product&, cudaStream_t);
 void many_rows(const Product&, cudaStream_t);

@@ -110,11 +110,13 @@ void add_parts(const Product& p, cudaStream_t stream) {
 int splits_for(const Product& p, int device) {
   if (p.m <= kFewRows || p.geglu) return 1;
   const bool sm90 = takes_sm90(p, device);
-  // Tiles of either kernel, and lines of x, of which a block needs some to be worth its start.
-  const int blocks = sm90 ? (p.m + 127) / 128 * blocks_of(p, 256) : (p.m + 63) / 64 * blocks_of(p, 128);
+  const int tokens = sm90 ? tile_tokens_sm90(p) : tile_tokens(p), rows = sm90 ? 256 : 128;
+  const int blocks = (p.m + tokens - 1) / tokens * blocks_of(p, rows);
+  const int at_once = sm90 ? 1 : blocks_at_once(tokens, p.int8_activations, p.group < p.k);
+  int splits = ptx::multiprocessors(device) * at_once / (blocks > 0 ? blocks : 1);
+  // Of lines of x a block needs some to be worth its start.
   const int lines = (p.int8_activations ? p.k : 2 * p.k) / 128;
-  int splits = ptx::multiprocessors(device) / (blocks > 0 ? blocks : 1);
-  if (splits > lines / 8) splits = lines / 8;
+  if (splits > lines / 4) splits = lines / 4;
   return splits < 1 ? 1 : splits > 16 ? 16 : splits;
 }
 

@@ -13,12 +13,9 @@ constexpr int kTiles = 2;   // of a warp: two of one weight, or one of each with
 // Segments of 16 bytes change places within a line, so that 8 rows of a matrix lie in different banks.
 __device__ int swizzled(int token, int segment) { return token * kLine + ((segment ^ (token % 8)) * 16); }
 
-// At once on a multiprocessor, as registers have it.
-template <class Type, int kTokens, bool kGrouped>
-constexpr int kBlocks = kTokens == 64 && Type::kBytes == 2 && !kGrouped ? 2 : 1;
-
 template <class Type, int kTokens, bool kGeglu, bool kGrouped>
-__global__ void __launch_bounds__(kThreads, kBlocks<Type, kTokens, kGrouped>) many_rows_kernel(const Product p) {
+__global__ void __launch_bounds__(kThreads, blocks_at_once(kTokens, Type::kBytes == 1, kGrouped))
+    many_rows_kernel(const Product p) {
   constexpr int kChunks = kLine / (kChunk * Type::kBytes);  // of a line
   constexpr int kTokenTiles = kTokens / kWarpsOfTokens / 8;
   constexpr int kRows = kWarpsOfRows * kTileRows * (kGeglu ? 1 : kTiles);
@@ -137,10 +134,7 @@ void many_rows(const Product& p, cudaStream_t stream) {
   with_type(p, [&](auto type, auto grouped) {
     using Type = decltype(type);
     constexpr bool kGrouped = decltype(grouped)::value;
-    // Tiles of 128 tokens read weights and convert them half as often, unless that computes much that nobody asked for;
-    // with groups registers do not hold them.
-    const bool wide = (p.m + 63) / 64 * 64 * 20 >= (p.m + 127) / 128 * 128 * 17;
-    if (wide && !kGrouped) {
+    if (tile_tokens(p) == 128) {
       p.geglu ? launch<Type, 128, true, false>(p, stream) : launch<Type, 128, false, false>(p, stream);
     } else {
       p.geglu ? launch<Type, 64, true, kGrouped>(p, stream) : launch<Type, 64, false, kGrouped>(p, stream);

@@ -163,7 +163,7 @@ void launch(const Product& p, cudaStream_t stream) {
 void many_rows_sm90(const Product& p, cudaStream_t stream) {
   const auto with_tokens = [&](auto type) {
     using Type = decltype(type);
-    if ((p.m + 143) / 144 * 144 < (p.m + 127) / 128 * 128) {
+    if (tile_tokens_sm90(p) == 144) {
       p.geglu ? launch<Type, 144, true>(p, stream) : launch<Type, 144, false>(p, stream);
     } else {
       p.geglu ? launch<Type, 128, true>(p, stream) : launch<Type, 128, false>(p, stream);
