@@ -57,13 +57,14 @@ __global__ void __launch_bounds__(kThreads)
 // A chunk for each warp.
 __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(const uint8_t* data, const float* scale, int64_t n, int k, int group, void* out, Float type) {
-  const int lane = threadIdx.x % 32, chunk = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, chunk = blockIdx.y * (kThreads / 32) + threadIdx.x / 32;
+  const int64_t tile = blockIdx.x;
   const int chunks = (k + kChunk - 1) / kChunk, groups = (k + group - 1) / group;
   if (chunk >= chunks) return;
-  const uint4 w = ptx::load16(data + (int64_t(blockIdx.y) * chunks + chunk) * kChunkBytes + lane * 16);
+  const uint4 w = ptx::load16(data + (tile * chunks + chunk) * kChunkBytes + lane * 16);
   const uint32_t words[] = {w.x, w.y, w.z, w.w};
   for (int half = 0; half < 2; ++half) {  // of the rows
-    const int64_t row = int64_t(blockIdx.y) * kTileRows + half * 8 + lane / 4;
+    const int64_t row = tile * kTileRows + half * 8 + lane / 4;
     if (row >= n) continue;
     for (int i = 0; i < 8; ++i) {
       const int byte = i % 2 * 2 + i / 2 % 2;  // neighbours in the row, one after the other
@@ -141,7 +142,8 @@ void dequantize(const uint8_t* data, const float* scale, int64_t n, int k, int g
                 uintptr_t stream) {
   const ptx::OnDevice guard(device);
   const int chunks = (k + kChunk - 1) / kChunk;
-  const dim3 blocks((chunks + kThreads / 32 - 1) / (kThreads / 32), unsigned((n + kTileRows - 1) / kTileRows));
+  // Tiles in x: y and z have no more than 65,535 blocks.
+  const dim3 blocks(unsigned((n + kTileRows - 1) / kTileRows), (chunks + kThreads / 32 - 1) / (kThreads / 32));
   ptx::launch(dequantize_kernel, blocks, kThreads, 0, reinterpret_cast<cudaStream_t>(stream), data, scale, n, k, group,
               out, type);
 }

@@ -130,16 +130,18 @@ inline void check(cudaError_t status) {
 // Makes a device the current one for as long as it lives: whoever calls us may work on another.
 class OnDevice {
  public:
-  explicit OnDevice(int device) {
+  explicit OnDevice(int device) : device_(device) {
     check(cudaGetDevice(&before_));
-    check(cudaSetDevice(device));
+    if (before_ != device_) check(cudaSetDevice(device_));
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (before_ != device_) cudaSetDevice(before_);
+  }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
-  int before_ = 0;
+  int device_, before_ = 0;
 };
 
 inline int attribute(cudaDeviceAttr which, int device) {

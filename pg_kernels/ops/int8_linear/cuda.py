@@ -109,7 +109,6 @@ def multiply(
     if x.dtype == torch.float32 and not int8_activations:
         return _multiply_limbs(x, data, scales, biases, sizes, group_size, geglu)
     rows, columns = x.shape
-    outputs = [x.new_empty(rows, n, dtype=out_dtype) for n in (sizes[:1] if geglu else sizes)]
     if len(sizes) > _MOST_WEIGHTS:
         halves = (slice(_MOST_WEIGHTS), slice(_MOST_WEIGHTS, None))
         options = (group_size, int8_activations, out_dtype)
@@ -121,6 +120,7 @@ def multiply(
         )
         biases = [None if bias is None else bias.to(x.dtype) for bias in biases]
         return [F.linear(x, copy, bias) for copy, bias in zip(copies, biases, strict=True)]
+    outputs = [x.new_empty(rows, n, dtype=out_dtype) for n in (sizes[:1] if geglu else sizes)]
     if not rows or not any(sizes):
         return outputs
     x, row_scale = _quantize(x) if int8_activations else (_aligned(x), None)
