@@ -11,7 +11,7 @@ constexpr int kLine = 128;  // bytes of a row of x at once
 constexpr int kTiles = 2;   // of a warp: two of one weight, or one of each with geglu
 
 // Segments of 16 bytes change places within a line, so that 8 rows of a matrix lie in different banks.
-__device__ int swizzled(int token, int segment) { return token * kLine + ((segment ^ (token % 8)) * 16); }
+__device__ uint32_t swizzled(int token, int segment) { return token * kLine + ((segment ^ (token % 8)) * 16); }
 
 template <class Type, int kTokens, bool kGeglu, bool kGrouped>
 __global__ void __launch_bounds__(kThreads, blocks_at_once(kTokens, Type::kBytes == 1, kGrouped))
@@ -26,92 +26,89 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kTokens, Type::kBytes
   const int64_t first_token = int64_t(blockIdx.x) * kTokens;
   const int chunks = chunks_of(p), lines = (chunks + kChunks - 1) / kChunks;
   const int begin = lines * int(blockIdx.z) / p.splits, end = lines * int(blockIdx.z + 1) / p.splits;
-  const int64_t width = Type::kBytes == 1 ? chunks * kChunk : p.k * Type::kBytes;
+  const int width = Type::kBytes == 1 ? chunks * kChunk : p.k * Type::kBytes;
 
   const auto weight_of = [&](int tile) -> const Weight& { return p.weights[kGeglu ? tile : place.weight]; };
   const auto row_of = [&](int tile) { return place.row + (kGeglu ? warp_row : warp_row * kTiles + tile) * kTileRows; };
   const uint8_t* tiles[kTiles];
   Scales<kGrouped> scales[kTiles];
   for (int i = 0; i < kTiles; ++i) {
-    tiles[i] = tile_of(weight_of(i), row_of(i), chunks, lane);
+    tiles[i] = tile_of(weight_of(i), row_of(i), chunks, lane) + int64_t(begin) * kChunks * kChunkBytes;
     scales[i].find(p, weight_of(i), row_of(i) + lane / 4);
   }
 
-  unsigned char* stages = ptx::shared();
-  const auto copy_line = [&](int line) {
-    if (line < end) {
-      unsigned char* stage = stages + line % kStages * kTokens * kLine;
+  // Addresses are at constant distances from what moves once a line: to reckon each took more instructions than the
+  // rest.
+  constexpr int kSegments = kLine / 16, kTogether = kThreads / kSegments;  // tokens that the block copies at once
+  const int token_here = threadIdx.x / kSegments, segment = threadIdx.x % kSegments;
+  const uint8_t* from =
+      static_cast<const uint8_t*>(p.x) + (first_token + token_here) * width + int64_t(begin) * kLine + segment * 16;
+  const int64_t tokens_left = p.m - first_token - token_here, step = int64_t(kTogether) * width;
+  int bytes_left = min_of(width, end * kLine) - begin * kLine - segment * 16;
+  int chunks_left = min_of(chunks, end * kChunks) - begin * kChunks;
+  const uint32_t stages = ptx::shared_address(ptx::shared()), to = stages + swizzled(token_here, segment);
+  const auto copy_line = [&](int line, int ahead) {
 #pragma unroll
-      for (int i = threadIdx.x; i < kTokens * (kLine / 16); i += kThreads) {
-        const int token = i / (kLine / 16), segment = i % (kLine / 16);
-        const int64_t from = int64_t(line) * kLine + segment * 16;
-        const bool there = first_token + token < p.m && from < width;
-        const uint8_t* x = static_cast<const uint8_t*>(p.x);
-        ptx::copy_async(ptx::shared_address(stage + swizzled(token, segment)),
-                        there ? x + (first_token + token) * width + from : x, there);
-      }
+    for (int i = 0; i < kTokens / kTogether; ++i) {
+      ptx::copy_async(to + unsigned(line + ahead) % kStages * (kTokens * kLine) + i * kTogether * kLine,
+                      from + i * step + ahead * kLine, bytes_left > ahead * kLine && tokens_left > i * kTogether);
     }
     ptx::copies_commit();
   };
-  uint4 next[kTiles][kChunks];
-  const auto load_weights = [&](int line) {
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const int chunk = line * kChunks + c;
-        next[i][c] = chunk < chunks ? ptx::load16(tiles[i] + int64_t(chunk) * kChunkBytes) : uint4{};
-      }
-    }
+  // Beyond the last chunk nobody multiplies, or x is zero: the weights may be what they were.
+  uint4 weights[kTiles][kChunks] = {};
+  const auto load_weights = [&](int i, int c, int ahead) {
+    const int chunk = ahead * kChunks + c;
+    if (chunks_left > chunk) weights[i][c] = ptx::load16(tiles[i] + chunk * kChunkBytes);
   };
 
   Sums sums[kTiles][kTokenTiles];
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) copy_line(begin + i);
-  load_weights(begin);
+  for (int i = 0; i < kStages - 1; ++i) copy_line(begin, i);
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) load_weights(i, c, 0);
+  }
   for (int line = begin; line < end; ++line) {
     ptx::copies_wait<kStages - 2>();
     __syncthreads();  // this line is there for all, and nobody reads the one that the next copy overwrites
-    copy_line(line + kStages - 1);
-    uint4 now[kTiles][kChunks];
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) now[i][c] = next[i][c];
-    }
-    load_weights(line + 1);
-    const unsigned char* stage = stages + line % kStages * kTokens * kLine;
+    copy_line(line, kStages - 1);
+    const uint32_t stage = stages + unsigned(line) % kStages * (kTokens * kLine);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // 64 bytes of a row are four matrices
       constexpr int kChunksOfHalf = kChunks / 2;
+      const uint32_t matrices = stage + swizzled(warp_token + lane % 8, half * 4 + lane / 8);
 #pragma unroll
       for (int c = 0; c < kChunksOfHalf; ++c) {
-        const int chunk_of_line = half * kChunksOfHalf + c, chunk = line * kChunks + chunk_of_line;
+        const int chunk_of_line = half * kChunksOfHalf + c;
         float scale[kTiles][2] = {};
-        if (chunk < chunks) {
+        Operand<Type> operands[kTiles];
 #pragma unroll
-          for (int i = 0; i < kTiles; ++i) {
-            scales[i].load(p, chunk, scale[i]);
-          }
+        for (int i = 0; i < kTiles; ++i) {
+          if (chunks_left > chunk_of_line) scales[i].load(p, line * kChunks + chunk_of_line, scale[i]);
+          operands[i] = Operand<Type>(weights[i][chunk_of_line]);
+          load_weights(i, chunk_of_line, 1);
         }
-        const Operand<Type> operands[kTiles] = {Operand<Type>(now[0][chunk_of_line]),
-                                                Operand<Type>(now[1][chunk_of_line])};
 #pragma unroll
         for (int j = 0; j < kTokenTiles; ++j) {
           uint32_t x[4];
-          const int token = warp_token + j * 8 + lane % 8;
-          ptx::load_matrices(ptx::shared_address(stage + swizzled(token, half * 4 + lane / 8)), x);
+          ptx::load_matrices(matrices + j * 8 * kLine, x);
 #pragma unroll
           for (int i = 0; i < kTiles; ++i) sums[i][j].add(operands[i], x + c * kWords<Type>, scale[i]);
         }
       }
     }
+    from += kLine;
+    bytes_left -= kLine;
+    chunks_left -= kChunks;
+    for (int i = 0; i < kTiles; ++i) tiles[i] += kChunks * kChunkBytes;
   }
 
   // Through shared memory, so that neighbouring threads write neighbouring rows of the weight.
   ptx::copies_wait<0>();
   __syncthreads();
-  uint32_t* results = reinterpret_cast<uint32_t*>(stages);
+  uint32_t* results = reinterpret_cast<uint32_t*>(ptx::shared());
   put_results<Type, kGrouped, kGeglu, kRows, kTokenTiles>(p, place, first_token, warp_token, results, row_of,
                                                           [&](int i, int j, int e) { return sums[i][j].sums[e]; });
   __syncthreads();

@@ -169,8 +169,8 @@ def test_geglu(gpu: int, m: int, group_size: int | None, int8_activations: bool)
 
 @pytest.mark.parametrize("m", [1, 20, 130])
 def test_several_weights(gpu: int, m: int) -> None:
-    """Of different sizes on one input, more than one launch takes, as each alone gives them."""
-    k, sizes = 128, [64, 17, 1, 40, 33]
+    """Of different sizes on one input, more than one launch takes, as each alone gives them; blocks share the columns."""
+    k, sizes = 512, [64, 17, 1, 40, 33]
     x = randn(m, k, dtype=torch.float16)
     weights = [quantized(n, k) for n in sizes]
     data, scales = zip(*(cuda.pack(*weight) for weight in weights), strict=True)
@@ -180,6 +180,22 @@ def test_several_weights(gpu: int, m: int) -> None:
         assert y.shape == (m, n)
         exact = reference.int8_linear(x.double(), qweight, scale, None if bias is None else bias.double(), k, False)
         assert frobenius(y, exact) <= BOUNDS[torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("device", "m", "n", "splits"),
+    [
+        (80, 16, 20, 1),  # few rows: warps share the columns
+        (80, 17, 20, 8),  # two blocks of 64 tokens on each of 8 multiprocessors, but 4 lines of x for each
+        (80, 17, 520, 3),
+        (80, 128, 520, 1),  # one block of 128 tokens
+        (90, 144, 520, 2),  # a tile of 144 tokens, not two of 128
+        (90, 256, 520, 1),
+    ],
+)
+def test_blocks_that_share_columns(emulator: Any, device: int, m: int, n: int, splits: int) -> None:
+    options = {"k": 2048, "group": 2048, "int8_activations": False, "geglu": False}
+    assert emulator.splits_for(m=m, sizes=[n], device=device, **options) == splits
 
 
 def test_nothing_to_multiply(gpu: int) -> None:
