@@ -145,7 +145,9 @@ __device__ inline void store_four(void* to, int64_t i, Float type, uint4 bits) {
 }
 
 // x · sigmoid(2 u) with u = √(2/π) (x + 0.044715 x³) is gelu with tanh.
-__device__ inline float gelu(float x) { return x / (1.0f + expf(-x * (1.5957691216f + 0.07135481283f * x * x))); }
+__device__ inline float gelu(float x) {
+  return ptx::divide_nearly(x, 1.0f + expf(-x * (1.5957691216f + 0.07135481283f * x * x)));
+}
 
 // What sums become that belong to a row of the weight, or beyond its end to its last: nobody stores those.
 template <class Type, bool kGrouped>

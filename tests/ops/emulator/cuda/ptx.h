@@ -268,6 +268,7 @@ inline uint32_t as_bits(float x) {
 }
 inline uint32_t as_bits(int32_t x) { return uint32_t(x); }
 inline float divide(float a, float b) { return a / b; }
+inline float divide_nearly(float a, float b) { return a / b; }
 inline float multiply(float a, float b) { return a * b; }
 
 inline float highest_of_warp(float x) {
