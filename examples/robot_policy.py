@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import Cache, GemmaConfig, GemmaModel, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
@@ -206,10 +207,8 @@ def main() -> None:
                 times[name].append((middle - begin, time.perf_counter() - middle))
 
     parameters = sum(parameter.numel() for parameter in plain.parameters()) / 1e6
-    print(
-        f"{arguments.size}: {parameters:.0f} M parameters, {arguments.dtype}, {torch.get_num_threads()} thread(s);",
-        end=" ",
-    )
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} thread(s)")
+    print(f"{arguments.size}: {parameters:.0f} M parameters, {arguments.dtype};", end=" ")
     print(f"{cache.get_seq_length()} tokens of images, prompt and state, {size.actions} actions in {STEPS} steps")
     print(f"{'':22}{'prefix':>10}{f'{STEPS} steps':>12}{'chunk':>12}{'plain ÷ it':>12}{'in rounds':>14}", end="")
     print(f"{'largest difference':>20}")
