@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaForCausalLM, GemmaMLP, GemmaRMSNorm
@@ -41,15 +41,28 @@ from pg_kernels.ops.prefix_lm_attention.reference import visible_keys
 NAME = "pg_kernels"
 """What `register` makes transformers know the attention by."""
 
+_HANDS_ON = frozenset(
+    (
+        *("gemma", "gemma2", "gemma3", "gemma3_text", "gemma4_text", "paligemma", "vaultgemma"),
+        *("siglip", "siglip_text_model", "siglip_vision_model"),
+        *("cohere2", "exaone4", "gpt2", "gpt_neox", "granite", "llama", "minimax", "mistral", "olmo2", "opt"),
+        *("persimmon", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
+    )
+)
+"""Types of models that give a mask to attention as they got it; others add to it, cut it, or look at what it hides."""
+_REFUSED = ("s_aux", "sinks", "cache", "indices", "block_indices")
+"""What some models give attention that changes what it means: sinks, paged caches, sparse keys."""
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def register() -> None:
-    """Make `attn_implementation="pg_kernels"` known to transformers, for every model of it; again does no harm.
+    """Make `attn_implementation="pg_kernels"` known to transformers, for every model with attention by name; again does no harm.
 
     A mask that `prefix_lm_attention` can express (a bidirectional prefix, causal text after it, padding before or after both, a
-    sliding window) becomes a few lengths. With any other one, with dropout, and with what else the op does not have, attention is
-    PyTorch's under the dense mask, or transformers' eager one where there is a softcap.
+    sliding window) becomes a few lengths in the models that are known to hand it on: Gemma's, PaliGemma, SigLIP, Llama and their
+    like. With any other mask or model, with dropout, and with what else the op does not have, attention is PyTorch's under the
+    dense mask, or transformers' eager one where there is a softcap.
     """
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
@@ -68,26 +81,31 @@ def _mask(
     local_size: int | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    config: Any = None,
+    dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Tensor:
     """Give lengths for `_attention`, int32 [B, parts, 4 + window, 1], or, if none mean the mask, itself, bool [B, 1, Sq, Skv].
 
     The lengths are guessed from the dense mask, and taken only if they lead to the very same one: some bytes for each query and
-    key, for a moment and once for all layers. Rows of padding, which nobody looks at, may differ.
+    key, for a moment and once for all layers. Rows of padding, which nobody looks at, may differ. A model that may do more with
+    a mask than hand it on gets numbers to add to scores, which all of them understand.
     """
-    dense: Any = sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=False,
-        allow_is_bidirectional_skip=False,
-        use_vmap=use_vmap,
-        device=device,
-    )
+    arguments = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "allow_is_bidirectional_skip": False,
+        "use_vmap": use_vmap,
+        "device": device,
+    }
+    if config is not None and config.model_type not in _HANDS_ON:
+        return eager_mask(dtype=dtype, **arguments)
+    dense: Any = sdpa_mask(allow_is_causal_skip=False, **arguments)
     if dense.shape[1] != 1 or not dense.numel():
         return dense
     visible = dense[:, 0]
@@ -96,12 +114,14 @@ def _mask(
         run = torch.stack((end - start, start, end, torch.zeros_like(start)), 1).int()[:, None, :, None]
         return _adjacent(run) if bool((visible.sum(2)[:, 0] == end - start).all()) else dense
     queries = torch.arange(q_length, device=visible.device) + q_offset
-    rows = torch.ones(batch_size, q_length, dtype=torch.bool, device=visible.device)
-    if attention_mask is not None:
-        missing = max(kv_offset + kv_length - attention_mask.shape[1], 0)
+    alike = (visible == visible[:, :1]).flatten(1).all(1)[:, None]
+    rows = alike.expand(-1, q_length)
+    if attention_mask is None:
+        rows = torch.ones_like(rows)
+    else:  # which may be about other tokens than the queries: an encoder's, whose mask has rows that are all alike
         about_them = queries[-1] + 1 == attention_mask.shape[1]
-        rows = nn.functional.pad(attention_mask.bool(), (0, missing))[:, queries] | ~about_them
-    lengths = _lengths(visible & rows[..., None], rows, queries[0] - kv_offset)
+        rows = rows | ~about_them | attention_mask.bool()[:, queries.clamp(max=attention_mask.shape[1] - 1)]
+    lengths = _lengths(visible & rows[..., None], rows, queries[0] - kv_offset, alike[:, 0])
     choices = [lengths[:, None, :, None]]
     if local_size is not None:
         # The kernel's window never hides the prefix, transformers' does from what comes after it: two parts.
@@ -118,12 +138,12 @@ def _adjacent(mask: Tensor) -> Tensor:
     return mask.movedim(0, -1).contiguous().movedim(-1, 0)
 
 
-def _lengths(visible: Tensor, rows: Tensor, q_start: Tensor) -> Tensor:
-    """The four of _LENGTHS, int32 [B, 4], that bool [B, Sq, Skv] would have; `rows` [B, Sq] count."""
+def _lengths(visible: Tensor, rows: Tensor, q_start: Tensor, alike: Tensor) -> Tensor:
+    """The four of _LENGTHS, int32 [B, 4], that bool [B, Sq, Skv] would have; `rows` [B, Sq] count, and may be `alike` [B]."""
     start, end = _span(visible.any(1))
     first = rows.int().argmax(1)  # the first query that is no padding: what it sees of the future is the prefix
     _, horizon = _span(visible[torch.arange(len(first), device=first.device), first])
-    prefix = (horizon - start).where(horizon > q_start + first + 1, 0)
+    prefix = (horizon - start).where((horizon > q_start + first + 1) | alike, 0)
     return torch.stack((prefix, start, end, q_start.expand_as(start)), 1).int()
 
 
@@ -167,7 +187,7 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with query [B, H, Sq, D] and key and value [B, Hkv, Skv, D], as transformers asks for it; [B, Sq, H, D]."""
-    for unknown in ("s_aux", "cache"):  # attention sinks, paged caches
+    for unknown in _REFUSED if softcap is None else (*_REFUSED, "position_bias"):
         if options.get(unknown) is not None:
             raise ValueError(f"{unknown}: not supported by attn_implementation={NAME!r}")
     compact = attention_mask if attention_mask is not None and attention_mask.dtype == torch.int32 else None
@@ -175,7 +195,8 @@ def _attention(
         raise ValueError(f"{type(module).__name__} has changed the mask; use another attn_implementation for it")
     # As for transformers' SDPA: without a mask one query sees everything, and several begin at the first key.
     causal = query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if dropout or key.shape != value.shape or options.get("position_bias") is not None:
+    others = key.shape != value.shape or len(query) != len(key) or options.get("position_bias") is not None
+    if dropout or others:
         if compact is not None:
             attention_mask = _visible(compact, query.shape[2], key.shape[2])
     elif compact is not None or attention_mask is None:
@@ -262,9 +283,10 @@ def patch(
     if int8 is not None:
         quantize_(model, int8, skip=_is_adapter(model))
         for top in _outermost(model):
-            vars(top)["save_pretrained"] = _refuse_to_save
+            vars(top).update(_IN_INT8)
     configs = {id(m.config): m.config for top in outermost for m in top.modules() if isinstance(m, PreTrainedModel)}
-    before = [(config, config._attn_implementation) for config in configs.values()]
+    # One that is ours already is another patched model's, too, which knows what it was.
+    before = [(c, c._attn_implementation) for c in configs.values() if c._attn_implementation != NAME]
     vars(model)["_pg_kernels_patch"] = _Patch(before, int8 is not None)
     if outermost:
         register()
@@ -278,20 +300,27 @@ def patch(
 def unpatch(model: Model) -> Model:
     """Undo `patch`, to the bit; give the model.
 
-    Raises ValueError for a model that is not patched, and for one with int8 weights, whose floats are gone: load it again.
+    Raises ValueError for a model that is not patched; one whose classes have changed since, as by FSDP; one in int8, whose floats
+    are gone: load it again.
     """
     holders = _holders(model)
     if not holders:
         raise ValueError("model: not patched")
     if any(holder._pg_kernels_patch.int8 for holder in holders):
         raise ValueError("model: int8 has replaced the float weights for good; load the checkpoint again")
+    ours = [module for module in model.modules() if hasattr(type(module), "_pg_kernels_original")]
+    for module in ours:
+        if "_pg_kernels_original" not in vars(type(module)):
+            name = type(module).__name__
+            raise ValueError(
+                f"model: {name} was made from a patched class, as FSDP and parametrize do; undo that first"
+            )
     for holder in holders:
         for config, name in holder._pg_kernels_patch.attention:
             config._attn_implementation_internal = name
         del holder._pg_kernels_patch
-    for module in model.modules():
-        if original := vars(type(module)).get("_pg_kernels_original"):
-            _set_class(module, original)
+    for module in ours:
+        _set_class(module, type(module)._pg_kernels_original)  # type: ignore[attr-defined]
     return model
 
 
@@ -355,6 +384,22 @@ def _refuse_to_save(*args: Any, **options: Any) -> None:
     raise ValueError("save_pretrained: transformers cannot load int8 weights; save the model before, or its adapters")
 
 
+def _refuse_to_resize(*args: Any, **options: Any) -> None:
+    raise ValueError("resize_token_embeddings: the embedding is int8; resize before patching")
+
+
+def _are_tied(*args: Any, **options: Any) -> None:
+    """Weights that were one are one int8 weight, which nothing has to tie."""
+
+
+_IN_INT8 = {
+    "save_pretrained": _refuse_to_save,
+    "resize_token_embeddings": _refuse_to_resize,
+    "tie_weights": _are_tied,
+}
+"""What a model in int8 does instead."""
+
+
 def _kind(module: nn.Module) -> str:
     """Which forward of ours fits a module, as `patch` calls it; "" for none."""
     kind = next((kind for kind, (classes, _) in _FORWARDS.items() if type(module) in classes), "")
@@ -368,7 +413,18 @@ def _patched(cls: Any) -> Any:
     """A subclass with our forward that looks like the class itself, for checkpoints and PEFT know classes by their names."""
     forward = next(forward for classes, forward in _FORWARDS.values() if cls in classes)
     body = {name: getattr(cls, name) for name in ("__module__", "__doc__")}
-    return type(cls.__name__, (cls,), {**body, "forward": forward(cls.forward), "_pg_kernels_original": cls})
+    body |= {"forward": forward(cls.forward), "_pg_kernels_original": cls, "__reduce_ex__": _reduced}
+    return type(cls.__name__, (cls,), body)
+
+
+def _reduced(module: Any, protocol: Any) -> tuple[Any, ...]:
+    """How it is copied and pickled: by its name pickle would find the original class."""
+    return _bare, (type(module)._pg_kernels_original,), vars(module)
+
+
+def _bare(original: Any) -> Any:
+    cls = _patched(original)
+    return cls.__new__(cls)
 
 
 def _set_class(module: Any, cls: type[nn.Module]) -> None:

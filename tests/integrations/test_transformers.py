@@ -15,13 +15,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    BartConfig,
+    BartModel,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GemmaModel,
     LlamaConfig,
     LlamaForCausalLM,
     PaliGemmaConfig,
@@ -513,11 +519,71 @@ def test_attention_alone_serves_other_models() -> None:
     assert_logits_equal(ours(**inputs), theirs(**inputs), inputs["attention_mask"])
 
 
-@pytest.mark.parametrize("option", ["s_aux", "cache"])
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("length", [4, 6])
+@pytest.mark.parametrize(
+    ("model_type", "auto"),
+    [("bloom", AutoModelForCausalLM), ("doge", AutoModelForCausalLM), ("mpnet", AutoModel), ("bert", AutoModel)],
+)
+def test_models_that_do_more_with_a_mask_than_hand_it_on(model_type: str, auto: Any, length: int) -> None:
+    """Add it to position biases, cut it, have an eager attention alone: four keys were as many as a mask had lengths."""
+    register()
+    config = AutoConfig.for_model(model_type, **SMALL, pad_token_id=0)
+    theirs, ours = (
+        randomised(auto.from_config(copy.deepcopy(config), attn_implementation=name))
+        for name in ("eager", "pg_kernels")
+    )
+    ids = torch.randint(4, 60, (2, length))
+    mask = torch.ones_like(ids)
+    mask[1, 0] = 0
+    with torch.no_grad():
+        actual, expected = (model(input_ids=ids, attention_mask=mask)[0] for model in (ours, theirs))
+    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("queries", [3, 5, 7])
+@pytest.mark.parametrize("missing", [slice(0, 0), slice(3, 5), slice(0, 2), slice(0, 4)], ids=str)
+def test_cross_attention(queries: int, missing: slice) -> None:
+    """What is padding among an encoder's five tokens says nothing of the decoder's."""
+    register()
+    sizes = {
+        f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))
+    }
+    config = BartConfig(vocab_size=64, d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, **sizes)
+    theirs, ours = (
+        randomised(BartModel._from_config(copy.deepcopy(config), attn_implementation=name))
+        for name in ("eager", "pg_kernels")
+    )
+    ids, mask = torch.randint(4, 60, (2, 5)), torch.ones(2, 5, dtype=torch.int64)
+    mask[1, missing] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.randint(4, 60, (2, queries))}
+    with torch.no_grad():
+        actual, expected = (model(**inputs).last_hidden_state for model in (ours, theirs))
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-4)
+    # And the lengths themselves, for a model that would take them.
+    arguments = {"batch_size": 2, "q_length": queries, "kv_length": 5, "attention_mask": mask.bool()}
+    arguments["mask_function"] = masks.bidirectional_mask_function
+    dense = masks.sdpa_mask(**arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    assert torch.equal(integration._visible(integration._mask(**arguments), queries, 5), dense)
+
+
+def test_queries_for_a_whole_batch() -> None:
+    register()
+    q, k = torch.randn(1, 2, 3, 16), torch.randn(4, 2, 5, 16)
+    module = nn.Module()
+    out, _ = integration._attention(module, q, k, k, None, is_causal=False)
+    expected = nn.functional.scaled_dot_product_attention(q, k, k).transpose(1, 2)
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["s_aux", "sinks", "cache", "indices", "block_indices", "position_bias"])
 def test_unknown_attention_is_refused(option: str) -> None:
     q = torch.zeros(1, 1, 2, 4)
+    softcap = 50.0 if option == "position_bias" else None  # without one SDPA takes it
     with pytest.raises(ValueError, match=f"{option}: not supported"):
-        integration._attention(nn.Module(), q, q, q, None, **{option: q})
+        integration._attention(nn.Module(), q, q, q, None, softcap=softcap, **{option: q})
 
 
 def test_hooks_see_their_layers() -> None:
@@ -614,6 +680,67 @@ def test_bad_use_is_refused() -> None:
     ours.forward = ours.forward
     with pytest.raises(ValueError, match="a forward of its own"):
         patch(ours)
+
+
+def test_a_shared_configuration_gets_its_attention_back() -> None:
+    config = GemmaConfig(**TEXT)
+    config._attn_implementation = "sdpa"
+    both = nn.ModuleList(randomised(GemmaModel(config)) for _ in range(2))
+    assert both[0].config is both[1].config
+    for model in both:
+        patch(model)
+    unpatch(both)
+    assert config._attn_implementation == "sdpa"
+
+
+def test_a_class_made_from_a_patched_one_is_noticed() -> None:
+    ours = patched(paligemma())
+    before, cls = traces(ours), type(ours)
+    ours.__class__ = type("FSDP", (cls,), {})
+    with pytest.raises(ValueError, match="FSDP was made from a patched class"):
+        unpatch(ours)
+    ours.__class__ = cls
+    assert traces(ours) == before
+    unpatch(ours)
+
+
+def test_pickling(tmp_path: Path) -> None:
+    theirs = paligemma()
+    ours = patched(theirs)
+    torch.save(ours, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert type(loaded) is type(ours)
+    inputs = batch()
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, ours(**inputs).logits)
+        assert torch.equal(unpatch(loaded)(**inputs).logits, theirs(**inputs).logits)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "PI0Config"), reason="this version of transformers has no pi0")
+def test_transformers_own_robot_policy() -> None:
+    """pi0: an action expert over PaliGemma's keys and values."""
+    decoder = {"model_type": "gemma", **TEXT, "num_key_value_heads": 1}
+    vlm = {"model_type": "paligemma", "text_config": decoder, "vision_config": VISION, "image_token_id": IMAGE}
+    config = transformers.PI0Config(
+        vlm_config={**vlm, "projection_dim": TEXT["hidden_size"]},
+        dit_config={**decoder, "hidden_size": 16},
+        chunk_size=5,
+        num_inference_steps=2,
+    )
+    theirs = randomised(transformers.PI0ForConditionalGeneration(config))
+    ids = torch.cat((torch.full((2, IMAGE_TOKENS), IMAGE), torch.randint(3, 120, (2, 5))), 1)
+    mask = torch.ones_like(ids)
+    mask[1, -2:] = 0
+    inputs = {
+        "state": torch.randn(2, 32), "input_ids": ids, "attention_mask": mask, "noise": torch.randn(2, 5, 32),
+        "pixel_values": torch.randn(2, 1, 3, 28, 28), "pixel_attention_mask": torch.ones(2, 1, dtype=torch.bool),
+    }  # fmt: skip
+    expected = theirs.sample_actions(**inputs)
+    ours = patched(theirs)
+    torch.testing.assert_close(ours.sample_actions(**inputs), expected, atol=1e-4, rtol=2e-4)
+    assert torch.equal(unpatch(ours).sample_actions(**inputs), expected)
+    error = (patched(theirs, int8="int8").sample_actions(**inputs) - expected).norm() / expected.norm()
+    assert 0 < error < 0.1
 
 
 def test_other_activations_keep_their_mlp() -> None:
@@ -791,6 +918,11 @@ def test_int8(mode: str, tmp_path: Path) -> None:
         unpatch(ours)
     with pytest.raises(ValueError, match="transformers cannot load int8 weights"):
         ours.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the embedding is int8"):
+        ours.resize_token_embeddings(VOCABULARY + 8)
+    ours.tie_weights()
+    with torch.no_grad():
+        assert torch.equal(ours(**inputs).logits, actual.logits)
     adapted = patch(lora(copy.deepcopy(theirs)), int8=mode).train()
     adapted(**inputs).loss.backward()
     trained = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
