@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pg_kernels import int8_linear, int8_topk, linear_cross_entropy
-from pg_kernels.nn import Int8Embedding, Int8Linear, LayerNorm, RMSNorm
+from pg_kernels.nn import Int8Embedding, LayerNorm, RMSNorm, is_only_a_product, is_only_an_int8_product
 from pg_kernels.ops.checks import values_are_free
 
 from .config import PaliGemmaConfig
@@ -198,10 +198,8 @@ class PaliGemma(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Score hidden states [..., D] over the vocabulary: fp32 [..., V], softcapped where the configuration says so."""
         head = self.lm_head
-        if type(head) is Int8Linear:  # its sums are fp32, and need not be rounded
-            logits = int8_linear(
-                hidden, head.weight, bias=head.bias, activations=head.activations, out_dtype=torch.float32
-            )
+        if is_only_an_int8_product(head):  # its sums are fp32, and need not be rounded
+            logits = int8_linear(hidden, head.weight, activations=head.activations, out_dtype=torch.float32)
         else:
             logits = head(hidden).float()
         softcap = self.config.text_config.final_logit_softcapping
@@ -209,7 +207,7 @@ class PaliGemma(nn.Module):
 
     def likeliest(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest of the same logits, fp32 [..., k] and the largest first, and their ids [..., k]."""
-        if type(self.lm_head) is Int8Linear:
+        if is_only_an_int8_product(self.lm_head):
             softcap = self.config.text_config.final_logit_softcapping
             return int8_topk(hidden, self.lm_head.weight, k, softcap=softcap, activations=self.lm_head.activations)
         logits = self.logits(hidden)
@@ -244,17 +242,19 @@ class PaliGemma(nn.Module):
         return KVCache(self.config.text_config, batch, capacity, dtype=dtype, device=table.weight.device)
 
     def _loss(self, hidden: Tensor, labels: Tensor, reduction: str, label_smoothing: float) -> Tensor:
-        hidden, targets, head = hidden[:, :-1], labels[:, 1:], self.lm_head
-        if type(head) in (nn.Linear, Int8Linear):
+        hidden, targets = hidden[:, :-1], labels[:, 1:]
+        head: Any = self.lm_head
+        int8 = is_only_an_int8_product(head)
+        if int8 or is_only_a_product(head):
             losses = linear_cross_entropy(
                 hidden,
-                head.weight.dequantize(hidden.dtype) if type(head) is Int8Linear else head.weight,
+                head.weight.dequantize(hidden.dtype) if int8 else head.weight,
                 targets,
                 softcap=self.config.text_config.final_logit_softcapping,
                 label_smoothing=label_smoothing,
                 reduction="none",
             )
-        else:  # An adapter's head is more than a product with its `.weight`.
+        else:  # An adapter's head is more than a product with its `.weight`, and what watches it must see it called.
             logits = self.logits(hidden).transpose(1, 2)
             losses = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
         counts = (targets != -100).sum(1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pg_kernels.ops.apply_rotary import apply_rotary, apply_rotary_to_cache
 from pg_kernels.ops.geglu import geglu
@@ -464,7 +465,7 @@ def merge_projections_(model: nn.Module) -> None:
 
 def _merged(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, Tensor | None] | None:
     """The weights of some linear layers as one, and their biases, where they lie so and nobody watches."""
-    plain = all(type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks) for layer in layers)
+    plain = all(type(layer) is nn.Linear and _is_nothing_else(layer) for layer in layers)
     if not plain or torch.compiler.is_compiling():
         return None
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
@@ -494,21 +495,33 @@ def _one_behind_the_other(tensors: Sequence[Tensor]) -> Tensor | None:
 def is_only_a_product(layer: nn.Module) -> bool:
     """Whether a layer does no more than multiply by its `.weight`, so that an op may do it instead.
 
-    A LoRA layer has a `.weight`, too; hooks watch a layer or, as accelerate's, bring its weight only when it is called.
+    A LoRA layer has a `.weight`, too, and torchao's layers are nn.Linear around a tensor that multiplies in its own way.
     """
     return (
         type(layer) is nn.Linear
         and layer.bias is None
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
-        and "forward" not in vars(layer)
+        and not is_traceable_wrapper_subclass(layer.weight)
+        and _is_nothing_else(layer)
     )
+
+
+def is_only_an_int8_product(layer: nn.Module) -> TypeGuard[Int8Linear]:
+    """The same of a layer whose `.weight` is a `PackedInt8Weight`."""
+    return type(layer) is Int8Linear and layer.bias is None and _is_nothing_else(layer)
 
 
 def _share_activations(layers: Sequence[Any]) -> bool:
-    """Whether they are Int8Linear, and no more than that, with activations of one kind and nobody who watches them."""
+    """Whether they are Int8Linear, and no more than that, with activations of one kind."""
     return all(
-        type(layer) is Int8Linear
-        and layer.activations == layers[0].activations
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        type(layer) is Int8Linear and layer.activations == layers[0].activations and _is_nothing_else(layer)
         for layer in layers
     )
+
+
+def _is_nothing_else(layer: nn.Module) -> bool:
+    """Whether a call of a layer runs its class's forward alone.
+
+    Hooks watch a layer; hooks and a forward of its own, as accelerate's, may bring its weight only when it is called.
+    """
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return not hooks and "forward" not in vars(layer)

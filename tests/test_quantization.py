@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pg_kernels import backend as use_backend
 from pg_kernels import int8_linear, pack_int8, quantize_, quantize_int8
-from pg_kernels.nn import GeGLUMLP, Int8Embedding, Int8Linear, projections
+from pg_kernels.nn import (
+    GeGLUMLP,
+    Int8Embedding,
+    Int8Linear,
+    is_only_a_product,
+    is_only_an_int8_product,
+    merge_projections_,
+    projections,
+)
 
 MODES = {"int8": "keep", "int8-dynamic": "int8"}
 
@@ -229,6 +239,50 @@ def test_hooks_and_biases_of_gate_and_up_count() -> None:
     other.load_state_dict(mlp.state_dict())
     other.gate_proj.bias = nn.Parameter(torch.ones(96))
     assert not torch.allclose(other(x), expected)
+
+
+WATCHED: dict[str, Callable[[nn.Module], object]] = {
+    "forward hook": lambda layer: layer.register_forward_hook(lambda *_: None),
+    "forward pre-hook": lambda layer: layer.register_forward_pre_hook(lambda *_: None),
+    "backward hook": lambda layer: layer.register_full_backward_hook(lambda *_: None),
+    "backward pre-hook": lambda layer: layer.register_full_backward_pre_hook(lambda *_: None),
+    "own forward": lambda layer: setattr(layer, "forward", layer.forward),
+}
+
+
+@pytest.mark.parametrize("watch", WATCHED.values(), ids=WATCHED)
+@pytest.mark.parametrize("quantised", [False, True], ids=["float", "int8"])
+def test_watched_layers_are_called(
+    quantised: bool, watch: Callable[[nn.Module], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one product of several layers would else read their weights."""
+    layers = nn.ModuleDict({name: nn.Linear(64, 64, bias=False) for name in ("q_proj", "k_proj", "v_proj")})
+    merge_projections_(layers)
+    if quantised:
+        quantize_(layers)
+    is_product, kind = (is_only_an_int8_product, Int8Linear) if quantised else (is_only_a_product, nn.Linear)
+    forward, calls = kind.forward, []
+    monkeypatch.setattr(kind, "forward", lambda self, x: calls.append(self) or forward(self, x))
+    with torch.no_grad():
+        projections(torch.randn(3, 64), list(layers.values()))
+        assert not calls and all(map(is_product, layers.values()))
+        watch(layers["k_proj"])
+        projections(torch.randn(3, 64), list(layers.values()))
+    assert calls == list(layers.values()) and not is_product(layers["k_proj"])
+
+
+def test_a_bias_is_more_than_a_product() -> None:
+    assert not is_only_a_product(nn.Linear(64, 8)) and not is_only_an_int8_product(Int8Linear(64, 8))
+
+
+def test_int8_of_torchao_is_not_only_a_product() -> None:
+    from torchao import quantization as torchao
+
+    mlp, x = GeGLUMLP(64, 96).bfloat16(), torch.randn(3, 64, dtype=torch.bfloat16)
+    torchao.quantize_(mlp, torchao.Int8DynamicActivationInt8WeightConfig())
+    assert not is_only_a_product(mlp.gate_proj)
+    expected = mlp.down_proj(F.gelu(mlp.gate_proj(x), approximate="tanh") * mlp.up_proj(x))
+    torch.testing.assert_close(mlp(x), expected, rtol=0.05, atol=1e-2)
 
 
 def test_layers_compile() -> None:

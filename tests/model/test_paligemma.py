@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import PaliGemmaConfig as HFConfig
 from transformers import PaliGemmaForConditionalGeneration
 
+from pg_kernels import quantize_
 from pg_kernels.model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
 from pg_kernels.model.siglip import resample_position_embedding
 
@@ -198,6 +200,31 @@ def test_example_loss_averages_examples_and_logits_come_only_when_asked(model: P
         torch.nn.functional.cross_entropy(row[:-1], label[1:]) for row, label in zip(logits, labels, strict=True)
     ]
     torch.testing.assert_close(output.loss, torch.stack(one_by_one).mean())
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("change", ["hook", "own forward", "bias"])
+def test_a_head_that_is_more_than_a_product(model: PaliGemma, change: str, quantised: bool) -> None:
+    """It is called, for the loss and for the next token."""
+    model = copy.deepcopy(model)
+    if quantised:
+        quantize_(model)
+    inputs, seen = batch("right"), []
+    labels = inputs["input_ids"].masked_fill(inputs["token_type_ids"] == 0, -100)
+    logits, hidden = model(**inputs).logits, torch.randn(2, TEXT["hidden_size"])
+    scores, head = model.logits(hidden), model.lm_head
+    if change == "hook":
+        head.register_forward_hook(lambda *_: seen.append(1))
+    elif change == "own forward":
+        forward = head.forward
+        head.forward = lambda x: seen.append(1) or forward(x)
+    else:
+        head.bias = nn.Parameter(torch.linspace(-9, 9, VOCABULARY))
+        logits, scores = logits + head.bias, scores + head.bias
+    expected = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])
+    torch.testing.assert_close(model(**inputs, labels=labels).loss, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.likeliest(hidden, 2), tuple(scores.topk(2)), rtol=1e-4, atol=1e-4)
+    assert len(seen) == (0 if change == "bias" else 2)
 
 
 def test_padding_changes_nothing(model: PaliGemma) -> None:
