@@ -71,7 +71,8 @@ class RotaryEmbedding(nn.Module):
 
     @classmethod
     def from_config(cls, config: Any) -> RotaryEmbedding:
-        """As transformers' GemmaRotaryEmbedding is made. Raises ValueError for scaled frequencies."""
+        """As transformers' GemmaRotaryEmbedding is made. Raises ValueError for another model and scaled frequencies."""
+        _is_gemma2(config)
         parameters = config.rope_parameters
         if parameters["rope_type"] != "default":
             raise ValueError(f"config: rope_type is {parameters['rope_type']!r}, supported is 'default'")
@@ -128,10 +129,13 @@ class PrefixLMAttention(nn.Module):
 
     @classmethod
     def from_config(cls, config: Any, layer_idx: int) -> PrefixLMAttention:
-        """As transformers' GemmaAttention and Gemma2Attention are made. Raises ValueError for dropout and scaled frequencies."""
+        """As transformers' GemmaAttention and Gemma2Attention are made.
+
+        Raises ValueError for another model, dropout and scaled frequencies.
+        """
+        gemma2 = _is_gemma2(config)
         if config.attention_dropout:
             raise ValueError(f"config: attention_dropout is {config.attention_dropout}, supported is 0")
-        gemma2 = config.model_type.startswith("gemma2")
         sliding = gemma2 and config.layer_types[layer_idx] == "sliding_attention"
         return cls(
             config.hidden_size,
@@ -215,8 +219,8 @@ class GeGLUMLP(nn.Module):
 
     @classmethod
     def from_config(cls, config: Any) -> GeGLUMLP:
-        """As transformers' GemmaMLP and Gemma2MLP are made. Raises ValueError for another activation."""
-        activation = config.hidden_activation if config.model_type.startswith("gemma2") else config.hidden_act
+        """As transformers' GemmaMLP and Gemma2MLP are made. Raises ValueError for another model and another activation."""
+        activation = config.hidden_activation if _is_gemma2(config) else config.hidden_act
         if activation != "gelu_pytorch_tanh":
             raise ValueError(f"config: the activation is {activation!r}, supported is 'gelu_pytorch_tanh'")
         return cls(config.hidden_size, config.intermediate_size)
@@ -414,6 +418,13 @@ class Int8Embedding(_Int8Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, group_size={self.group_size}"
+
+
+def _is_gemma2(config: Any) -> bool:
+    """Raises ValueError for a model that is neither Gemma 1 nor 2: its layers compute something else."""
+    if config.model_type not in ("gemma", "gemma2"):
+        raise ValueError(f"config: model_type is {config.model_type!r}, supported are 'gemma' and 'gemma2'")
+    return config.model_type == "gemma2"
 
 
 def normed_sum(norm: RMSNorm | LayerNorm, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:

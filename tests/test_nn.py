@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Gemma2Config, GemmaConfig
+from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig, LlamaConfig
 from transformers.models.gemma import modeling_gemma
 from transformers.models.gemma2 import modeling_gemma2
 
@@ -240,3 +240,15 @@ CACHE = (torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16))
 def test_errors(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("other", [Gemma3TextConfig, LlamaConfig])
+@pytest.mark.parametrize(
+    "make",
+    [RotaryEmbedding.from_config, lambda made: PrefixLMAttention.from_config(made, 0), GeGLUMLP.from_config],
+    ids=["rotary", "attention", "mlp"],
+)
+def test_other_models_are_refused(make: Callable[[Any], object], other: Any) -> None:
+    made = other(**SIZES, attention_dropout=0.1)
+    with pytest.raises(ValueError, match=f"^config: model_type is '{made.model_type}', supported are 'gemma' and"):
+        make(made)
