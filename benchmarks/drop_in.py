@@ -175,7 +175,8 @@ def _fine_tune(patched: bool, steps: int) -> Seen:
             use_cpu=True,
             dataloader_pin_memory=False,
         )
-        trainer = Trainer(model=adapted, args=arguments, train_dataset=_examples(), data_collator=_collated)
+        collate = partial(_collated, Processor.from_pretrained(EMBEDDED_CHECKPOINT))
+        trainer = Trainer(model=adapted, args=arguments, train_dataset=_examples(), data_collator=collate)
         trainer.pop_callback(_printer())
         took = seconds(trainer.train, CPU)
     return Seen(took, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
@@ -194,9 +195,8 @@ def _examples() -> list[tuple[Image.Image, str]]:
     return [(picture if t is None else picture.transpose(t), a) for t in turns for a in ANSWERS]
 
 
-def _collated(examples: Sequence[tuple[Image.Image, str]]) -> dict[str, Tensor]:
+def _collated(processor: Processor, examples: Sequence[tuple[Image.Image, str]]) -> dict[str, Tensor]:
     images, answers = zip(*examples, strict=True)
-    processor = Processor.from_pretrained(EMBEDDED_CHECKPOINT)
     return processor(list(images), ["caption"] * len(images), suffixes=list(answers))
 
 

@@ -15,8 +15,11 @@ from pg_kernels.benchmarks.drop_in import LORA, PATCHED, PLAIN, STEP
 def test_both_tasks_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drop_in, "STEPS", {LORA: 2, STEP: 2})
     monkeypatch.setattr(drop_in, "VOCABULARY", 20_000)
+    load, loads = drop_in.Processor.from_pretrained, []
+    monkeypatch.setattr(drop_in.Processor, "from_pretrained", lambda path: loads.append(path) or load(path))
     folder = tmp_path / "run"
     assert main(["drop-in", str(folder), "--rounds", "1"]) == 0
+    assert len(loads) == 4, "a run of two batches loads one processor; both contenders have two"
     content = json.loads((folder / "drop-in.json").read_text())
     for task in (LORA, STEP):
         (plain,), (patched,) = (content["seen"][task][name] for name in (PLAIN, PATCHED))
