@@ -140,11 +140,12 @@ def markdown(content: Mapping[str, Any]) -> str:
         for batch in batches
         for name, found in sessions.items()
     ]
+    processes = max(map(len, sessions.values()), default=0)
     header = ("contender", "prompts", "load", "first token", "tokens/s", "peak memory")
     blocks = [
         f"{content['model']}, random weights, an image and {PROMPT} tokens of text each prompt, on {content['device']} "
         f"({', '.join(f'{name} {version}' for name, version in content['versions'].items())}); `{content['command']}`; "
-        f"medians of {max(map(len, sessions.values()), default=0)} processes each, in random order:",
+        f"medians of {processes} process{'es' * (processes != 1)} each, in random order:",
         markdown_table(header, lines),
     ]
     blocks += [f"{name} failed: {why}" for name, why in content["failed"].items()]

@@ -197,6 +197,9 @@ def test_a_run_is_stored(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.M
     assert 0 <= content["regrets"]["pg_kernels bfloat16"] < LARGEST_REGRET
     text = (tmp_path / "run" / "session.md").read_text()
     assert text == markdown(content) + "\n" and "| pg_kernels bfloat16 | 2 | " in text
+    assert "; medians of 1 process each, in random order:" in text
+    content["sessions"]["pg_kernels bfloat16"] *= 2
+    assert "; medians of 2 processes each, in random order:" in markdown(content)
 
 
 def test_wrong_tokens_are_found(checkpoint: Path) -> None:
