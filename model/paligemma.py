@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pg_kernels import int8_linear, int8_topk, linear_cross_entropy
-from pg_kernels.nn import Int8Embedding, LayerNorm, RMSNorm, is_only_a_product, is_only_an_int8_product
+from pg_kernels.nn import LayerNorm, RMSNorm, is_only_a_product, is_only_an_int8_product
 from pg_kernels.ops.checks import values_are_free
 
 from .config import PaliGemmaConfig
@@ -238,8 +238,7 @@ class PaliGemma(nn.Module):
         """Give an empty key-value cache for `batch` rows of `capacity` tokens, in the model's dtype and place."""
         table = self.model.language_model.embed_tokens
         # Norms may be kept in fp32; what goes through the layers has the embedding's dtype.
-        dtype = table.dtype if isinstance(table, Int8Embedding) else table.weight.dtype
-        return KVCache(self.config.text_config, batch, capacity, dtype=dtype, device=table.weight.device)
+        return KVCache(self.config.text_config, batch, capacity, dtype=table.weight.dtype, device=table.weight.device)
 
     def _loss(self, hidden: Tensor, labels: Tensor, reduction: str, label_smoothing: float) -> Tensor:
         hidden, targets = hidden[:, :-1], labels[:, 1:]

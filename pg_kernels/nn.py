@@ -254,11 +254,16 @@ class _Int8Module(nn.Module):
         super().__init__()
         check_group_size(group_size)
         self.group_size = group_size
-        self.dtype = dtype or torch.get_default_dtype()
         with torch.device(torch.get_default_device() if device is None else device):
             self.weight = pack_int8(
                 torch.zeros(rows, columns, dtype=torch.int8), torch.zeros(rows, dtype=torch.float32)
             )
+        self.weight.dtype = dtype or torch.get_default_dtype()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of what it gives, or of its bias; modules that share a weight share this, too."""
+        return self.weight.dtype
 
     def set_weight(self, weight: Tensor, scale: Tensor | None = None) -> None:
         """Take int8 [N, K] with its fp32 scale, or floats [N, K], which are quantised; the weight goes to their device.
@@ -276,7 +281,7 @@ class _Int8Module(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         moved = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device))
         self.weight.move_(moved.device)
-        self.dtype = moved.dtype
+        self.weight.dtype = moved.dtype
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -165,6 +165,19 @@ def test_only_a_move_changes_the_weight() -> None:
     assert back.weight.device.type == "cpu" and not back.weight.dequantize().any()
 
 
+def test_a_weight_has_the_dtype_of_its_layer() -> None:
+    """Models cast what they hand to a layer to its weight's dtype."""
+    module = Int8Linear.from_linear(linear(dtype=torch.bfloat16))
+    x = torch.randn(3, 70, dtype=torch.float64)
+    assert module(x.to(module.weight.dtype)).dtype == torch.bfloat16
+    copied = copy.deepcopy(module).half()
+    copied.set_weight(torch.ones(33, 70))
+    copied.load_state_dict(module.state_dict())
+    assert (copied.weight.dtype, module.weight.dtype) == (torch.float16, torch.bfloat16)
+    assert copied(x.to(copied.weight.dtype)).dtype == torch.float16
+    assert module.to("meta").to_empty(device="cpu").weight.dtype == torch.bfloat16
+
+
 def test_copies_are_independent() -> None:
     module = Int8Linear.from_linear(linear())
     other = copy.deepcopy(module)

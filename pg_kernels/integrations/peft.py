@@ -78,4 +78,4 @@ class LoraInt8Linear(lora.Linear):
         return module.in_features, module.out_features
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
-        return base_layer.weight.device, (base_layer if isinstance(base_layer, Int8Linear) else base_layer.weight).dtype
+        return base_layer.weight.device, base_layer.weight.dtype

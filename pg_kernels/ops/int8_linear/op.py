@@ -38,6 +38,8 @@ class PackedInt8Weight:
     """fp32: flat beside the extension's layout, else [N, groups]."""
     _one_scale: bool
     """Whether `pack_int8` was given scales [N]."""
+    dtype: torch.dtype = torch.float32
+    """What the layer that has it gives, for who asks its weight as if it were a tensor of floats; nothing here does."""
 
     @property
     def device(self) -> torch.device:
@@ -68,7 +70,7 @@ class PackedInt8Weight:
 
     def replace_(self, qweight: Tensor, scale: Tensor) -> None:
         """Pack another weight in this one's place; whoever holds it finds that. Raises what `pack_int8` raises."""
-        vars(self).update(vars(pack_int8(qweight, scale)))
+        vars(self).update(vars(pack_int8(qweight, scale)) | {"dtype": self.dtype})
 
     def rows(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantise some rows: int32 or int64 [...], each in [0, N), to [..., K] in `dtype`, rounded once from fp32.
