@@ -271,6 +271,23 @@ def test_rows_that_see_nothing_are_zero_with_zero_gradients(device: str, backend
     assert not gradients[1][1, :, :2].any() and not gradients[2][1, :, :2].any()
 
 
+@pytest.mark.parametrize("garbage", [float("inf"), float("nan")])
+@pytest.mark.parametrize("q_len", [1, 20])
+def test_queries_that_see_nothing_may_hold_anything(device: str, backend: str, q_len: int, garbage: float) -> None:
+    """Example 0 has no valid key, and of 20 queries in example 1 the first one comes before them."""
+    q, k, v = tensors(device, q_len=q_len, kv_len=20)
+    position = torch.arange(20 - q_len, 20, device=device)
+    blind = torch.stack((position >= 0, position < 1))[:, None, :, None].expand_as(q)
+    q = q.masked_fill(blind, garbage).requires_grad_()
+    kv_lens = torch.tensor([1, 20], device=device, dtype=torch.int32)
+    with torch.no_grad():
+        few = prefix_lm_attention(q, k, v, kv_starts=1, kv_lens=kv_lens)
+    out = prefix_lm_attention(q, k, v, kv_starts=1, kv_lens=kv_lens)
+    (gradient,) = torch.autograd.grad(out.sum(), q)
+    for tensor in (few, out, gradient):
+        assert not tensor[blind].any() and tensor.isfinite().all()
+
+
 def test_keys_that_are_not_valid_may_hold_anything(device: str, backend: str) -> None:
     """The unused end of a static cache is memory that nobody has written."""
     q, k, v = tensors(device, q_len=2, kv_len=6)

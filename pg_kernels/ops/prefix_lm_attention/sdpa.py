@@ -160,7 +160,8 @@ def _block(q: Tensor, k: Rows, v: Rows, which: slice, example: Example, block: s
         high = low
     keys, values = (rows.part(which, slice(low, high), q.dtype) for rows in (k, v))
     if high == low:
-        return q * 0.0 + (keys.sum() + values.sum())
+        # Not 0 · q, which is NaN for infinity.
+        return q.masked_fill(torch.ones((), dtype=torch.bool), 0.0) + (keys.sum() + values.sum())
     if high <= prefix_end or (all_end >= high and all_begin <= max(low, prefix_end)):
         return _attend(q, keys, values, None, scores)
     one = torch.tensor([prefix, start - low, end - low, first - low]).unsqueeze(1)
@@ -168,8 +169,8 @@ def _block(q: Tensor, k: Rows, v: Rows, which: slice, example: Example, block: s
     sees = visible.any(-1, keepdim=True)
     if sees.all():
         return _attend(q, keys, values, visible, scores)
-    # A row that sees nothing would be 0 / 0: it sees all, and is 0 afterwards.
-    return _attend(q, keys, values, visible | ~sees, scores).masked_fill(~sees, 0.0)
+    # A row that sees nothing would be 0 / 0: it sees all, and is 0 before, whatever it held, and afterwards.
+    return _attend(q.masked_fill(~sees, 0.0), keys, values, visible | ~sees, scores).masked_fill(~sees, 0.0)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
