@@ -118,12 +118,13 @@ def markdown(content: Mapping[str, Any]) -> str:
                 )
             )
     header = ("task", "", "time", "speed-up", "memory at most", "less by", "losses apart, relative")
-    rounds = len(next(iter(content["seen"].values()))[PLAIN])
+    count = len(next(iter(content["seen"].values()))[PLAIN])
+    rounds = f"{count} round{'s' * (count != 1)}"
     steps = " and ".join(f"{len(both[PLAIN][0]['losses'])} steps" for both in content["seen"].values())
     return "\n\n".join(
         (
             f"On {content['device']} ({', '.join(f'{name} {version}' for name, version in content['versions'].items())}); "
-            f"`{content['command']}`; medians of {rounds} rounds in random order, of {steps}. Memory is what one run "
+            f"`{content['command']}`; medians of {rounds} in random order, of {steps}. Memory is what one run "
             f"takes beyond what was there before it, weights included. Logits of the vocabulary's step are "
             f"{content['logits_bytes'] / 1e6:,.0f} MB in fp32.",
             markdown_table(header, lines),

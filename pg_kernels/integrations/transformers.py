@@ -35,7 +35,7 @@ from transformers.utils.generic import can_return_tuple
 
 from pg_kernels import apply_rotary, linear_cross_entropy, prefix_lm_attention, quantize_, rms_norm
 from pg_kernels.backends import requested, select
-from pg_kernels.nn import GeGLUMLP, Int8Linear, is_only_a_product
+from pg_kernels.nn import GeGLUMLP, Int8Linear, is_only_a_product, is_only_an_int8_product
 from pg_kernels.ops.prefix_lm_attention.reference import visible_keys
 
 NAME = "pg_kernels"
@@ -485,11 +485,9 @@ def _computes_loss(model: Any, logits_to_keep: int | Tensor) -> bool:
         return False
     head = model.lm_head
     whole = not isinstance(logits_to_keep, Tensor) and logits_to_keep == 0
-    return whole and model.loss_function is ForCausalLMLoss and (is_only_a_product(head) or _is_plain_int8(head))
-
-
-def _is_plain_int8(head: nn.Module) -> bool:
-    return type(head) is Int8Linear and head.bias is None
+    return (
+        whole and model.loss_function is ForCausalLMLoss and (is_only_a_product(head) or is_only_an_int8_product(head))
+    )
 
 
 def _loss_forward(original: Callable[..., Any]) -> Callable[..., Any]:
