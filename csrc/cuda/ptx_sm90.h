@@ -27,10 +27,14 @@ inline TensorMap describe(const void* from, int64_t rows, int64_t row_bytes, int
   TensorMap map;
   const cuuint64_t sizes[] = {cuuint64_t(row_bytes / 8), cuuint64_t(rows)}, strides[] = {cuuint64_t(row_bytes)};
   const cuuint32_t boxes[] = {cuuint32_t(box_bytes / 8), cuuint32_t(box_rows)}, steps[] = {1, 1};
-  if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT64, 2, const_cast<void*>(from), sizes, strides, boxes, steps,
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT64, 2, const_cast<void*>(from), sizes, strides, boxes, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
-    throw std::runtime_error("CUDA: cannot describe a matrix to the copy engine");
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error("CUDA: the copy engine takes no " + std::to_string(rows) + " rows of " +
+                             std::to_string(row_bytes) + " bytes in boxes of " + std::to_string(box_rows) + " by " +
+                             std::to_string(box_bytes) + " (error " + std::to_string(int(result)) + ")");
   }
   return map;
 }

@@ -1,11 +1,14 @@
 """The CUDA kernels of int8_linear, compiled for a CPU: every thread runs, and tensor cores and copies are emulated.
 
-`emulator/cuda` has what stands in for the GPU. Devices are numbers: 80 is an A100, 90 an H100.
+`emulator/cuda` has what stands in for the GPU. Devices are numbers: 80 is an A100, 90 an H100; 180 and 190 are the same
+with copies that take effect at once, not as late as they may.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import mmap
 import shutil
 import subprocess
 import sysconfig
@@ -25,6 +28,9 @@ from pg_kernels.ops import extension
 from pg_kernels.ops.int8_linear import cuda, reference, tiles
 
 ROOT = Path(__file__).parents[2]
+# What ends the process: an address that is misaligned for its type, an index beyond an array, arithmetic that C++ leaves
+# open. Traps need no library.
+CHECKS = "-fsanitize=alignment,bounds,null,shift,signed-integer-overflow -fsanitize-undefined-trap-on-error"
 BOUNDS = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 2.5e-3}
 
 
@@ -36,7 +42,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("emulator") / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     folders = [ROOT / "tests/ops/emulator", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     sources = [*(ROOT / "csrc/cuda").glob("*.cu"), ROOT / "csrc/cuda/bindings.cpp"]
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++17", "-O1", *CHECKS.split(), "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
     command = [compiler, *flags, "-DPG_KERNELS_CUDA_MODULE=_cuda", *(f"-I{folder}" for folder in folders)]
     subprocess.run([*command, "-x", "c++", *map(str, sources), "-o", str(path)], check=True)
     spec = importlib.util.spec_from_file_location("_cuda", path)
@@ -46,7 +52,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return module
 
 
-@pytest.fixture(params=[80, 90])
+@pytest.fixture(params=[80, 90, 180, 190])
 def gpu(request: pytest.FixtureRequest, emulator: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The emulated GPU that launches go to."""
     monkeypatch.setattr(extension, "_cuda", emulator)
@@ -59,6 +65,19 @@ def quantized(n: int, k: int, group_size: int | None = None) -> tuple[Tensor, Te
     """A weight of order 1 in the sum, its scales [N, groups] and the size of a group."""
     qweight, scale = quantize_int8(randn(n, k) * k**-0.5, group_size=group_size)
     return qweight, scale if scale.dim() == 2 else scale[:, None], min(group_size or k, k)
+
+
+def guarded(tensor: Tensor, at_end: bool) -> Tensor:
+    """A copy beside memory that may not be touched: it begins with a page, or ends with one."""
+    page, size = mmap.PAGESIZE, tensor.numel() * tensor.element_size()
+    pages = max(1, -(-size // page))
+    memory = torch.frombuffer(mmap.mmap(-1, (pages + 2) * page), dtype=torch.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    for guard in (0, pages + 1):
+        address = ctypes.c_void_p(memory.data_ptr() + guard * page)
+        assert libc.mprotect(address, ctypes.c_size_t(page), 0) == 0, ctypes.get_errno()  # PROT_NONE
+    start = (pages + 1) * page - size if at_end else page
+    return memory[start : start + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def frobenius(actual: Tensor, exact: Tensor) -> float:
@@ -180,6 +199,27 @@ def test_several_weights(gpu: int, m: int) -> None:
         assert y.shape == (m, n)
         exact = reference.int8_linear(x.double(), qweight, scale, None if bias is None else bias.double(), k, False)
         assert frobenius(y, exact) <= BOUNDS[torch.float16]
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("int8_activations", [False, True])
+@pytest.mark.parametrize("m", [1, 9, 65, 130])
+def test_nothing_else_is_touched(
+    gpu: int, m: int, int8_activations: bool, at_end: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond what the kernels are given and write begins memory whose use ends the process."""
+    n, k = 17, 588
+    qweight, scale, group = quantized(n, k)
+    x, bias = randn(m, k, dtype=torch.float16), randn(n, dtype=torch.float16)
+    exact = reference.int8_linear(x.double(), qweight, scale, bias.double(), group, int8_activations)
+    aligned, new_empty = cuda._aligned, Tensor.new_empty
+    monkeypatch.setattr(cuda, "_aligned", lambda x: guarded(aligned(x), at_end))
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: guarded(new_empty(*args, **kwargs), at_end))
+    x, bias, data, scales = (guarded(t, at_end) for t in (x, bias, *cuda.pack(qweight, scale, group)))
+    (y,) = cuda.multiply(x, [data], [scales], [bias], [n], group, int8_activations, torch.float16)
+    assert frobenius(y, exact) <= BOUNDS[torch.float16]
+    assert torch.equal(cuda.dequantize(data, scales, n, k, group, torch.float32), qweight.float() * scale)
+    assert torch.equal(cuda.rows_of(data, scales, torch.tensor([16]), n, k, group), qweight[16:].float() * scale[16:])
 
 
 @pytest.mark.parametrize(

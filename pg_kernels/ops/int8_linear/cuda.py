@@ -16,7 +16,7 @@ _TILE, _CHUNK = 16, 32
 """Rows and columns that lie together: kTileRows and kChunk of csrc/cuda/int8_linear.h."""
 _MOST_WEIGHTS = 4
 EMULATED = 80
-"""The compute capability of which the tests' emulator is."""
+"""The number of the device that the tests' emulator is."""
 
 
 def unfit(x: Tensor, group_size: int, columns: int) -> str | None:

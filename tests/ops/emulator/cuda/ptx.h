@@ -1,7 +1,8 @@
 // Stands in for csrc/cuda/ptx.h on a machine without a GPU: kernels compile as C++, every thread of a block is a
 // coroutine, and what a warp does together happens when its last lane arrives. Copies take effect as late as the kernel
-// allows: only when it waits for them. Shared memory begins as NaN. A block whose threads all wait for each other is an
-// error.
+// allows, when it waits for them, which finds reads that come too early; or at once, with the last warp running as far
+// ahead of the others as it can, which finds memory that is given up too early. Shared memory begins as NaN. A block
+// whose threads all wait for each other is an error, as is an address that the hardware would refuse.
 #pragma once
 
 #include <ucontext.h>
@@ -22,7 +23,7 @@
 #define __host__
 #define __launch_bounds__(...)
 
-struct uint4 {
+struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 struct dim3 {
@@ -65,11 +66,15 @@ struct Block {
   std::function<void()> body;
   ucontext_t scheduler;
   int current = 0, arrived = 0;
-  bool any = false, answer = false;
+  bool any = false, answer = false, gives_way = false;
   int64_t turn = 0, progress = 0;
   std::string error;
 };
 inline Block* block = nullptr;
+inline int device = 0;
+// Devices are numbers: 80 is an A100 and 90 an H100; 180 and 190 are the same with copies that take effect at once.
+inline bool copies_at_once() { return device >= 100; }
+inline int compute_capability(int device) { return device % 100; }
 constexpr int kStack = 128 * 1024;
 
 }  // namespace pg_kernels::ptx
@@ -81,6 +86,11 @@ namespace pg_kernels::ptx {
 inline void pause() {
   Thread& self = block->threads[block->current];
   swapcontext(&self.context, &block->scheduler);
+}
+// After what others may have waited for: they run before this warp goes on.
+inline void give_way() {
+  block->gives_way = true;
+  if (copies_at_once()) pause();
 }
 
 // What the lanes of a warp do at once, `all` being given what each of them gave.
@@ -135,8 +145,21 @@ inline uint4 load_once(const void* from, uint64_t) { return load<uint4>(from); }
 inline uint4 load16(const void* from) { return load<uint4>(from); }
 inline uint32_t load4(const void* from) { return load<uint32_t>(from); }
 
+inline void make(const Copy& copy) {
+  if (copy.there) {
+    std::memcpy(copy.to, copy.from, 16);
+  } else {
+    std::memset(copy.to, 0, 16);
+  }
+}
 inline void copy_async(uint32_t to, const void* from, bool there) {
-  block->threads[block->current].copies.push_back({at(to, 16), from, there});
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) throw std::runtime_error("a copy is misaligned");
+  const Copy copy{at(to, 16), from, there};
+  if (copies_at_once()) {
+    make(copy);
+  } else {
+    block->threads[block->current].copies.push_back(copy);
+  }
 }
 inline void copies_commit() {
   Thread& self = block->threads[block->current];
@@ -147,13 +170,7 @@ template <int kPending>
 void copies_wait() {
   auto& groups = block->threads[block->current].committed;
   while (int(groups.size()) > kPending) {
-    for (const Copy& copy : groups.front()) {
-      if (copy.there) {
-        std::memcpy(copy.to, copy.from, 16);
-      } else {
-        std::memset(copy.to, 0, 16);
-      }
-    }
+    for (const Copy& copy : groups.front()) make(copy);
     groups.erase(groups.begin());
   }
 }
@@ -281,10 +298,8 @@ inline float highest_of_warp(float x) {
 }
 
 struct OnDevice {
-  explicit OnDevice(int) {}
+  explicit OnDevice(int which) { device = which; }
 };
-// Of the GPU that is emulated, which its number says: device 80 is an A100.
-inline int compute_capability(int device) { return device; }
 inline int multiprocessors(int) { return 8; }
 
 inline void run_thread() {
@@ -300,9 +315,31 @@ inline void run_thread() {
   swapcontext(&self.context, &here.scheduler);
 }
 
+// Returns how many of its threads are not done.
+inline int run_warp(int warp) {
+  int left;
+  int64_t before;
+  do {
+    before = block->progress;
+    block->gives_way = false;
+    left = 0;
+    for (int i = 0; i < 32; ++i) {
+      block->current = warp * 32 + (copies_at_once() ? 31 - i : i);
+      Thread& thread = block->threads[block->current];
+      if (thread.done) continue;
+      threadIdx = dim3(block->current);
+      swapcontext(&block->scheduler, &thread.context);
+      left += !thread.done;
+    }
+  } while (copies_at_once() && !block->gives_way && block->progress > before);
+  return left;
+}
+
 template <class... Arguments>
 void launch(void (*kernel)(Arguments...), dim3 blocks, int threads, int shared_bytes, cudaStream_t,
             Arguments... arguments) {
+  const int most_shared = (compute_capability(device) == 90 ? 227 : 163) * 1024;
+  if (shared_bytes > most_shared) throw std::runtime_error("emulator: a block has no such shared memory");
   Block here;
   here.threads.resize(threads);
   here.warps.resize(threads / 32);
@@ -310,7 +347,7 @@ void launch(void (*kernel)(Arguments...), dim3 blocks, int threads, int shared_b
   here.shared = here.memory.data() + (1024 - reinterpret_cast<uintptr_t>(here.memory.data()) % 1024) % 1024;
   here.memory.resize(here.shared - here.memory.data() + shared_bytes);
   here.body = [&] { kernel(arguments...); };
-  for (Thread& thread : here.threads) thread.stack = std::make_unique<char[]>(kStack);
+  for (Thread& thread : here.threads) thread.stack.reset(new char[kStack]);  // not zeros, which take long
   gridDim = blocks;
   block = &here;
   for (unsigned z = 0; z < blocks.z; ++z) {
@@ -331,13 +368,7 @@ void launch(void (*kernel)(Arguments...), dim3 blocks, int threads, int shared_b
         for (int left = threads; left > 0 && here.error.empty();) {
           const int64_t before = here.progress;
           left = 0;
-          for (here.current = 0; here.current < threads; ++here.current) {
-            Thread& thread = here.threads[here.current];
-            if (thread.done) continue;
-            threadIdx = dim3(here.current);
-            swapcontext(&here.scheduler, &thread.context);
-            left += !thread.done;
-          }
+          for (int i = 0; i < threads / 32; ++i) left += run_warp(copies_at_once() ? threads / 32 - 1 - i : i);
           if (left > 0 && here.progress == before) here.error = "all threads wait";
         }
         if (!here.error.empty()) {

@@ -1,5 +1,5 @@
-// Stands in for csrc/cuda/ptx_sm90.h. Copies arrive, and products read their shared memory, as late as the kernel
-// allows: when it waits for them.
+// Stands in for csrc/cuda/ptx_sm90.h. Products read their shared memory as late as the kernel allows, when it waits for
+// them; so do copies arrive, or at once (ptx.h), but are reported to their barrier only then.
 #pragma once
 
 #include <map>
@@ -21,8 +21,12 @@ inline TensorMap describe(const void* from, int64_t rows, int64_t row_bytes, int
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || row_bytes % 16 != 0 || box_bytes % 16 != 0) {
     throw std::runtime_error("emulator: a tensor map wants multiples of 16 bytes");
   }
-  if (box_rows > 256 || box_bytes > (swizzled ? 128 : 256 * 8)) {
-    throw std::runtime_error("emulator: a tensor map's boxes are not as large");
+  if (box_rows < 1 || box_rows > 256 || box_bytes < 1 || box_bytes > (swizzled ? 128 : 256 * 8)) {
+    throw std::runtime_error("emulator: a tensor map's boxes are not empty, and not as large");
+  }
+  constexpr int64_t kMost = int64_t(1) << 32;
+  if (rows < 1 || rows > kMost || row_bytes < 1 || row_bytes / 8 > kMost || row_bytes >= int64_t(1) << 40) {
+    throw std::runtime_error("emulator: a tensor map's matrix is not empty, and not as large");
   }
   return {static_cast<const unsigned char*>(from), rows, row_bytes, box_rows, box_bytes, swizzled};
 }
@@ -55,15 +59,16 @@ inline Barrier& barrier_at(uint32_t barrier) {
   if (found == barriers.end()) throw std::runtime_error("a barrier is not initialised");
   return found->second;
 }
-inline void barrier_arrive(uint32_t barrier) {
+inline void barrier_arrive_expecting(uint32_t barrier, int bytes) {
   Barrier& here = barrier_at(barrier);
   if (here.pending == 0) throw std::runtime_error("a barrier has more arrivals than it expects");
   --here.pending;
+  here.bytes += bytes;
   ++block->progress;
 }
-inline void barrier_arrive_expecting(uint32_t barrier, int bytes) {
-  barrier_at(barrier).bytes += bytes;
-  barrier_arrive(barrier);
+inline void barrier_arrive(uint32_t barrier) {
+  barrier_arrive_expecting(barrier, 0);
+  give_way();
 }
 inline void barrier_wait(uint32_t barrier, int parity) {
   Barrier& here = barrier_at(barrier);
@@ -84,7 +89,7 @@ inline void barrier_wait(uint32_t barrier, int parity) {
 inline uint32_t swizzle128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 inline void copy_box(uint32_t to, const TensorMap& map, int byte, int row, uint32_t barrier, uint64_t = 0) {
   if (to % (map.swizzled ? 1024 : 128) != 0 || byte % 16 != 0) throw std::runtime_error("a box is misaligned");
-  barrier_at(barrier).copies.push_back([=] {
+  const auto make = [=] {
     for (int r = 0; r < map.box_rows; ++r) {
       for (int b = 0; b < map.box_bytes; b += 16) {
         const uint32_t address = to + r * map.box_bytes + b;
@@ -96,6 +101,10 @@ inline void copy_box(uint32_t to, const TensorMap& map, int byte, int row, uint3
         }
       }
     }
+  };
+  if (copies_at_once()) make();
+  barrier_at(barrier).copies.push_back([=] {
+    if (!copies_at_once()) make();
     return map.box_rows * map.box_bytes;
   });
 }
