@@ -109,10 +109,8 @@ def generate(
         if num_beams > 1:
             decoder = Decoder(model, batch, capacity)
             return _beam_search(model, decoder, prompt, max_new_tokens, torch.tensor(ends, device=device), num_beams)
-        choice, rest = (
-            Choice(ends, temperature, top_k, top_p, generator is not None),
-            (generator, max_new_tokens, stream),
-        )
+        choice = Choice(ends, temperature, top_k, top_p, generator is not None)
+        rest = (generator, max_new_tokens, stream)
         if why_not is not None or cuda_graph is False:
             return Session(model, batch, capacity, choice, graphs=False).answer(model, prompt, *rest)
         # Prompts of other lengths share a session, and its graphs.
