@@ -1,0 +1,389 @@
+"""The training loop on a tiny random model and on data that are tensors already."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pg_kernels.model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
+from pg_kernels.model.training.trainer import (
+    Recipe,
+    checkpointed_layers,
+    learning_rate_factor,
+    read,
+    suffix_loss,
+    train,
+)
+
+IMAGE_TOKENS = 4
+CONFIG = PaliGemmaConfig(
+    VisionConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28),
+    TextConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        vocab_size=40,
+    ),
+    image_token_id=39,
+)
+
+
+def new_model(seed: int = 0) -> PaliGemma:
+    torch.manual_seed(seed)
+    return PaliGemma(CONFIG)
+
+
+class Sums(Dataset[dict[str, Tensor]]):
+    """An image of one brightness, a random prompt, and one to three tokens that tell the brightness."""
+
+    def __init__(self, length: int = 24) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        shade = int(torch.randint(4, (1,), generator=generator))
+        count = 1 + index % 3
+        text = torch.cat((torch.randint(3, 20, (2,), generator=generator), torch.full((count,), 20 + shade)))
+        ids = torch.nn.functional.pad(torch.cat((torch.full((IMAGE_TOKENS,), 39), text)), (0, 3 - count))
+        mask = torch.arange(len(ids)) < IMAGE_TOKENS + 2 + count
+        types = mask & (torch.arange(len(ids)) >= IMAGE_TOKENS + 2)
+        return {
+            "input_ids": ids,
+            "attention_mask": mask.long(),
+            "token_type_ids": types.long(),
+            "labels": ids.masked_fill(~types, -100),
+            "pixel_values": torch.full((3, 28, 28), shade / 2 - 0.75),
+        }
+
+
+class InOrder(Sums):
+    shuffle = False
+
+
+class Batches(InOrder):
+    """Whole micro batches of 4 of the same examples."""
+
+    def __len__(self) -> int:
+        return self.length // 4
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return collate([super(Batches, self).__getitem__(i) for i in range(4 * index, 4 * index + 4)])
+
+
+def collate(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+RECIPE = Recipe(steps=6, batch_size=8, learning_rate=1e-2, save_every=2, workers=0, seed=3)
+
+
+def run(folder: Path, recipe: Recipe = RECIPE, data: Dataset[Any] | None = None, **options: Any) -> dict[str, Tensor]:
+    """Train a new model and give its weights."""
+    model = options.pop("model", None) or new_model()
+    saved = []
+    options.setdefault("collate", collate)
+    train(model, Sums() if data is None else data, recipe, folder, save=lambda: saved.append(1), **options)
+    assert saved == [1]
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def log(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int) -> Callable[..., Tensor]:
+    """A loss that raises in a step (from 1) instead of giving a value."""
+    calls = []
+
+    def loss(model: torch.nn.Module, batch: dict[str, Tensor], recipe: Recipe) -> Tensor:
+        calls.append(1)
+        if len(calls) == step:
+            raise Stop
+        return suffix_loss(model, batch, recipe)
+
+    return loss
+
+
+def test_schedules() -> None:
+    recipe = Recipe(steps=100, warmup=0.1)
+    for schedule in ("cosine", "linear", "rsqrt"):
+        factors = [learning_rate_factor(step, 100, replace(recipe, schedule=schedule)) for step in range(100)]
+        assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+        assert factors[9:] == sorted(factors[9:], reverse=True)
+        middle = {"cosine": 0.5, "linear": 0.5, "rsqrt": math.sqrt(10 / 56)}[schedule]
+        assert factors[55] == pytest.approx(middle)
+        assert factors[99] == pytest.approx(
+            {"cosine": 3.05e-4, "linear": 1 / 90, "rsqrt": math.sqrt(0.1)}[schedule], rel=1e-2
+        )
+
+
+def test_a_run_learns_and_logs(tmp_path: Path) -> None:
+    run(tmp_path, replace(RECIPE, steps=40))
+    lines = log(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    assert all(line["gradient_norm"] > 0 and line["examples_per_second"] > 0 for line in lines)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("reduction", ["example", "token"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, reduction: str) -> None:
+    recipe = replace(RECIPE, loss_reduction=reduction, steps=3)
+    whole = run(tmp_path / "whole", recipe)
+    parts = run(tmp_path / "parts", replace(recipe, micro_batch=2))
+    for name in whole:
+        if not name.endswith("k_proj.bias"):  # its gradient is 0 up to rounding, which Adam makes steps of
+            torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-4)
+    for one, other in zip(log(tmp_path / "whole"), log(tmp_path / "parts"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
+
+
+def test_frozen_parts_stay(tmp_path: Path) -> None:
+    before = new_model().state_dict()
+    after = run(tmp_path, replace(RECIPE, frozen=("vision_tower", "layers.1")))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    frozen = {name for name in before if "vision_tower" in name or ".layers.1." in name}
+    assert changed == set(before) - frozen
+
+
+def test_an_unknown_part_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="frozen: the model has no part 'vision'; it has .*vision_tower"):
+        run(tmp_path, replace(RECIPE, frozen=("vision",)))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "bfloat16", "optimizer": "muon"}, {"workers": 2, "micro_batch": 4}]
+)
+def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path: Path, options: dict[str, Any]) -> None:
+    recipe = replace(RECIPE, **options)
+    whole = run(tmp_path / "whole", recipe)
+    parts = recipe.batch_size // (recipe.micro_batch or recipe.batch_size)
+    with pytest.raises(Stop):
+        run(tmp_path / "cut", recipe, loss=stop_at(4 * parts))
+    assert [line["step"] for line in log(tmp_path / "cut")] == [1, 2, 3]
+    resumed = run(tmp_path / "cut", recipe, model=new_model(seed=1))  # what is loaded replaces these weights
+    assert_equal(whole, resumed)
+    same = ("step", "loss", "gradient_norm", "learning_rate")
+    for one, other in zip(log(tmp_path / "whole"), log(tmp_path / "cut"), strict=True):
+        assert [one[key] for key in same] == [other[key] for key in same]
+
+
+def test_a_killed_process_goes_on(tmp_path: Path) -> None:
+    """SIGKILL in the middle of a step, workers alive."""
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from test_trainer import *
+torch.set_num_threads(1)
+calls = []
+def loss(model, batch, recipe):
+    calls.append(1)
+    if len(calls) == 4 and sys.argv[2] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return suffix_loss(model, batch, recipe)
+weights = run(Path(sys.argv[1]), replace(RECIPE, workers=2, precision="bfloat16"), loss=loss)
+torch.save(weights, sys.argv[1] + "/weights.pt")
+"""
+    for folder, mode, code in (("cut", "kill", -signal.SIGKILL), ("cut", "go", 0), ("whole", "go", 0)):
+        arguments = [sys.executable, "-c", script, str(tmp_path / folder), mode]
+        assert subprocess.run(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == code
+    assert_equal(torch.load(tmp_path / "cut/weights.pt"), torch.load(tmp_path / "whole/weights.pt"))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        run(tmp_path, loss=stop_at(3))
+    with pytest.raises(ValueError, match="of another run: learning_rate was 0.01, is 0.02"):
+        run(tmp_path, replace(RECIPE, learning_rate=0.02))
+    with pytest.raises(ValueError, match="the data are other ones"):
+        run(tmp_path, data=Sums(25))
+    fresh = run(tmp_path, replace(RECIPE, learning_rate=0.02), restart=True)
+    assert_equal(fresh, run(tmp_path / "other", replace(RECIPE, learning_rate=0.02)))
+
+
+def test_data_read_in_order_are_read_once_from_where_they_are_needed(tmp_path: Path) -> None:
+    seen = []
+
+    class Watched(InOrder):
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            seen.append(index)
+            return super().__getitem__(index)
+
+    list(read(Watched(), replace(RECIPE, steps=3), collate, range(1, 3), torch.device("cpu")))
+    assert seen == list(range(8, 24))
+    with pytest.raises(ValueError, match="4 steps of 8 examples are wanted, but there are 24"):
+        run(tmp_path, replace(RECIPE, steps=4), data=InOrder())
+
+
+def test_whole_batches_are_taken_as_they_come(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, steps=3, micro_batch=4)
+    assert_equal(
+        run(tmp_path / "whole", recipe, data=Batches(), collate=None), run(tmp_path / "single", recipe, data=InOrder())
+    )
+
+
+def test_every_epoch_has_each_example_once_in_another_order() -> None:
+    batches = read(Sums(10), replace(RECIPE, batch_size=5), collate, range(4), torch.device("cpu"))
+    rows = torch.cat([batch["input_ids"] for step in batches for batch in step])
+    first, second = rows[:10], rows[10:]
+    assert torch.equal(first.unique(dim=0), second.unique(dim=0))
+    assert len(first.unique(dim=0)) == 10 and not torch.equal(first, second)
+
+
+def test_bfloat16_moves_fp32_masters(tmp_path: Path) -> None:
+    """Steps far below bf16's resolution add up, as they would not in the weights themselves."""
+    recipe = replace(RECIPE, learning_rate=1e-5, steps=12, schedule="linear", warmup=0.0)
+    before = new_model().state_dict()
+    exact = run(tmp_path / "fp32", recipe)
+    rounded = run(tmp_path / "bf16", replace(recipe, precision="bfloat16", save_every=12), loss=suffix_loss)
+    assert {tensor.dtype for tensor in rounded.values()} == {torch.bfloat16}
+    moved = sum(int((rounded[name] != before[name].bfloat16()).sum()) for name in before)
+    expected = sum(int((exact[name].bfloat16() != before[name].bfloat16()).sum()) for name in before)
+    assert moved == pytest.approx(expected, rel=0.2) and moved > 50
+
+
+def test_bfloat16_learns(tmp_path: Path) -> None:
+    run(tmp_path, replace(RECIPE, steps=40, precision="bfloat16"))
+    lines = log(tmp_path)
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+
+
+def test_muon_moves_matrices_by_orthogonal_steps(tmp_path: Path) -> None:
+    before = new_model().state_dict()
+    recipe = replace(RECIPE, optimizer="muon", steps=1, warmup=0.0, clip=math.inf)
+    after = run(tmp_path / "muon", recipe)
+    plain = run(tmp_path / "adamw", replace(recipe, optimizer="adamw"))
+    differ = {name for name in before if not torch.equal(after[name], plain[name])}
+    assert differ == {
+        name for name in before if before[name].dim() == 2 and "embed" not in name and "lm_head" not in name
+    }
+    step = before["model.multi_modal_projector.linear.weight"] - after["model.multi_modal_projector.linear.weight"]
+    values = torch.linalg.svdvals(step / (RECIPE.learning_rate * 0.2 * math.sqrt(16)))
+    assert values.median() > 0.5 and values.max() < 1.3  # five iterations leave the small ones small
+    run(tmp_path / "learns", replace(RECIPE, optimizer="muon", steps=40))
+    lines = log(tmp_path / "learns")
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+
+
+def test_loss_options_reach_the_model() -> None:
+    model, batch = new_model(), collate([Sums()[i] for i in range(3)])
+    plain = suffix_loss(model, batch, RECIPE)
+    assert plain == model(**batch, loss_reduction="example").loss
+    assert suffix_loss(model, batch, replace(RECIPE, loss_reduction="token")) == model(**batch).loss
+    smoothed = suffix_loss(model, batch, replace(RECIPE, label_smoothing=0.3))
+    assert smoothed == model(**batch, loss_reduction="example", label_smoothing=0.3).loss != plain
+
+
+def test_an_image_shared_by_questions_is_encoded_once() -> None:
+    model, batch = new_model(), collate([Sums()[i] for i in (0, 1, 2)])
+    index = torch.tensor([1, 0, 1])
+    repeated = {**batch, "pixel_values": batch["pixel_values"][index]}
+    shared = {**batch, "pixel_values": batch["pixel_values"][:2], "image_index": index}
+    torch.testing.assert_close(suffix_loss(model, shared, RECIPE), suffix_loss(model, repeated, RECIPE))
+
+
+def test_checkpointed_layers_have_the_same_gradients_and_are_undone(tmp_path: Path) -> None:
+    model, batch = new_model(), collate([Sums()[i] for i in range(3)])
+    kept: list[int] = []
+    gradients = []
+    for checkpointing in (False, True):
+        size = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal size
+            size += tensor.numel()
+            return tensor
+
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            if checkpointing:
+                with checkpointed_layers(model):
+                    loss = suffix_loss(model, batch, RECIPE)
+                    kept.append(size)
+                    loss.backward()
+            else:
+                loss = suffix_loss(model, batch, RECIPE)
+                kept.append(size)
+                loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    assert kept[1] < 0.5 * kept[0]
+    assert not any("forward" in vars(module) for module in model.modules())
+    run(tmp_path, replace(RECIPE, gradient_checkpointing=True, steps=2))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    calls = []
+
+    def loss(model: torch.nn.Module, batch: dict[str, Tensor], recipe: Recipe) -> Tensor:
+        calls.append(1)
+        return suffix_loss(model, batch, recipe) * (math.nan if len(calls) == 4 else 1.0)
+
+    with pytest.raises(RuntimeError, match="step 4: the loss is nan"):
+        run(tmp_path, loss=loss)
+    assert (tmp_path / "checkpoint.safetensors").exists()
+    assert_equal(run(tmp_path), run(tmp_path / "whole"))
+
+
+def test_patience_stops_and_keeps_the_best_weights(tmp_path: Path) -> None:
+    losses = iter([3.0, 1.0, 2.0, 2.5, 0.0])
+    model, best = new_model(), []
+
+    def evaluate() -> dict[str, float]:
+        assert not model.training and not torch.is_grad_enabled()
+        best.append({name: tensor.detach().clone() for name, tensor in model.state_dict().items()})
+        return {"loss": next(losses)}
+
+    weights = run(tmp_path, replace(RECIPE, eval_every=1, patience=2), model=model, evaluate=evaluate)
+    assert [line["loss"] for line in log(tmp_path, "evaluation")] == [3.0, 1.0, 2.0, 2.5]
+    assert_equal(weights, best[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": None}, "steps and epochs: give one"),
+        ({"epochs": 1.0}, "steps and epochs: give one"),
+        ({"micro_batch": 3}, "micro_batch: 3 does not divide the batch_size 8"),
+        ({"schedule": "flat"}, "schedule: 'flat'; allowed are cosine, linear, rsqrt"),
+        ({"learning_rate": -1.0}, "learning_rate: expected at least 0, got -1.0"),
+        ({"label_smoothing": 1.0}, "label_smoothing: expected to lie in"),
+        ({"save_every": 0}, "save_every: expected more than 0, got 0"),
+    ],
+)
+def test_impossible_recipes_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(RECIPE, **options)
