@@ -181,13 +181,30 @@ class Processor:
             TypeError: an image or a text is of no type named above.
             FileNotFoundError, OSError: an image file is missing, no image, or truncated.
         """
-        if padding_side not in ("left", "right"):
-            raise ValueError(f"padding_side: {padding_side!r}; allowed are 'left' and 'right'")
         prompts = _as_texts("prompts", prompts)
         if not prompts:
             raise ValueError("prompts: none given; at least one is needed")
         flat_images, counts = _images_per_prompt(images, prompts)
-        prefixes = [self._prefix(prompt, count) for prompt, count in zip(prompts, counts)]
+        inputs = self.encode(prompts, counts, suffixes, padding_side=padding_side)
+        inputs["pixel_values"] = self.preprocess_images(flat_images)
+        return inputs
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        num_images: Sequence[int],
+        suffixes: str | Sequence[str] | None = None,
+        *,
+        padding_side: str = "left",
+    ) -> dict[str, torch.Tensor]:
+        """Makes a model's inputs without ``pixel_values``: those of ``__call__`` for so many images of each prompt.
+
+        Raises:
+            ValueError, TypeError: as ``__call__``.
+        """
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side: {padding_side!r}; allowed are 'left' and 'right'")
+        prefixes = [self._prefix(prompt, count) for prompt, count in zip(prompts, num_images)]
         answers: list[list[int]] = [[] for _ in prompts]
         if suffixes is not None:
             suffixes = _as_texts("suffixes", suffixes)
@@ -199,7 +216,6 @@ class Processor:
         inputs = self._pad(prefixes, answers, padding_side)
         if suffixes is not None:
             inputs["labels"] = inputs["input_ids"].masked_fill(inputs["token_type_ids"] == 0, IGNORE_INDEX)
-        inputs["pixel_values"] = self.preprocess_images(flat_images)
         return inputs
 
     def preprocess_images(self, images: Iterable[ImageInput]) -> torch.Tensor:

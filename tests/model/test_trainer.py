@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pg_kernels.model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
+from pg_kernels.model.training import parallel
 from pg_kernels.model.training.trainer import (
     Recipe,
     checkpointed_layers,
@@ -200,25 +202,99 @@ def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path: Path, options
 
 def test_a_killed_process_goes_on(tmp_path: Path) -> None:
     """SIGKILL in the middle of a step, workers alive."""
-    script = f"""
-import os, signal, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch
-from test_trainer import *
-torch.set_num_threads(1)
-calls = []
-def loss(model, batch, recipe):
-    calls.append(1)
-    if len(calls) == 4 and sys.argv[2] == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return suffix_loss(model, batch, recipe)
-weights = run(Path(sys.argv[1]), replace(RECIPE, workers=2, precision="bfloat16"), loss=loss)
-torch.save(weights, sys.argv[1] + "/weights.pt")
-"""
-    for folder, mode, code in (("cut", "kill", -signal.SIGKILL), ("cut", "go", 0), ("whole", "go", 0)):
-        arguments = [sys.executable, "-c", script, str(tmp_path / folder), mode]
-        assert subprocess.run(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == code
-    assert_equal(torch.load(tmp_path / "cut/weights.pt"), torch.load(tmp_path / "whole/weights.pt"))
+    recipe = replace(RECIPE, workers=2, precision="bfloat16")
+
+    def killing(model: torch.nn.Module, batch: dict[str, Tensor], recipe: Recipe) -> Tensor:
+        if (tmp_path / "cut/checkpoint.safetensors").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return suffix_loss(model, batch, recipe)
+
+    process = multiprocessing.get_context("fork").Process(
+        target=run, args=(tmp_path / "cut", recipe), kwargs={"loss": killing}
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert [line["step"] for line in log(tmp_path / "cut")] == [1, 2]
+    assert_equal(run(tmp_path / "whole", recipe), run(tmp_path / "cut", recipe, model=new_model(seed=1)))
+
+
+def evaluation(model: PaliGemma) -> Callable[[], dict[str, float]]:
+    batch = collate([Sums()[i] for i in range(5)])
+    prompt = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+
+    def evaluate() -> dict[str, float]:
+        ids = model.generate(**prompt, max_new_tokens=3)
+        return {"loss": float(model(**batch).loss), "ids": float(ids.sum())}
+
+    return evaluate
+
+
+def train_as_a_rank(rank: int, port: int, folder: Path, recipe: Recipe, cut: int) -> None:
+    """What one of two processes does; the first writes the weights. `cut`: call of the loss that it dies in, or 0."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port)
+    )
+    parallel.start(torch.device("cpu"))
+    model = new_model()
+    options = {"loss": stop_at(cut)} if cut else {}
+    with suppress(Stop):
+        train(
+            model,
+            Sums(),
+            recipe,
+            folder,
+            collate=collate,
+            evaluate=evaluation(model),
+            save=lambda: torch.save(model.state_dict(), folder / "weights.pt"),
+            **options,
+        )
+    parallel.stop()
+
+
+def run_two_processes(folder: Path, recipe: Recipe, cut: int = 0) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=train_as_a_rank, args=(rank, port, folder, recipe, cut)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_two_processes_do_what_one_does(tmp_path: Path, precision: str) -> None:
+    """Cut off and gone on with in between, tied embedding, one part frozen, answers generated while training."""
+    recipe = replace(
+        RECIPE,
+        loss_reduction="token",
+        micro_batch=2,
+        frozen=("vision_tower",),
+        patience=5,
+        eval_every=3,
+        precision=precision,
+    )
+    model = new_model()
+    one = run(tmp_path / "one", recipe, model=model, evaluate=evaluation(model))
+    run_two_processes(tmp_path / "two", recipe, cut=6)  # in the third step
+    assert [line["step"] for line in log(tmp_path / "two")] == [1, 2]
+    run_two_processes(tmp_path / "two", recipe)
+    two = torch.load(tmp_path / "two/weights.pt")
+    close = {"rtol": 1e-5, "atol": 1e-6} if precision == "float32" else {"rtol": 2e-2, "atol": 2e-2}
+    for kind in ("train", "evaluation"):
+        lines, others = log(tmp_path / "one", kind), log(tmp_path / "two", kind)
+        assert len(lines) == len(others) > 2
+        for line, other in zip(lines, others, strict=True):
+            assert other["loss"] == pytest.approx(line["loss"], rel=close["rtol"])
+    assert set(two) == set(one)
+    assert two["lm_head.weight"].data_ptr() == two["model.language_model.embed_tokens.weight"].data_ptr()
+    for name in one:
+        assert two[name].dtype == one[name].dtype
+        if not name.endswith("k_proj.bias"):
+            torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4 if precision == "float32" else 3e-2)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -228,6 +304,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         run(tmp_path, replace(RECIPE, learning_rate=0.02))
     with pytest.raises(ValueError, match="the data are other ones"):
         run(tmp_path, data=Sums(25))
+    with pytest.raises(ValueError, match="base was None, is big"):
+        run(tmp_path, settings={"base": "big"})
     fresh = run(tmp_path, replace(RECIPE, learning_rate=0.02), restart=True)
     assert_equal(fresh, run(tmp_path / "other", replace(RECIPE, learning_rate=0.02)))
 
@@ -358,7 +436,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_patience_stops_and_keeps_the_best_weights(tmp_path: Path) -> None:
-    losses = iter([3.0, 1.0, 2.0, 2.5, 0.0])
+    losses = iter([4.0, 3.0, 1.0, 2.0, 2.5, 0.0])
     model, best = new_model(), []
 
     def evaluate() -> dict[str, float]:
@@ -367,8 +445,8 @@ def test_patience_stops_and_keeps_the_best_weights(tmp_path: Path) -> None:
         return {"loss": next(losses)}
 
     weights = run(tmp_path, replace(RECIPE, eval_every=1, patience=2), model=model, evaluate=evaluate)
-    assert [line["loss"] for line in log(tmp_path, "evaluation")] == [3.0, 1.0, 2.0, 2.5]
-    assert_equal(weights, best[1])
+    assert [line["loss"] for line in log(tmp_path, "evaluation")] == [4.0, 3.0, 1.0, 2.0, 2.5]
+    assert_equal(weights, best[2])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl"]
 
 

@@ -1,0 +1,135 @@
+"""Several processes for one training run: parameters, gradients and optimizer states sharded over them by FSDP2.
+
+Everything here is for any number of processes, of which one, without a process group, is the usual.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def start(device: torch.device) -> torch.device:
+    """Join the processes that `torchrun` started, if it did, and give this one's device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop() -> None:
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def wait() -> None:
+    """Wait until every process is here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def total(value: float, device: torch.device) -> float:
+    """The sum of every process's value, by way of their devices."""
+    if world() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.item()
+
+
+def of_the_first(thing: Any) -> Any:
+    """What the first process has, which can be pickled."""
+    if world() == 1:
+        return thing
+    things = [thing]
+    dist.broadcast_object_list(things)
+    return things[0]
+
+
+def shard_(root: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype, *methods: str) -> None:
+    """Leave each process its part of the parameters, which are gathered layer by layer when a forward needs them.
+
+    Trained parameters become fp32, and compute in `dtype`; the others are kept in it. The root's own parameters are there in its
+    forward and in these methods of it. Source: Zhao et al., https://arxiv.org/abs/2304.11277; torch's FSDP2.
+    """
+    if world() == 1:
+        return
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    for parameter in root.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    mesh = dist.init_device_mesh(next(root.parameters()).device.type, (world(),))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(root, mesh=mesh, mp_policy=policy)
+    for method in methods:
+        register_fsdp_forward_method(root, method)
+    for module in root.modules():  # the root first
+        if isinstance(module, FSDPModule):
+            # What is gathered goes to the same tensors every time; made in a `generate`, they would be none to train with.
+            module.unshard()
+            module.reshard()
+
+
+@torch.no_grad()
+def unshard_(root: nn.Module, dtype: torch.dtype) -> None:
+    """Put whole parameters in `dtype`, on the CPU, in their places; the first process alone gets them."""
+    if world() == 1:
+        return
+    whole: dict[int, nn.Parameter | None] = {}
+    reshard(root)
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in whole:  # a tied one is one
+                tensor = full(parameter).to("cpu", dtype)
+                whole[id(parameter)] = nn.Parameter(tensor, parameter.requires_grad) if rank() == 0 else None
+            if rank() == 0:
+                module._parameters[name] = whole[id(parameter)]
+
+
+def reshard(root: nn.Module) -> None:
+    """Let go of the parameters that the root keeps after a forward."""
+    for module in root.modules():
+        again: Any = getattr(module, "reshard", None)
+        if world() > 1 and again is not None:
+            again()
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A tensor's whole, which every process must ask for; the tensor itself where it is no part."""
+    part: Any = tensor.detach()
+    return part if not hasattr(part, "full_tensor") else part.full_tensor()
+
+
+@torch.no_grad()
+def copy_full_(target: Tensor, whole: Tensor) -> None:
+    """Fill a tensor, or this process's part of it, from the whole."""
+    if hasattr(target, "full_tensor"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(target, DTensor)
+        # Every process has the whole; nothing is sent.
+        whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(whole)

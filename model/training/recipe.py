@@ -1,0 +1,101 @@
+"""What a training run depends on besides model and data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+SCHEDULES = ("cosine", "linear", "rsqrt")
+REDUCTIONS = ("example", "token")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OPTIMIZERS = ("adamw", "muon")
+
+
+def _option(default: Any, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training run depends on besides model and data; the defaults are those of PaliGemma's transfers.
+
+    The fields' documentation is their `metadata["help"]`, which command lines show. Raises ValueError naming the field.
+    """
+
+    steps: int | None = _option(None, "optimizer steps; or give epochs")
+    epochs: float | None = _option(None, "passes over the data; or give steps")
+    batch_size: int = _option(32, "examples a step, over all processes")
+    micro_batch: int | None = _option(None, "examples a forward pass, when memory is short; gradients are accumulated")
+    learning_rate: float = _option(1e-5, "the highest one")
+    schedule: str = _option("cosine", "how it falls after the warm-up: cosine and linear to 0", choices=SCHEDULES)
+    warmup: float = _option(0.05, "share of all steps in which the learning rate rises")
+    weight_decay: float = _option(0.0, "decoupled, of matrices and embeddings; biases and norms have none")
+    betas: tuple[float, float] = _option((0.9, 0.999), "of AdamW")
+    clip: float = _option(1.0, "largest norm of the gradient; inf for no limit")
+    label_smoothing: float = _option(0.0, "share of the probability that the loss spreads over the vocabulary")
+    loss_reduction: str = _option(
+        "example", "example: mean over each answer's tokens first, as big_vision; token: over all", choices=REDUCTIONS
+    )
+    frozen: tuple[str, ...] = _option(
+        (), "parts to leave as they are, by name: vision_tower, language_model.layers.0, …"
+    )
+    precision: str = _option("float32", "of the arithmetic; the optimizer always moves fp32", choices=tuple(PRECISIONS))
+    gradient_checkpointing: bool = _option(
+        False, "compute layers anew in the backward pass: less memory, a third more time"
+    )
+    compile: bool = _option(False, "torch.compile the loss: a slow start, faster steps")
+    eval_every: int | None = _option(None, "steps between evaluations; without it, only at the end")
+    save_every: int = _option(500, "steps between checkpoints")
+    patience: int | None = _option(
+        None, "stop after so many evaluations without a lower loss, and keep the best weights"
+    )
+    seed: int = _option(0, "of the order of the data")
+    workers: int = _option(1, "processes that prepare batches; 0 for none")
+    optimizer: str = _option(
+        "adamw", "muon: orthogonalised momentum for hidden matrices, AdamW for the rest", choices=OPTIMIZERS
+    )
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"steps and epochs: give one of them, got {self.steps} and {self.epochs}")
+        for name in ("steps", "epochs", "batch_size", "micro_batch", "clip", "eval_every", "save_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected more than 0, got {value}")
+        for name in ("learning_rate", "weight_decay", "workers"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name, values in (
+            ("warmup", (self.warmup,)),
+            ("label_smoothing", (self.label_smoothing,)),
+            ("betas", self.betas),
+        ):
+            if not all(0 <= value < 1 for value in values):
+                raise ValueError(f"{name}: expected to lie in [0, 1), got {getattr(self, name)}")
+        for name, choices in (
+            ("schedule", SCHEDULES),
+            ("loss_reduction", REDUCTIONS),
+            ("precision", PRECISIONS),
+            ("optimizer", OPTIMIZERS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: {getattr(self, name)!r}; allowed are {', '.join(choices)}")
+        if self.batch_size % (self.micro_batch or 1):
+            raise ValueError(f"micro_batch: {self.micro_batch} does not divide the batch_size {self.batch_size}")
+
+
+def learning_rate_factor(step: int, steps: int, recipe: Recipe) -> float:
+    """Give the share of the highest learning rate at a step: a linear warm-up to 1, then the schedule.
+
+    "rsqrt" falls with the square root of the steps done, whatever their number, from 1 at the warm-up's end.
+    """
+    warmup = max(1, round(recipe.warmup * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    if recipe.schedule == "rsqrt":
+        return math.sqrt(warmup / (step + 1))
+    done = (step - warmup) / max(1, steps - warmup)
+    return 1 - done if recipe.schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
