@@ -1,4 +1,4 @@
-"""The command line: `pg-kernels run`, `compare`, `bench`, `tune`, `info` and `convert`."""
+"""The command line: `pg-kernels run`, `finetune`, `compare`, `bench`, `tune`, `info` and `convert`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ from .processor import RESIZE_MODES, Processor, load_image
 from .quality import compare, table
 from .segmentation import MaskVQVAE
 from .tokenizer import Tokenizer
+from .training import parallel
+from .training.data import JsonLines
+from .training.finetune import Lora, finetune
+from .training.options import add_recipe_options, recipe_from
 
 if TYPE_CHECKING:
     from .training.evaluation import Scores
@@ -116,6 +120,66 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--json", action="store_true", help="print one JSON object: text, objects, tokens, seconds")
     run.set_defaults(command=_run)
+
+    tuning = commands.add_parser(
+        "finetune",
+        help="train a model on JSON lines of image, prefix and suffix",
+        description='Train a model, or a LoRA adapter, on JSON lines such as {"image": "a.png", "prefix": "answer en what is '
+        'this?", "suffix": "a key"}. A run that was cut off goes on when the same command is given again. Under `torchrun '
+        "--nproc-per-node N --no-python` the model is sharded over N processes.",
+        epilog="`suffix` may be a list of accepted answers, of which the first is learnt; `image` a list of images, or absent.",
+    )
+    files = tuning.add_argument_group("files")
+    files.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON lines to learn")
+    files.add_argument(
+        "--eval-data", type=Path, metavar="FILE", help="JSON lines to evaluate on: loss and exact matches"
+    )
+    files.add_argument("--images", type=Path, metavar="FOLDER", help="of the images (default: each file's own)")
+    files.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the result and log.jsonl go")
+    files.add_argument("--restart", action="store_true", help="replace what --output holds instead of going on with it")
+    files.add_argument("--tensorboard", action="store_true", help="write TensorBoard's files to --output, too")
+    which = tuning.add_argument_group("model")
+    which.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="Hugging Face folder or big_vision .npz (default: the small model that comes with the package)",
+    )
+    which.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, for a .npz checkpoint")
+    which.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="resample the position embedding for another image size"
+    )
+    which.add_argument(
+        "--resize", choices=RESIZE_MODES, default="hf", help="how images become squares (default: %(default)s)"
+    )
+    which.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    adapter = tuning.add_argument_group("LoRA")
+    adapter.add_argument("--lora", type=int, metavar="RANK", help="train an adapter of this rank, nothing else")
+    adapter.add_argument(
+        "--lora-alpha", type=int, metavar="N", help="its scale, over the rank (default: twice the rank)"
+    )
+    adapter.add_argument(
+        "--lora-dropout", type=float, default=0.0, metavar="X", help="on its input (default: %(default)s)"
+    )
+    adapter.add_argument(
+        "--lora-targets",
+        default=Lora.targets,
+        metavar="REGEX",
+        help="layers it adapts, by their names in the model (default: %(default)s)",
+    )
+    adapter.add_argument(
+        "--quantize", choices=ACTIVATIONS, help="train it over frozen int8 layers: a half of the memory"
+    )
+    adapter.add_argument(
+        "--merge", action="store_true", help="write the model it makes of the float checkpoint instead"
+    )
+    own = {
+        "epochs": "15, without --steps",
+        "learning_rate": "1e-5, with --lora 2e-4",
+        "precision": "bfloat16 on CUDA, float32 on CPUs",
+    }
+    add_recipe_options(tuning, own)
+    tuning.set_defaults(command=_finetune, mask_decoder=None)
 
     comparison = commands.add_parser(
         "compare",
@@ -233,6 +297,55 @@ def _run(options: argparse.Namespace) -> None:
             os.replace(temporary, options.draw)
         _note(f"wrote {options.draw}")
     _note(_speed(arrivals, ids.shape[1], seconds))
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    if options.lora is None and (options.quantize or options.merge):
+        raise ValueError("--quantize and --merge go with --lora")
+    device = _device(options.device or _default_device())
+    recipe = recipe_from(
+        options,
+        epochs=None if options.steps else 15.0,
+        learning_rate=1e-5 if options.lora is None else 2e-4,
+        precision="bfloat16" if device.type == "cuda" else "float32",
+    )
+    lora = None
+    if options.lora is not None:
+        lora = Lora(options.lora, options.lora_alpha, options.lora_dropout, options.lora_targets)
+    data = JsonLines(options.data, options.images)
+    eval_data = None if options.eval_data is None else JsonLines(options.eval_data, options.images)
+    checkpoint = options.checkpoint or EMBEDDED_CHECKPOINT
+    # Masters in fp32 are made of the checkpoint's own numbers.
+    dtype = torch.float32 if recipe.precision == "float32" else None
+
+    def read(quantize: str | None, device: torch.device | str) -> PaliGemma:
+        return PaliGemma.from_pretrained(
+            checkpoint, dtype=dtype, device=device, image_size=options.image_size, quantize=quantize
+        )
+
+    device = parallel.start(device)
+    try:
+        model = read(options.quantize, device)
+        processor = _processor(checkpoint, model.config, options)
+        processor.image_size = model.config.vision_config.image_size
+        processor.num_image_tokens = model.config.vision_config.num_image_tokens
+        finetune(
+            model,
+            processor,
+            data,
+            options.output,
+            recipe,
+            checkpoint=checkpoint,
+            eval_data=eval_data,
+            lora=lora,
+            merge=(lambda: read(None, "cpu")) if options.merge else None,
+            restart=options.restart,
+            tensorboard=options.tensorboard,
+        )
+        if parallel.rank() == 0:
+            _note(f"wrote {options.output}")
+    finally:
+        parallel.stop()
 
 
 def _compare(options: argparse.Namespace) -> None:

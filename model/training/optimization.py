@@ -13,10 +13,11 @@ from .recipe import Recipe
 
 def freeze(model: nn.Module, parts: Sequence[str]) -> None:
     """Let the parameters below modules of these names, such as `vision_tower` or `language_model.layers.0`, be as they are."""
+    named = dict(model.named_parameters(remove_duplicate=False))  # a tied head's name, too
     for part in parts:
-        found = [parameter for name, parameter in model.named_parameters() if f".{part}." in f".{name}."]
+        found = [parameter for name, parameter in named.items() if f".{part}." in f".{name}."]
         if not found:
-            names = sorted({name.split(".")[i] for name, _ in model.named_parameters() for i in range(2)})
+            names = sorted({module for name in named for module in name.split(".")[:2]} - {"weight"})
             raise ValueError(f"frozen: the model has no part {part!r}; it has {', '.join(names)} and what is in them")
         for parameter in found:
             parameter.requires_grad_(False)

@@ -13,50 +13,73 @@ REDUCTIONS = ("example", "token")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OPTIMIZERS = ("adamw", "muon")
 
+_RUN, _OPTIMIZATION, _SPEED = "the run", "optimization", "speed and memory"
 
-def _option(default: Any, help: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": help, **more})
+
+def _option(group: str, default: Any, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"group": group, "help": help, **more})
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What a training run depends on besides model and data; the defaults are those of PaliGemma's transfers.
 
-    The fields' documentation is their `metadata["help"]`, which command lines show. Raises ValueError naming the field.
+    The fields are documented by their `metadata["help"]`, which command lines show. Raises ValueError naming the field.
     """
 
-    steps: int | None = _option(None, "optimizer steps; or give epochs")
-    epochs: float | None = _option(None, "passes over the data; or give steps")
-    batch_size: int = _option(32, "examples a step, over all processes")
-    micro_batch: int | None = _option(None, "examples a forward pass, when memory is short; gradients are accumulated")
-    learning_rate: float = _option(1e-5, "the highest one")
-    schedule: str = _option("cosine", "how it falls after the warm-up: cosine and linear to 0", choices=SCHEDULES)
-    warmup: float = _option(0.05, "share of all steps in which the learning rate rises")
-    weight_decay: float = _option(0.0, "decoupled, of matrices and embeddings; biases and norms have none")
-    betas: tuple[float, float] = _option((0.9, 0.999), "of AdamW")
-    clip: float = _option(1.0, "largest norm of the gradient; inf for no limit")
-    label_smoothing: float = _option(0.0, "share of the probability that the loss spreads over the vocabulary")
+    steps: int | None = _option(_RUN, None, "optimizer steps; or give epochs")
+    epochs: float | None = _option(_RUN, None, "passes over the data; or give steps")
+    batch_size: int = _option(_RUN, 32, "examples a step, over all processes")
+    eval_every: int | None = _option(
+        _RUN, None, "steps between evaluations, which there are at the start and the end, too"
+    )
+    patience: int | None = _option(
+        _RUN, None, "stop after so many evaluations without a lower loss, and keep the best weights"
+    )
+    save_every: int = _option(_RUN, 500, "steps between checkpoints")
+    seed: int = _option(_RUN, 0, "of the order of the data")
+    learning_rate: float = _option(_OPTIMIZATION, 1e-5, "the highest one")
+    schedule: str = _option(
+        _OPTIMIZATION, "cosine", "how it falls after the warm-up: cosine and linear to 0", choices=SCHEDULES
+    )
+    warmup: float = _option(_OPTIMIZATION, 0.05, "share of all steps in which the learning rate rises")
+    optimizer: str = _option(
+        _OPTIMIZATION,
+        "adamw",
+        "muon: orthogonalised momentum for hidden matrices, AdamW for the rest",
+        choices=OPTIMIZERS,
+    )
+    weight_decay: float = _option(
+        _OPTIMIZATION, 0.0, "decoupled, of matrices and embeddings; biases and norms have none"
+    )
+    betas: tuple[float, float] = _option(_OPTIMIZATION, (0.9, 0.999), "of AdamW")
+    clip: float = _option(_OPTIMIZATION, 1.0, "largest norm of the gradient; inf for no limit")
+    label_smoothing: float = _option(
+        _OPTIMIZATION, 0.0, "share of the probability that the loss spreads over the vocabulary"
+    )
     loss_reduction: str = _option(
-        "example", "example: mean over each answer's tokens first, as big_vision; token: over all", choices=REDUCTIONS
+        _OPTIMIZATION,
+        "example",
+        "example: mean over each answer's tokens first, as big_vision; token: over all",
+        choices=REDUCTIONS,
     )
     frozen: tuple[str, ...] = _option(
-        (), "parts to leave as they are, by name: vision_tower, language_model.layers.0, …"
+        _OPTIMIZATION,
+        (),
+        "parts to leave as they are: vision_tower, multi_modal_projector, language_model, language_model.layers.0, …",
+        option="--freeze",
     )
-    precision: str = _option("float32", "of the arithmetic; the optimizer always moves fp32", choices=tuple(PRECISIONS))
+    precision: str = _option(
+        _SPEED, "float32", "of the arithmetic; the optimizer always moves fp32", choices=tuple(PRECISIONS)
+    )
+    micro_batch: int | None = _option(
+        _SPEED, None, "examples a forward pass, when memory is short; gradients are accumulated"
+    )
     gradient_checkpointing: bool = _option(
-        False, "compute layers anew in the backward pass: less memory, a third more time"
+        _SPEED, False, "compute layers anew in the backward pass: less memory, a third more time"
     )
-    compile: bool = _option(False, "torch.compile the loss: a slow start, faster steps")
-    eval_every: int | None = _option(None, "steps between evaluations; without it, only at the end")
-    save_every: int = _option(500, "steps between checkpoints")
-    patience: int | None = _option(
-        None, "stop after so many evaluations without a lower loss, and keep the best weights"
-    )
-    seed: int = _option(0, "of the order of the data")
-    workers: int = _option(1, "processes that prepare batches; 0 for none")
-    optimizer: str = _option(
-        "adamw", "muon: orthogonalised momentum for hidden matrices, AdamW for the rest", choices=OPTIMIZERS
-    )
+    compile: bool = _option(_SPEED, False, "torch.compile the loss: a slow start, faster steps")
+    workers: int = _option(_SPEED, 1, "processes that prepare batches; 0 for none")
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -112,6 +113,8 @@ def train(
     steps = count_steps(data, recipe, whole_batches=collate is None)
     if recipe.patience is not None and evaluate is None:
         raise ValueError("patience: needs data to evaluate on")
+    if recipe.compile and parallel.world() > 1:
+        raise ValueError("compile: not with several processes")
     if tensorboard and find_spec("tensorboard") is None:
         raise RuntimeError("TensorBoard's files need the package `tensorboard`")
     freeze(model, recipe.frozen)
@@ -142,6 +145,9 @@ def train(
             metrics = parallel.of_the_first(dict(task.evaluate()))
             parallel.reshard(task)
             log.write(state.step, "evaluation", metrics)
+            if parallel.rank() == 0:
+                values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+                bar.write(f"step {state.step}: {values}", file=sys.stderr)
             return recipe.patience is not None and state.judge(metrics["loss"], recipe.patience)
 
         if evaluate is not None and state.step == 0:
