@@ -1,0 +1,1 @@
+"""What a PaliGemma is worth: standard metrics on public data sets' own files."""
