@@ -1,4 +1,4 @@
-"""The command line: `pg-kernels run`, `finetune`, `compare`, `bench`, `tune`, `info` and `convert`."""
+"""The command line: `pg-kernels run`, `finetune`, `evaluate`, `compare`, `bench`, `tune`, `info` and `convert`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ from pg_kernels.quantization import ACTIVATIONS
 from . import EMBEDDED_CHECKPOINT
 from .checkpoints import convert, load
 from .config import PaliGemmaConfig
+from .evaluation.command import add_arguments as evaluation_arguments
+from .evaluation.command import tasks_in_lines
+from .evaluation.run import Predictions, ask, last_written, prepare
+from .evaluation.run import table as score_table
 from .files import temporary_sibling
 from .locations import Detection
 from .paligemma import PaliGemma
@@ -80,30 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "images", nargs="+", type=Path, metavar="IMAGE", help="image file; several make one prompt's images"
     )
     run.add_argument("prompt", metavar="PROMPT", help="what to ask, e.g. 'caption en' or 'detect cat'")
-    run.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="PATH",
-        help="Hugging Face folder or big_vision .npz (default: the small model that comes with the package)",
-    )
-    run.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, for a .npz checkpoint")
-    run.add_argument(
-        "--mask-decoder",
-        type=Path,
-        metavar="FILE",
-        help="vae-oid.npz or its safetensors conversion: turns segmentation codes into masks",
-    )
-    run.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    run.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the checkpoint's)")
-    run.add_argument(
-        "--quantize",
-        choices=ACTIVATIONS,
-        help="int8 weights, a half of bfloat16's memory and on CPUs much faster; int8-dynamic also rounds activations to "
-        "int8: a faster first token, answers a little less exact (default: as the checkpoint is)",
-    )
-    run.add_argument(
-        "--resize", choices=RESIZE_MODES, default="hf", help="how images become squares (default: %(default)s)"
-    )
+    _add_model_arguments(run)
     run.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: %(default)s)"
     )
@@ -181,6 +162,18 @@ def _parser() -> argparse.ArgumentParser:
     add_recipe_options(tuning, own)
     tuning.set_defaults(command=_finetune, mask_decoder=None)
 
+    evaluation = commands.add_parser(
+        "evaluate",
+        help="score a model on a task with the task's standard metric",
+        description="Ask a model all the questions of a data set, in the data set's own file format, and score its answers\n"
+        "with the task's standard metric. Scores go to stdout, times 100; progress goes to stderr.",
+        epilog=tasks_in_lines(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluation_arguments(evaluation)
+    _add_model_arguments(evaluation)
+    evaluation.set_defaults(command=_evaluate)
+
     comparison = commands.add_parser(
         "compare",
         help="what int8 costs: a quantised model beside its original",
@@ -240,6 +233,34 @@ def _parser() -> argparse.ArgumentParser:
     conversion.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model to put into the folder")
     conversion.set_defaults(command=_convert)
     return parser
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, how it is loaded, and how it sees images."""
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="Hugging Face folder or big_vision .npz (default: the small model that comes with the package)",
+    )
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, for a .npz checkpoint")
+    parser.add_argument(
+        "--mask-decoder",
+        type=Path,
+        metavar="FILE",
+        help="vae-oid.npz or its safetensors conversion: turns segmentation codes into masks",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the checkpoint's)")
+    parser.add_argument(
+        "--quantize",
+        choices=ACTIVATIONS,
+        help="int8 weights, a half of bfloat16's memory and on CPUs much faster; int8-dynamic also rounds activations to "
+        "int8: a faster first token, answers a little less exact (default: as the checkpoint is)",
+    )
+    parser.add_argument(
+        "--resize", choices=RESIZE_MODES, default="hf", help="how images become squares (default: %(default)s)"
+    )
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -346,6 +367,47 @@ def _finetune(options: argparse.Namespace) -> None:
             _note(f"wrote {options.output}")
     finally:
         parallel.stop()
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    evaluation = prepare(
+        options.task,
+        options.data,
+        annotations=options.annotations,
+        images=options.images,
+        language=options.language,
+        prompt=options.prompt,
+        limit=options.limit,
+    )
+    checkpoint = options.checkpoint or EMBEDDED_CHECKPOINT
+    origin = {"checkpoint": "built-in" if options.checkpoint is None else str(checkpoint.resolve())}
+    origin |= {name: getattr(options, name) for name in ("quantize", "dtype", "resize", "num_beams", "max_new_tokens")}
+    predictions = None
+    if options.output is not None:
+        made_with = {**origin, "checkpoint_written": last_written(checkpoint)}
+        predictions = Predictions(options.output, evaluation, made_with, options.batch_size)
+    device = _device(options.device or _default_device())
+    model = load(checkpoint, dtype=DTYPES.get(options.dtype), device=device, quantize=options.quantize)
+    processor = _processor(checkpoint, model.config, options)
+    answers = ask(
+        evaluation,
+        model,
+        processor,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        num_beams=options.num_beams,
+        predictions=predictions,
+    )
+    scores = evaluation.score(answers, processor)
+    counts = {file: len(questions) for file, questions in evaluation.subsets.items()}
+    if options.json:
+        from pg_kernels.benchmarks.machine import device_name, versions
+
+        asked = {"task": options.task, "prompt": evaluation.template, "questions": counts}
+        machine = {"device": device_name(device), "versions": versions()}
+        print(json.dumps({**asked, **origin, **machine, "scores": scores}, ensure_ascii=False))
+    else:
+        print("\n".join(score_table(scores, counts)))
 
 
 def _compare(options: argparse.Namespace) -> None:

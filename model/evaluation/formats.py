@@ -1,0 +1,501 @@
+"""Public data sets' own files, checked from end to end, as questions with references."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import read_json_object, unreadable
+from ..locations import Box, Detection
+
+Segmentation = list[list[float]] | dict[str, Any]
+"""A mask as COCO writes it: polygons [x1, y1, x2, y2, …] in pixels, or run lengths with their size."""
+
+_MOST_PERMUTED = 6
+
+
+@dataclass(frozen=True)
+class Options:
+    """A multiple choice, and which of the options is right."""
+
+    texts: tuple[str, ...]
+    right: int
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What there is to find in an image of `size` (width, height)."""
+
+    size: tuple[int, int]
+    objects: tuple[Detection, ...]
+    crowds: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part of an image of `size` (width, height) that an expression means or a category takes."""
+
+    size: tuple[int, int]
+    box: Box | None
+    masks: tuple[Segmentation, ...]
+    """Together they are the region; none where only its box is known."""
+    ignored: tuple[Segmentation, ...] = ()
+    """Where a prediction counts neither as right nor as wrong."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing to ask a model, and what to compare its answer with."""
+
+    id: str
+    images: tuple[Path, ...]
+    fields: Mapping[str, str]
+    """What a prompt may be made of."""
+    reference: Any
+    kind: str = ""
+    """A group that is also scored by itself (VQAv2's answer types, a category); "" for none."""
+
+
+Read = list[tuple[Question, Sequence[Sequence[str]]]]
+"""Questions still without images, and the names that each of their images may have."""
+
+
+def find_images(questions: Read, folder: Path) -> list[Question]:
+    """Give questions their images: of each one's possible names the first that is there.
+
+    Raises FileNotFoundError naming the first image that is not, and how many more.
+    """
+    found: dict[tuple[str, ...], Path | None] = {}
+    missing: list[Path] = []
+    complete = []
+    for question, images in questions:
+        paths = []
+        for names in map(tuple, images):
+            if names not in found:
+                found[names] = next((path for name in names if (path := folder / name).is_file()), None)
+                if found[names] is None:
+                    missing.append(folder / names[0])
+            paths.append(found[names] or folder / names[0])
+        complete.append(replace(question, images=tuple(paths)))
+    if missing:
+        more = f" (and {len(missing) - 1} more are missing)" if len(missing) > 1 else ""
+        raise FileNotFoundError(f"{missing[0]}: no such image file{more}; --images says where they are")
+    return complete
+
+
+class _Entry:
+    """A JSON object and where it stands, for errors that name it."""
+
+    def __init__(self, content: Any, where: str) -> None:
+        if not isinstance(content, dict):
+            raise ValueError(f"{where}: expected an object, got {_shown(content)}")
+        self.content, self.where = content, where
+
+    def error(self, key: str, expected: str) -> ValueError:
+        if key not in self.content:
+            return ValueError(f"{self.where}: {key!r} is missing; expected {expected}")
+        return ValueError(f"{self.where}: {key!r}: expected {expected}, got {_shown(self.content[key])}")
+
+    def text(self, *keys: str) -> str:
+        """The string under the first of the keys that is there; a number counts as one."""
+        key = next((key for key in keys if key in self.content), keys[0])
+        value = self.content.get(key)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str) or not value.strip():
+            raise self.error(key, "a text")
+        return value.strip()
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        value = self.content.get(key)
+        value = [value] if isinstance(value, (str, int, float)) else value
+        if not isinstance(value, list) or not value or not all(isinstance(text, (str, int, float)) for text in value):
+            raise self.error(key, "a text or a list of texts")
+        return tuple(str(text) for text in value)
+
+    def number(self, key: str) -> int:
+        value = self.content.get(key)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.error(key, "a whole number")
+        return value
+
+    def entries(self, key: str) -> list[_Entry]:
+        value = self.content.get(key)
+        if not isinstance(value, list) or not value:
+            raise self.error(key, "a list of objects that is not empty")
+        return [_Entry(content, f"{self.where}: {key}[{i}]") for i, content in enumerate(value)]
+
+    def box(self) -> Box:
+        """COCO's `bbox`, [x, y, width, height] in pixels, as corners."""
+        value = self.content.get("bbox")
+        if not isinstance(value, list) or len(value) != 4 or not all(isinstance(n, (int, float)) for n in value):
+            raise self.error("bbox", "[x, y, width, height]")
+        x, y, width, height = value
+        return x, y, x + width, y + height
+
+    def size(self) -> tuple[int, int]:
+        width, height = self.number("width"), self.number("height")
+        if width < 1 or height < 1:
+            raise ValueError(f"{self.where}: width and height: expected at least 1, got {width} and {height}")
+        return width, height
+
+    def segmentation(self, size: tuple[int, int]) -> Segmentation:
+        value = self.content.get("segmentation")
+        if isinstance(value, dict):
+            self._check_run_lengths(value, size)
+            return value
+        # Far beyond the image pycocotools would crash; so it would on what is not a number.
+        bounds = ((-size[0], 2 * size[0]), (-size[1], 2 * size[1]))
+        if not isinstance(value, list) or not value or not all(_is_polygon(polygon, bounds) for polygon in value):
+            raise self.error("segmentation", "polygons [x1, y1, x2, y2, x3, y3, …] or run lengths with their size")
+        return value
+
+    def _check_run_lengths(self, value: dict[str, Any], size: tuple[int, int]) -> None:
+        width, height = size
+        counts = value.get("counts")
+        counts = _run_lengths(counts) if isinstance(counts, str) else counts
+        numbers = counts if isinstance(counts, list) and all(isinstance(n, int) and n >= 0 for n in counts) else []
+        # Of fewer pixels than the image has, pycocotools would leave the rest to chance.
+        if sum(numbers) != width * height or value.get("size") != [height, width]:
+            raise self.error("segmentation", f"run lengths of size [{height}, {width}], as its image is")
+
+
+def _run_lengths(text: str) -> list[int] | None:
+    """Read COCO's compressed run lengths: differences from the last but one, in digits of 5 bits, lowest first; None if cut."""
+    lengths: list[int] = []
+    value = shift = 0
+    for letter in text:
+        digit = ord(letter) - 48
+        value |= (digit & 31) << shift
+        shift += 5
+        if digit & 32:
+            continue
+        if digit & 16:
+            value -= 1 << shift
+        lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+        value = shift = 0
+    return None if shift else lengths
+
+
+def _is_polygon(value: Any, bounds: Sequence[tuple[int, int]]) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) >= 6
+        and len(value) % 2 == 0
+        and all(isinstance(n, (int, float)) and bounds[i % 2][0] <= n <= bounds[i % 2][1] for i, n in enumerate(value))
+    )
+
+
+def decode_masks(parts: Sequence[Segmentation], size: tuple[int, int]) -> np.ndarray:
+    """The pixels, bool [height, width], that lie in any of the parts; `size` is (width, height)."""
+    from pycocotools import mask as coco
+
+    width, height = size
+    mask = np.zeros((height, width), dtype=bool)
+    for part in parts:
+        uncompressed = isinstance(part, list) or isinstance(part["counts"], list)
+        runs = coco.frPyObjects(part, height, width) if uncompressed else part
+        mask |= coco.decode(coco.merge(runs) if isinstance(runs, list) else runs).astype(bool)
+    return mask
+
+
+def read_captions(path: Path, language: str) -> Read:
+    """COCO's captions JSON; or JSON lines of XM3600 or of COCO-35L, of which it takes the captions in `language`."""
+    if path.suffix == ".jsonl":
+        return _read_caption_lines(path, language)
+    top = _read_object(path)
+    images = {entry.number("id"): entry for entry in top.entries("images")}
+    captions: dict[int, list[str]] = defaultdict(list)
+    for entry in top.entries("annotations"):
+        captions[_known(entry, "image_id", images)].append(entry.texts("caption")[0])
+    return [
+        (Question(str(number), (), {}, tuple(captions[number])), [_coco_names(images[number], number)])
+        for number in images
+        if number in captions
+    ]
+
+
+def _read_caption_lines(path: Path, language: str) -> Read:
+    captions: dict[str, list[str]] = defaultdict(list)
+    names: dict[str, list[str]] = {}
+    for entry in _read_lines(path):
+        if "image/key" in entry.content:  # XM3600: every language in one line
+            image = entry.text("image/key")
+            names[image] = [f"{image}.jpg"]
+            if language in entry.content:
+                captions[image] += _Entry(entry.content[language], f"{entry.where}: {language}").texts("caption")
+            continue
+        # COCO-35L: a line for each caption and language into which it was translated from English.
+        image = entry.text("image_id").partition("_")[0]
+        if not image.isdecimal():
+            raise entry.error("image_id", "COCO's number of an image")
+        names[image] = [f"COCO_val2014_{int(image):012d}.jpg", f"COCO_train2014_{int(image):012d}.jpg"]
+        names[image] += [f"{int(image):012d}.jpg"]
+        target = entry.text("trg_lang")
+        if target == language:
+            captions[image].append(entry.texts("translation_tokenized")[0])
+        elif language == "en" and target == "de":  # each English caption once
+            captions[image].append(entry.texts("caption_tokenized")[0])
+    if not captions:
+        raise ValueError(f"{path}: it holds no captions in the language {language!r}")
+    return [(Question(image, (), {}, tuple(texts)), [names[image]]) for image, texts in captions.items()]
+
+
+def read_vqa(path: Path, annotations: Path | None) -> Read:
+    """VQAv2's (or OK-VQA's) questions with the answers of its annotations file; or TextVQA's JSON, which has both."""
+    top = _read_object(path)
+    if "questions" not in top.content:
+        if annotations is not None:
+            raise ValueError(f"--annotations: {path} has no 'questions', so that none are needed beside it")
+        return [
+            (
+                Question(entry.text("question_id"), (), {"question": entry.text("question")}, entry.texts("answers")),
+                [[f"{entry.text('image_id')}.jpg"]],
+            )
+            for entry in top.entries("data")
+        ]
+    if annotations is None:
+        raise ValueError(f"{path} holds questions without answers: give VQAv2's file of them with --annotations")
+    answers = {}
+    for entry in _read_object(annotations).entries("annotations"):
+        people = tuple(answer.texts("answer")[0] for answer in entry.entries("answers"))
+        answers[entry.number("question_id")] = people, str(entry.content.get("answer_type", ""))
+    subset = top.content.get("data_subtype")
+    questions: Read = []
+    for entry in top.entries("questions"):
+        number = entry.number("question_id")
+        if number not in answers:
+            raise ValueError(f"{entry.where}: {annotations} holds no answers to question {number}")
+        people, kind = answers[number]
+        question = Question(str(number), (), {"question": entry.text("question")}, people, kind)
+        questions.append((question, [_coco_names(entry, entry.number("image_id"), subset)]))
+    return questions
+
+
+def read_gqa(path: Path) -> Read:
+    """GQA's questions JSON: an object for each question, by its number."""
+    questions: Read = []
+    for number, content in read_json_object(path).items():
+        entry = _Entry(content, f"{path}: {number}")
+        question = Question(number, (), {"question": entry.text("question")}, (entry.text("answer"),))
+        questions.append((question, [[f"{entry.text('imageId')}.jpg"]]))
+    return _not_empty(questions, path)
+
+
+def read_docvqa(path: Path) -> Read:
+    """The JSON of DocVQA, InfographicVQA or ST-VQA: `data` with question, answers and the name of a page or picture.
+
+    Lists in InfographicVQA's answers may be given in any order, so that each of up to 720 orders is accepted.
+    """
+    questions: Read = []
+    for entry in _read_object(path).entries("data"):
+        if "answers" not in entry.content:
+            raise ValueError(
+                f"{entry.where}: 'answers' is missing; test sets without answers are scored by their server"
+            )
+        answers = entry.texts("answers")
+        if "image_local_name" in entry.content:
+            answers = tuple(order for answer in answers for order in _orders(answer))
+        image = entry.text("image", "image_local_name", "file_path")
+        question = Question(entry.text("questionId", "question_id"), (), {"question": entry.text("question")}, answers)
+        questions.append((question, [[image, Path(image).name]]))
+    return questions
+
+
+def _orders(answer: str) -> list[str]:
+    parts = answer.split(", ")
+    return [", ".join(order) for order in permutations(parts)] if len(parts) <= _MOST_PERMUTED else [answer]
+
+
+def read_chartqa(path: Path) -> Read:
+    """ChartQA's JSON, human or augmented: a list of imgname, query and label."""
+    return [
+        (Question(str(i), (), {"question": entry.text("query")}, entry.texts("label")), [[entry.text("imgname")]])
+        for i, entry in enumerate(_read_list(path))
+    ]
+
+
+def read_lines(path: Path, prefix: str | None = None) -> Read:
+    """JSON lines of image (or a list of them), prefix and suffix (or a list of accepted ones), as for fine-tuning.
+
+    `prefix` is for lines that have none; None allows no such line.
+    """
+    questions: Read = []
+    for i, entry in enumerate(_read_lines(path), 1):
+        asked = prefix if prefix is not None and "prefix" not in entry.content else entry.text("prefix")
+        images = [[name] for name in entry.texts("image")]
+        questions.append((Question(str(i), (), {"prefix": asked}, entry.texts("suffix")), images))
+    return questions
+
+
+def read_pope(path: Path) -> Read:
+    """POPE's JSON lines: image, text (the question) and label (yes or no)."""
+    questions: Read = []
+    for i, entry in enumerate(_read_lines(path), 1):
+        label = entry.text("label").lower()
+        if label not in ("yes", "no"):
+            raise entry.error("label", "yes or no")
+        number = entry.text("question_id") if "question_id" in entry.content else str(i)
+        questions.append((Question(number, (), {"question": entry.text("text")}, label), [[entry.text("image")]]))
+    return questions
+
+
+def read_mmvp(path: Path) -> Read:
+    """MMVP's Questions.csv, two rows for each pair; images are named by their row's index."""
+    columns = ("Index", "Question", "Options", "Correct Answer")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise unreadable(path, "CSV", error) from error
+    questions: Read = []
+    for line, row in enumerate(rows, 2):
+        where = f"{path}, row {line}"
+        if not all(row.get(column) for column in columns):
+            raise ValueError(f"{where}: expected {', '.join(columns)}, got {_shown(row)}")
+        options = re.findall(r"\(([a-z])\)\s*([^()]+)", row["Options"])
+        letters = [f"({letter})" for letter, _ in options]
+        right = row["Correct Answer"].strip().lower()
+        if right not in letters or letters != [f"({chr(ord('a') + i)})" for i in range(len(letters))]:
+            raise ValueError(
+                f"{where}: expected options '(a) … (b) …' with one of them right, got {row['Options']!r} and {right!r}"
+            )
+        texts = tuple(text.strip() for _, text in options)
+        fields = {"question": row["Question"].strip(), "options": row["Options"].strip()}
+        question = Question(row["Index"], (), fields, Options(texts, letters.index(right)))
+        questions.append((question, [[f"{row['Index']}.jpg", f"MMVP Images/{row['Index']}.jpg"]]))
+    if len(questions) % 2:
+        raise ValueError(f"{path}: expected an even number of rows, two for each pair, got {len(questions)}")
+    return _not_empty(questions, path)
+
+
+def read_detection(path: Path) -> Read:
+    """COCO's instances JSON: one question for each image, about all the categories of its objects."""
+    images, names, annotations = _read_instances(path)
+    questions: Read = []
+    for number, entries in annotations.items():
+        labels = [names[_known(entry, "category_id", names)] for entry in entries]
+        objects = tuple(Detection(label, entry.box()) for label, entry in zip(labels, entries))
+        crowds = tuple(bool(entry.content.get("iscrowd", 0)) for entry in entries)
+        asked = [label for label in names.values() if label in labels]
+        reference = Objects(images[number].size(), objects, crowds)
+        question = Question(str(number), (), {"categories": " ; ".join(asked)}, reference)
+        questions.append((question, [_coco_names(images[number], number)]))
+    return questions
+
+
+def read_segmentation(path: Path) -> Read:
+    """COCO's instances JSON: one question for each category in each image, crowds left out."""
+    images, names, annotations = _read_instances(path)
+    questions: Read = []
+    for number, entries in annotations.items():
+        size = images[number].size()
+        masks: dict[int, list[Segmentation]] = defaultdict(list)
+        ignored: dict[int, list[Segmentation]] = defaultdict(list)
+        for entry in entries:
+            chosen = ignored if entry.content.get("iscrowd", 0) else masks
+            chosen[_known(entry, "category_id", names)].append(entry.segmentation(size))
+        for category, parts in masks.items():
+            region = Region(size, None, tuple(parts), tuple(ignored[category]))
+            fields = {"category": names[category]}
+            question = Question(f"{number}/{names[category]}", (), fields, region, names[category])
+            questions.append((question, [_coco_names(images[number], number)]))
+    return _not_empty(questions, path)
+
+
+def read_referring(path: Path) -> Read:
+    """Referring expressions in COCO's format, as MDETR gives them: each image entry has a `caption` and one annotation.
+
+    Masks (`segmentation`) are there for all or for none.
+    """
+    top = _read_object(path)
+    images = {entry.number("id"): entry for entry in top.entries("images")}
+    questions: Read = []
+    asked: set[int] = set()
+    entries = top.entries("annotations")
+    masks = any("segmentation" in entry.content for entry in entries)
+    for entry in entries:
+        number = _known(entry, "image_id", images)
+        if number in asked:
+            raise ValueError(f"{entry.where}: expected one annotation for each image entry, got another of {number}")
+        asked.add(number)
+        image = images[number]
+        size = image.size()
+        region = Region(size, entry.box(), (entry.segmentation(size),) if masks else ())
+        fields = {"verb": "segment" if masks else "detect", "expression": image.text("caption")}
+        question = Question(str(number), (), fields, region)
+        questions.append((question, [_coco_names(image, number)]))
+    return questions
+
+
+def _read_instances(path: Path) -> tuple[dict[int, _Entry], dict[int, str], dict[int, list[_Entry]]]:
+    """Images and categories' names by their ids, and the annotations of each image that has any."""
+    top = _read_object(path)
+    images = {entry.number("id"): entry for entry in top.entries("images")}
+    names = {entry.number("id"): entry.text("name").lower() for entry in top.entries("categories")}
+    annotations: dict[int, list[_Entry]] = defaultdict(list)
+    for entry in top.entries("annotations"):
+        annotations[_known(entry, "image_id", images)].append(entry)
+    return images, names, {number: annotations[number] for number in images if number in annotations}
+
+
+def _known(entry: _Entry, key: str, known: Mapping[int, object]) -> int:
+    number = entry.number(key)
+    if number not in known:
+        raise ValueError(f"{entry.where}: {key!r}: the file has none with the id {number}")
+    return number
+
+
+def _coco_names(entry: _Entry, number: int, subset: object = None) -> list[str]:
+    """Names of an image: as it is written, with its folder and without, or as COCO names them of 2014 and of 2017."""
+    if "file_name" in entry.content:
+        name = entry.text("file_name")
+        return list(dict.fromkeys([name, Path(name).name]))
+    subsets = [subset] if isinstance(subset, str) else ["val2014", "train2014"]
+    return [*(f"COCO_{name}_{number:012d}.jpg" for name in subsets), f"{number:012d}.jpg"]
+
+
+def _read_object(path: Path) -> _Entry:
+    return _Entry(read_json_object(path), str(path))
+
+
+def _read_list(path: Path) -> list[_Entry]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise unreadable(path, "a JSON list", error) from error
+    return _Entry({"entries": content}, str(path)).entries("entries")
+
+
+def _read_lines(path: Path) -> list[_Entry]:
+    entries = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if line.strip():
+            try:
+                content = json.loads(line)
+            except ValueError as error:
+                raise unreadable(path, "JSON lines", f"line {number}: {error}") from error
+            entries.append(_Entry(content, f"{path}, line {number}"))
+    if not entries:
+        raise ValueError(f"{path}: it is empty")
+    return entries
+
+
+def _not_empty(questions: Read, path: Path) -> Read:
+    if not questions:
+        raise ValueError(f"{path}: it holds no question")
+    return questions
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

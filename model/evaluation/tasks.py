@@ -1,0 +1,238 @@
+"""The tasks: how each one's files are read, what is asked, and by which metrics answers are scored."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..locations import Detection
+from ..processor import Processor
+from . import formats, metrics
+from .formats import Options, Question, Region, decode_masks
+
+QUESTION = "answer {lang} {question}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered, and where it was asked for the probability of each location token in order."""
+
+    text: str
+    location_probabilities: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where questions come from: a file, VQAv2's answers beside it, the language of captions."""
+
+    path: Path
+    annotations: Path | None
+    language: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of `pg-kernels evaluate`."""
+
+    about: str
+    read: Callable[[Source], formats.Read]
+    prompt: str
+    """The released models' own: a template of the questions' fields and `lang`."""
+    max_new_tokens: int
+    score: Callable[[Sequence[Question], Sequence[Answer], Processor], dict[str, float]]
+    packages: tuple[str, ...] = ()
+    """Those that scoring needs, of the extra `evaluate`."""
+    finds: bool = False
+    """Whether answers are wanted with the probabilities of their location tokens."""
+    group: int = 1
+    """How many questions belong together, one after the other."""
+
+
+def _scorer(*scores: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
+    """Make a task's score of metrics on texts; those of kinds of questions, where there are any, come behind them."""
+
+    def score(questions: Sequence[Question], answers: Sequence[Answer], _: Processor) -> dict[str, float]:
+        kinds: dict[str, list[int]] = defaultdict(list)
+        for i, question in enumerate(questions):
+            kinds[question.kind].append(i)
+        texts = [answer.text for answer in answers]
+        references = [question.reference for question in questions]
+        result = {name: value for metric in scores for name, value in metric(texts, references).items()}
+        for kind in sorted(filter(None, kinds)):
+            texts_of, references_of = ([values[i] for i in kinds[kind]] for values in (texts, references))
+            result |= {f"{name} {kind}": x for metric in scores for name, x in metric(texts_of, references_of).items()}
+        return result
+
+    return score
+
+
+def _score_choices(questions: Sequence[Question], answers: Sequence[Answer], _: Processor) -> dict[str, float]:
+    choices: list[Options] = [question.reference for question in questions]
+    chosen = [metrics.chosen_option(answer.text, choice.texts) for answer, choice in zip(answers, choices)]
+    return metrics.pair_accuracy([index == choice.right for index, choice in zip(chosen, choices)])
+
+
+def _score_detections(
+    questions: Sequence[Question], answers: Sequence[Answer], processor: Processor
+) -> dict[str, float]:
+    found = [list(_found(answer, question, processor)) for question, answer in zip(questions, answers)]
+    return metrics.average_precision(
+        [[thing for thing, _ in objects] for objects in found],
+        [question.reference.objects for question in questions],
+        scores=[[score for _, score in objects] for objects in found],
+        crowds=[question.reference.crowds for question in questions],
+    )
+
+
+def _found(answer: Answer, question: Question, processor: Processor) -> Iterator[tuple[Detection, float]]:
+    """The objects of an answer, and as each one's score the mean probability of its four location tokens."""
+    probabilities, used = answer.location_probabilities or (), 0
+    for part in answer.text.split(";"):
+        for thing in processor.parse(part, question.reference.size):
+            score = float(np.mean(probabilities[used : used + 4])) if probabilities[used : used + 4] else 0.0
+            yield Detection(thing.label.lower(), thing.box), score
+        used += len(re.findall("<loc[0-9]{4}>", part))
+
+
+def _score_segmentations(
+    questions: Sequence[Question], answers: Sequence[Answer], processor: Processor
+) -> dict[str, float]:
+    """Of each category in each image all masks together; also the mean over categories of their means."""
+    overlaps: dict[str, list[float]] = defaultdict(list)
+    missing = 0
+    for question, answer in zip(questions, answers):
+        region: Region = question.reference
+        masks = [thing.mask for thing in processor.parse(answer.text, region.size) if thing.mask is not None]
+        counted = ~decode_masks(region.ignored, region.size)
+        wanted = decode_masks(region.masks, region.size) & counted
+        overlaps[question.kind].append(
+            metrics.mask_iou(np.logical_or.reduce(masks) & counted, wanted) if masks else 0.0
+        )
+        missing += not masks
+    means = [float(np.mean(values)) for values in overlaps.values()]
+    everything = [value for values in overlaps.values() for value in values]
+    return {
+        "mean_iou": float(np.mean(everything)),
+        "mean_iou of categories": float(np.mean(means)),
+        "missing": missing / len(questions),
+    }
+
+
+def _score_references(
+    questions: Sequence[Question], answers: Sequence[Answer], processor: Processor
+) -> dict[str, float]:
+    """Only an answer's first object counts, as in big_vision's evaluator."""
+    regions: list[Region] = [question.reference for question in questions]
+    found: list[Detection | None] = [
+        next(iter(processor.parse(answer.text.split(";")[0], region.size)), None)
+        for answer, region in zip(answers, regions)
+    ]
+    boxes = [region.box for region in regions if region.box is not None]
+    scores = metrics.box_accuracy([None if thing is None else thing.box for thing in found], boxes)
+    if not regions[0].masks:
+        return scores
+    masks = (decode_masks(region.masks, region.size) for region in regions)
+    return metrics.mean_iou((None if thing is None else thing.mask for thing in found), masks) | scores
+
+
+_ANLS = _scorer(metrics.anls, metrics.exact_match)
+
+
+def _document_task(about: str) -> Task:
+    return Task(about, lambda source: formats.read_docvqa(source.path), QUESTION, 64, _ANLS, ("rapidfuzz",))
+
+
+TASKS: Mapping[str, Task] = {
+    "caption": Task(
+        "COCO captions, XM3600, COCO-35L: CIDEr, BLEU-4",
+        lambda source: formats.read_captions(source.path, source.language),
+        "caption {lang}",
+        64,
+        _scorer(metrics.caption_scores),
+        ("pycocoevalcap",),
+    ),
+    "vqa": Task(
+        "VQAv2, OK-VQA, TextVQA: VQA accuracy",
+        lambda source: formats.read_vqa(source.path, source.annotations),
+        QUESTION,
+        32,
+        _scorer(metrics.vqa_accuracy),
+    ),
+    "gqa": Task(
+        "GQA: exact match",
+        lambda source: formats.read_gqa(source.path),
+        QUESTION,
+        32,
+        _scorer(metrics.exact_match),
+    ),
+    "docvqa": _document_task("DocVQA: ANLS"),
+    "infovqa": _document_task("InfographicVQA: ANLS"),
+    "stvqa": _document_task("ST-VQA: ANLS"),
+    "chartqa": Task(
+        "ChartQA: relaxed accuracy",
+        lambda source: formats.read_chartqa(source.path),
+        QUESTION,
+        48,
+        _scorer(metrics.relaxed_accuracy, metrics.exact_match),
+    ),
+    "ocr": Task(
+        "JSON lines with texts: exact match, character error rate",
+        lambda source: formats.read_lines(source.path, "ocr"),
+        "{prefix}",
+        256,
+        _scorer(metrics.exact_match, metrics.character_error_rate),
+        ("rapidfuzz",),
+    ),
+    "detect": Task(
+        "COCO instances: average precision of boxes",
+        lambda source: formats.read_detection(source.path),
+        "detect {categories}",
+        256,
+        _score_detections,
+        ("pycocotools",),
+        finds=True,
+    ),
+    "refer": Task(
+        "RefCOCO in COCO's format: mean IoU of masks, precision of boxes",
+        lambda source: formats.read_referring(source.path),
+        "{verb} {expression}",
+        48,
+        _score_references,
+        ("pycocotools",),
+    ),
+    "segment": Task(
+        "COCO instances: mean IoU of masks",
+        lambda source: formats.read_segmentation(source.path),
+        "segment {category}",
+        256,
+        _score_segmentations,
+        ("pycocotools",),
+    ),
+    "mmvp": Task(
+        "MMVP: accuracy of pairs",
+        lambda source: formats.read_mmvp(source.path),
+        QUESTION,
+        32,
+        _score_choices,
+        group=2,
+    ),
+    "pope": Task(
+        "POPE: accuracy, precision, recall, F1, share of yes",
+        lambda source: formats.read_pope(source.path),
+        QUESTION,
+        32,
+        _scorer(metrics.yes_no_scores),
+    ),
+    "jsonl": Task(
+        "JSON lines of image, prefix, suffix: exact match",
+        lambda source: formats.read_lines(source.path),
+        "{prefix}",
+        64,
+        _scorer(metrics.exact_match),
+    ),
+}
