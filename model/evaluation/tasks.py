@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from ..locations import Detection
+from ..locations import Detection, parse
 from ..processor import Processor
 from . import formats, metrics
 from .formats import Options, Question, Region, decode_masks
@@ -77,10 +78,8 @@ def _score_choices(questions: Sequence[Question], answers: Sequence[Answer], _: 
     return metrics.pair_accuracy([index == choice.right for index, choice in zip(chosen, choices)])
 
 
-def _score_detections(
-    questions: Sequence[Question], answers: Sequence[Answer], processor: Processor
-) -> dict[str, float]:
-    found = [list(_found(answer, question, processor)) for question, answer in zip(questions, answers)]
+def _score_detections(questions: Sequence[Question], answers: Sequence[Answer], _: Processor) -> dict[str, float]:
+    found = [list(_found(answer, question.reference.size)) for question, answer in zip(questions, answers)]
     return metrics.average_precision(
         [[thing for thing, _ in objects] for objects in found],
         [question.reference.objects for question in questions],
@@ -89,11 +88,11 @@ def _score_detections(
     )
 
 
-def _found(answer: Answer, question: Question, processor: Processor) -> Iterator[tuple[Detection, float]]:
+def _found(answer: Answer, size: tuple[int, int]) -> Iterator[tuple[Detection, float]]:
     """The objects of an answer, and as each one's score the mean probability of its four location tokens."""
     probabilities, used = answer.location_probabilities or (), 0
     for part in answer.text.split(";"):
-        for thing in processor.parse(part, question.reference.size):
+        for thing in parse(part, size):
             score = float(np.mean(probabilities[used : used + 4])) if probabilities[used : used + 4] else 0.0
             yield Detection(thing.label.lower(), thing.box), score
         used += len(re.findall("<loc[0-9]{4}>", part))
@@ -105,7 +104,8 @@ def _score_segmentations(
     """Of each category in each image all masks together; also the mean over categories of their means."""
     overlaps: dict[str, list[float]] = defaultdict(list)
     missing = 0
-    for question, answer in zip(questions, answers):
+    pairs = zip(questions, answers)
+    for question, answer in tqdm(pairs, total=len(questions), desc="scoring masks", delay=1.0, disable=None):
         region: Region = question.reference
         masks = [thing.mask for thing in processor.parse(answer.text, region.size) if thing.mask is not None]
         counted = ~decode_masks(region.ignored, region.size)
@@ -128,16 +128,15 @@ def _score_references(
 ) -> dict[str, float]:
     """Only an answer's first object counts, as in big_vision's evaluator."""
     regions: list[Region] = [question.reference for question in questions]
-    found: list[Detection | None] = [
-        next(iter(processor.parse(answer.text.split(";")[0], region.size)), None)
-        for answer, region in zip(answers, regions)
-    ]
-    boxes = [region.box for region in regions if region.box is not None]
-    scores = metrics.box_accuracy([None if thing is None else thing.box for thing in found], boxes)
+    firsts = [answer.text.split(";")[0] for answer in answers]
+    boxes = [next((thing.box for thing in parse(text, region.size)), None) for text, region in zip(firsts, regions)]
+    scores = metrics.box_accuracy(boxes, [region.box for region in regions if region.box is not None])
     if not regions[0].masks:
         return scores
-    masks = (decode_masks(region.masks, region.size) for region in regions)
-    return metrics.mean_iou((None if thing is None else thing.mask for thing in found), masks) | scores
+    # One pair at a time: all masks of a data set would be gigabytes.
+    pairs = tqdm(zip(firsts, regions), total=len(regions), desc="scoring masks", delay=1.0, disable=None)
+    found = (next((thing.mask for thing in processor.parse(text, region.size)), None) for text, region in pairs)
+    return metrics.mean_iou(found, (decode_masks(region.masks, region.size) for region in regions)) | scores
 
 
 _ANLS = _scorer(metrics.anls, metrics.exact_match)

@@ -14,13 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from pg_kernels.model import EMBEDDED_CHECKPOINT, PaliGemma, PaliGemmaConfig, Processor, TextConfig, VisionConfig, cli
+from pg_kernels.model.evaluation.formats import decode_masks
 from pg_kernels.model.evaluation.run import Evaluation, ask, prepare
-from pg_kernels.model.evaluation.tasks import TASKS
+from pg_kernels.model.evaluation.tasks import TASKS, Answer
 from pg_kernels.model.tokenizer import Tokenizer
 
 SIZE = (100, 50)
@@ -348,8 +350,6 @@ def test_detection(run: Run, checkpoints: Callable[[str], Path], coco: Path, tmp
 
 
 def test_the_surer_of_two_boxes_counts_first(coco: Path, checkpoints: Callable[[str], Path]) -> None:
-    from pg_kernels.model.evaluation.tasks import Answer
-
     write(coco, instances({"image_id": 7, "category_id": 3, "bbox": BOX}))
     evaluation, processor = prepare("detect", [coco]), Processor.from_pretrained(checkpoints(None))
     # The first is malformed, and its five probabilities belong to no box.
@@ -377,8 +377,6 @@ def test_referring_expressions(run: Run, checkpoints: Callable[[str], Path], coc
 
 
 def test_segmentation(run: Run, checkpoints: Callable[[str], Path], coco: Path) -> None:
-    from pg_kernels.model.evaluation.tasks import Answer
-
     left, right = ([[x, 0, x + 50, 0, x + 50, 50, x, 50]] for x in (0, 50))
     fox, owl = ({"image_id": 7, "category_id": number} for number in (3, 4))
     crowd = {**owl, "segmentation": {"size": [50, 100], "counts": [2500, 2500]}, "iscrowd": 1}
@@ -399,6 +397,19 @@ def test_segmentation(run: Run, checkpoints: Callable[[str], Path], coco: Path) 
     arguments = ("--task", "segment", "--data", coco, "--checkpoint", checkpoints(SEGMENT), "--json")
     done = run(*arguments, "--mask-decoder", MASK_DECODER)
     assert done.scores["coco.json"] == pytest.approx(expected)
+
+
+def test_compressed_run_lengths(coco: Path) -> None:
+    from pycocotools import mask as codec
+
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.01, 0.5, 0.99, 1.0):
+        pixels = rng.random((SIZE[1], SIZE[0])) < share
+        encoded = codec.encode(np.asfortranarray(pixels, np.uint8))
+        segmentation = {"size": encoded["size"], "counts": encoded["counts"].decode()}
+        write(coco, instances({"image_id": 7, "category_id": 3, "segmentation": segmentation}))
+        ((_, _, region),) = asked("segment", coco)
+        assert np.array_equal(decode_masks(region.masks, region.size), pixels)
 
 
 # Answering
