@@ -17,7 +17,7 @@ CODES_PER_MASK = 16
 MASK_SIZE = 64
 _GRID = 4
 
-_CODEBOOK = "_vq_vae._embedding"
+CODEBOOK = "_vq_vae._embedding"
 
 
 class _Residual(nn.Module):
@@ -54,13 +54,13 @@ class MaskVQVAE(nn.Module):
     def __init__(self, tensors: Mapping[str, torch.Tensor], *, name: str = "mask VQ-VAE") -> None:
         super().__init__()
         shapes = _Shapes(tensors, name)
-        self.codebook = nn.Parameter(shapes.get(_CODEBOOK, (None, None)).clone(), requires_grad=False)
+        self.codebook = nn.Parameter(shapes.get(CODEBOOK, (None, None)).clone(), requires_grad=False)
         self.decoder = _build_decoder(shapes, self.codebook.shape[1])
         has_encoder = any(key.startswith("encoder.") for key in tensors)
         self.encoder = _build_encoder(shapes, self.codebook.shape[1]) if has_encoder else None
         self._name = name
         state = {key: value for key, value in tensors.items() if key.startswith(("decoder.", "encoder."))}
-        self.load_state_dict({"codebook": tensors[_CODEBOOK], **state})
+        self.load_state_dict({"codebook": tensors[CODEBOOK], **state})
         self.requires_grad_(False)
 
     @classmethod
@@ -132,17 +132,23 @@ class MaskVQVAE(nn.Module):
         x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
         if x1 >= x2 or y1 >= y2:
             raise ValueError(f"box: {box} holds no pixel of a mask of {width}×{height}")
-        crop = nn.functional.interpolate(
-            values[None, None, y1:y2, x1:x2],
-            size=(MASK_SIZE, MASK_SIZE),
-            mode="bilinear",
-            align_corners=False,
-            antialias=True,
-        )
+        crop = crop_mask(values, (x1, y1, x2, y2))[None, None]
         features = self.encoder(crop * 2 - 1).permute(0, 2, 3, 1).reshape(CODES_PER_MASK, -1)
         # The exact form: the expanded one loses small differences between close codes.
         distances = torch.cdist(features, self.codebook, compute_mode="donot_use_mm_for_euclid_dist")
         return distances.argmin(dim=1)
+
+
+def crop_mask(mask: torch.Tensor, box: tuple[int, int, int, int]) -> torch.Tensor:
+    """Resizes the part of a mask [H, W] that lies in a box to what the encoder sees, fp32 [64, 64]."""
+    x1, y1, x2, y2 = box
+    return nn.functional.interpolate(
+        mask[None, None, y1:y2, x1:x2],
+        size=(MASK_SIZE, MASK_SIZE),
+        mode="bilinear",
+        align_corners=False,
+        antialias=True,
+    )[0, 0]
 
 
 def paste(mask: torch.Tensor | np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""`python -m pg_kernels.model.training train FOLDER` makes the small model, `… evaluate [FOLDER]` scores it."""
+"""`python -m pg_kernels.model.training train FOLDER` makes the small model, `… evaluate [FOLDER]` scores it,
+`… mask-vae FILE.npz` makes its mask codec."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import torch
 from .. import EMBEDDED_CHECKPOINT, PaliGemma, Processor
 from .evaluation import evaluate
 from .loop import Recipe, train
-from .world import FONT_PATH, World
+from .mask_vae import score_mask_vae, train_mask_vae
+from .world import FONT_PATH, World, render_glyphs
 
 
 def main() -> int:
@@ -34,7 +36,14 @@ def main() -> int:
     scoring.add_argument("--pictures", type=int, default=500, help="how many")
     scoring.add_argument("--seed", type=int, default=1, help="of the pictures")
     scoring.set_defaults(command=_evaluate)
-    for command in (training, scoring):
+    masks = commands.add_parser(
+        "mask-vae", help="train the mask codec", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    masks.add_argument("file", type=Path, help="the .npz that it goes to")
+    masks.add_argument("--steps", type=int, default=4000, help="how many")
+    masks.add_argument("--seed", type=int, default=0, help="of everything")
+    masks.set_defaults(command=_train_mask_vae)
+    for command in (training, scoring, masks):
         command.add_argument("--font", type=Path, default=Path(FONT_PATH), help="NotoColorEmoji.ttf")
         command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     options = parser.parse_args()
@@ -56,6 +65,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     model = PaliGemma.from_pretrained(options.folder, dtype=torch.float32)
     processor = Processor.from_pretrained(options.folder)
     print(evaluate(model, processor, World(options.font), pictures=options.pictures, seed=options.seed))
+
+
+def _train_mask_vae(options: argparse.Namespace) -> None:
+    alphas = [glyph.getchannel("A") for glyph in render_glyphs(options.font).values()]
+    codec = train_mask_vae(options.file, alphas, steps=options.steps, seed=options.seed)
+    print(score_mask_vae(codec, alphas, seed=options.seed + 1))
 
 
 if __name__ == "__main__":
