@@ -118,6 +118,7 @@ def draw(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
         ValueError: a mask is not of the image's size.
     """
     width, height = image.size
+    line = max(1, round(min(width, height) / 150))
     pixels = np.array(image.convert("RGB"))
     colours = _colours(detection.label for detection in detections)
     for index, detection in enumerate(detections):
@@ -128,17 +129,23 @@ def draw(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
         inside = detection.mask > 0
         blended = pixels[inside] * (1 - _MASK_OPACITY) + np.array(colours[detection.label]) * _MASK_OPACITY
         pixels[inside] = blended.round().astype(np.uint8)
+        # A contour, because a tint does not show on an object of its own colour.
+        core = inside
+        for _ in range((line + 1) // 2):
+            around = np.pad(core, 1, mode="edge")
+            core = core & around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
+        pixels[inside & ~core] = colours[detection.label]
     canvas = Image.fromarray(pixels)
     pen = ImageDraw.Draw(canvas)
-    line = max(1, round(min(width, height) / 150))
     font = ImageFont.load_default(size=max(10, min(width, height) / 28))
     for detection in detections:
         x1, y1, x2, y2 = _within(detection.box, image.size)
         pen.rectangle((x1, y1, x2, y2), outline=colours[detection.label], width=line)
     # Tags last, so that no outline crosses a text.
+    tags: list[Box] = []
     for detection in detections:
         if detection.label:
-            _draw_tag(pen, detection, colours[detection.label], image.size, font, padding=line + 1)
+            tags.append(_draw_tag(pen, detection, colours[detection.label], image.size, font, line + 1, tags))
     return canvas
 
 
@@ -149,15 +156,25 @@ def _draw_tag(
     size: tuple[int, int],
     font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
     padding: int,
-) -> None:
-    x1, y1, _, _ = _within(detection.box, size)
+    others: Sequence[Box],
+) -> Box:
+    x1, y1, _, y2 = _within(detection.box, size)
     left, top, right, bottom = pen.textbbox((0, 0), detection.label, font=font)
     tag_width, tag_height = right - left + 2 * padding, bottom - top + 2 * padding
-    # Above the box where there is room, otherwise inside its upper edge; never beyond the image.
+    # Above the box, or below it, where there is room beside the other tags; else inside its upper edge; never beyond the image.
     x = max(0, min(x1, size[0] - tag_width))
-    y = y1 - tag_height if y1 >= tag_height else max(0, min(y1, size[1] - tag_height))
+    inside = max(0, min(y1, size[1] - tag_height))
+    for y in (y1 - tag_height, y2 + 1, inside):
+        tag = (x, y, x + tag_width, y + tag_height)
+        if 0 <= y <= size[1] - tag_height and not any(_meet(tag, other) for other in others):
+            break
     pen.rectangle((x, y, x + tag_width - 1, y + tag_height - 1), fill=colour)
     pen.text((x + padding - left, y + padding - top), detection.label, fill=_text_colour(colour), font=font)
+    return tag
+
+
+def _meet(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _colours(labels: Iterable[str]) -> dict[str, Colour]:

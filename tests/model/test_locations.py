@@ -119,10 +119,27 @@ def test_draw_box_mask_and_label() -> None:
     colour = pixels[160, 150]
     assert (pixels[90:161, 100] == colour).all() and (pixels[160, 100:201] == colour).all()
     expected = np.round(0.55 * 128 + 0.45 * colour.astype(float))
-    assert (pixels[120:140, 120:160] == expected).all()
+    assert (pixels[121:139, 121:159] == expected).all()
+    contour = np.concatenate([pixels[[120, 139], 120:160].reshape(-1, 3), pixels[120:140, [120, 159]].reshape(-1, 3)])
+    assert (contour == colour).all()
     assert (pixels[110, 110] == 128).all() and (pixels[170, 150] == 128).all()
     tag = pixels[60:90, 100:130].reshape(-1, 3)
     assert (tag == colour).all(1).any() and ((tag < 60).all(1) | (tag > 240).all(1)).any()
+
+
+def test_a_tag_goes_below_a_box_at_the_upper_edge() -> None:
+    box = (20, 2, 120, 90)
+    labelled, bare = (np.asarray(draw(Image.new("RGB", (200, 200)), [Detection(label, box)])) for label in ("cat", ""))
+    drawn = (labelled != 0).any(-1)
+    assert np.array_equal(drawn[:91], (bare != 0).any(-1)[:91])
+    assert drawn[91:].any()
+
+
+def test_tags_do_not_cover_each_other() -> None:
+    upper, lower = Detection("cat", (20, 0, 120, 60)), Detection("dog", (20, 76, 120, 140))
+    both = np.asarray(draw(Image.new("RGB", (200, 200)), [lower, upper]))
+    alone = np.asarray(draw(Image.new("RGB", (200, 200)), [lower]))
+    assert np.array_equal(both[62:], alone[62:])  # there is no room for the upper one's tag above or below its box
 
 
 def test_draw_tells_labels_apart() -> None:
