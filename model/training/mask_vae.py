@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,14 +84,14 @@ def random_shape(rng: random.Random) -> Image.Image:
 def train_mask_vae(
     path: str | os.PathLike[str], alphas: Sequence[Image.Image], *, steps: int = 4000, seed: int = 0
 ) -> MaskVQVAE:
-    """Train a small mask VQ-VAE and write it in the layout of `vae-oid.npz`, as float16; about 7 minutes on one core.
+    """Train a small mask VQ-VAE and write it in the layout of `vae-oid.npz`, as float16; 6 minutes on one core.
 
     `path`: the .npz file. `alphas`: opacities (mode L) of the objects whose masks it is for; a share of other shapes is added.
     On one thread the same arguments give the same tensors. Raises ValueError for arguments it has no use for.
 
     Source: van den Oord et al. 2017 (arXiv:1711.00937), with the codebook learnt by moving averages (its appendix A.1) and
-    rare codes set anew. A term of our own draws two poses of an object together, so that their codes are mostly the same:
-    a language model has to guess them from the picture.
+    rare codes set anew. A term of our own draws two poses of an object together, so that more of their codes are the same: a
+    language model has to guess them from the picture.
     """
     path = Path(path)
     if path.suffix != ".npz":
@@ -99,6 +100,16 @@ def train_mask_vae(
         raise ValueError("alphas: at least one silhouette is needed")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    with temporary_sibling(path) as temporary:
+        temporary.touch()  # a folder that cannot be written to is noticed before the work
+        tensors = _train(alphas, steps, seed)
+        arrays: dict[str, Any] = {key: value.numpy().astype(np.float16) for key, value in tensors.items()}
+        np.savez_compressed(temporary, **arrays)
+        os.replace(temporary, path)
+    return MaskVQVAE.from_file(path)
+
+
+def _train(alphas: Sequence[Image.Image], steps: int, seed: int) -> dict[str, Tensor]:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     objects = [*alphas, *(random_shape(rng) for _ in range(_SHAPES))]
     masks = torch.stack([pose_masks(alpha, _POSES, rng).half() for alpha in objects])
@@ -153,11 +164,7 @@ def train_mask_vae(
             progress.set_postfix(error=f"{error.item():.3f}", off=f"{off.item():.3f}", apart=f"{apart.item():.3f}")
     assert codebook is not None
     state = {key: value for key, value in codec.state_dict().items() if key != "codebook"}
-    arrays = {key: value.numpy().astype(np.float16) for key, value in {CODEBOOK: codebook.codes, **state}.items()}
-    with temporary_sibling(path) as temporary:
-        np.savez_compressed(temporary, **arrays)
-        os.replace(temporary, path)
-    return MaskVQVAE.from_file(path)
+    return {CODEBOOK: codebook.codes, **state}
 
 
 @dataclass(frozen=True)

@@ -120,3 +120,6 @@ def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no pixel is as opaque as 64 of 255"):
         train_mask_vae(tmp_path / "codec.npz", [Image.new("L", (20, 20), 63)])
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot write .*codec.npz"):
+        train_mask_vae(tmp_path / "file" / "codec.npz", silhouettes(), steps=10**9)
