@@ -43,9 +43,14 @@ class Rows:
     tensor: Tensor
     scale: Tensor | None
 
-    def part(self, examples: slice, rows: slice, dtype: torch.dtype) -> Tensor:
-        part = self.tensor[examples, :, rows]
-        return part if self.scale is None else (part * self.scale[examples, :, rows, None]).to(dtype)
+    def split(self, sizes: Sequence[int]) -> list[Rows]:
+        """Parts of so many examples."""
+        scales = [None] * len(sizes) if self.scale is None else self.scale.split(list(sizes))
+        return [Rows(tensor, scale) for tensor, scale in zip(self.tensor.split(list(sizes)), scales, strict=True)]
+
+    def part(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        part = self.tensor[:, :, rows]
+        return part if self.scale is None else (part * self.scale[:, :, rows, None]).to(dtype)
 
 
 def prefix_lm_attention(q: Tensor, k: Rows, v: Rows, examples: Sequence[Example], scores: Scores) -> Tensor:
@@ -54,12 +59,13 @@ def prefix_lm_attention(q: Tensor, k: Rows, v: Rows, examples: Sequence[Example]
         numbers = list(chain.from_iterable(examples))
         options = (scores.causal, scores.scale, scores.softcap, scores.window)
         return torch.ops.pg_kernels.prefix_lm_attention_few(q, k.tensor, v.tensor, numbers, *options)
-    outs, first = [], 0
-    for example, alike in groupby(examples):
-        which = slice(first, first + len(list(alike)))
+    alike = [(example, len(list(group))) for example, group in groupby(examples)]
+    # Split, not sliced: the gradient of every slice would be as large as the whole, mostly zeros, and added to the others.
+    sizes = [size for _, size in alike]
+    outs = []
+    for (example, _), queries, keys, values in zip(alike, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         blocks = _blocks(q.shape[2], example, scores)
-        outs.append(_joined([_block(q, k, v, which, example, block, scores) for block in blocks], 2))
-        first = which.stop
+        outs.append(_joined([_block(queries, keys, values, example, block, scores) for block in blocks], 2))
     return _joined(outs, 0) if outs else q * (k.tensor.sum() + v.tensor.sum())
 
 
@@ -146,10 +152,10 @@ def _blocks(q_len: int, example: Example, scores: Scores) -> Iterator[slice]:
         yield slice(first, min(first + ROWS, q_len))
 
 
-def _block(q: Tensor, k: Rows, v: Rows, which: slice, example: Example, block: slice, scores: Scores) -> Tensor:
+def _block(q: Tensor, k: Rows, v: Rows, example: Example, block: slice, scores: Scores) -> Tensor:
     """A block of queries of examples that are alike, with a mask only where not all of it see the same keys."""
     prefix, start, end, q_start = example
-    q = q[which, :, block]
+    q = q[:, :, block]
     prefix_end, window = min(start + prefix, end), scores.window
     first, last = q_start + block.start, q_start + block.stop - 1
     seen_end, all_end = (min(end, last + 1), min(end, first + 1)) if scores.causal else (end, end)
@@ -158,7 +164,7 @@ def _block(q: Tensor, k: Rows, v: Rows, which: slice, example: Example, block: s
     high = max(prefix_end, seen_end)
     if high <= low or not q.numel():  # nothing to see: 0, and so are its gradients
         high = low
-    keys, values = (rows.part(which, slice(low, high), q.dtype) for rows in (k, v))
+    keys, values = (rows.part(slice(low, high), q.dtype) for rows in (k, v))
     if high == low:
         # Not 0 · q, which is NaN for infinity.
         return q.masked_fill(torch.ones((), dtype=torch.bool), 0.0) + (keys.sum() + values.sum())
