@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,8 +43,10 @@ from .training.finetune import Lora, finetune
 from .training.options import add_recipe_options, recipe_from
 
 if TYPE_CHECKING:
-    from .training.evaluation import Scores
+    from .training.evaluation import Score
 
+_COMPARED = (("caption", "en"), ("vqa", "en"), ("detect", ""))
+"""What the built-in model is scored on, as it is and quantised."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -435,7 +438,8 @@ def _compare(options: argparse.Namespace) -> None:
             origin = {**origin, "checkpoint": "built-in", "pictures": options.pictures, "seed": options.seed}
         else:
             origin = {**origin, "prompt": options.prompt}
-        results = {**found.as_json(), "scores": {name: asdict(result) for name, result in scores.items()}}
+        tables = {name: [asdict(row) for row in rows] for name, rows in scores.items()}
+        results = {**found.as_json(), "scores": tables}
         print(json.dumps({**origin, "versions": versions(), **results}, ensure_ascii=False))
         return
     print(f"Relative error of each layer's output, {options.quantize} against the original:")
@@ -445,22 +449,25 @@ def _compare(options: argparse.Namespace) -> None:
     print(f"  KL divergence        {found.kl_divergence:.2e} nats a token")
     print(f"  same likeliest token {found.top1_agreement:.2%}")
     print(f"  same answers         {found.same_answers:.2%}")
-    for name, result in scores.items():
-        print(f"\n{name}\n" + "\n".join(f"  {line}" for line in str(result).splitlines()))
+    for name, rows in scores.items():
+        print(f"\n{name}")
+        for row in rows:
+            print(f"  {f'{row.task} {row.language}':20} {row.metric:16} {row.value:.1%} of {row.count}")
 
 
 def _fresh_pictures(
     options: argparse.Namespace, processor: Processor
-) -> tuple[list[tuple[Image.Image, str]], Callable[[PaliGemma], Scores]]:
+) -> tuple[list[tuple[Image.Image, str]], Callable[[PaliGemma], list[Score]]]:
     """Prompts about them for a comparison, and what scores a model on them."""
-    from .training.evaluation import evaluate, held_out_rng
-    from .training.world import World
+    from .training import tasks, world
+    from .training.evaluation import evaluate, held_out_rng, table_rows
 
-    world = World()
-    pictures = [world.sample(held_out_rng(options.seed, i)) for i in range(options.pictures)]
-    tasks = [(picture.image, "caption en") for picture in pictures]
-    tasks += [(picture.image, f"detect {picture.objects[0][0]}") for picture in pictures]
-    return tasks, lambda model: evaluate(model, processor, world, pictures=options.pictures, seed=options.seed)
+    questions = tasks.Questions(world.World(), processor.mask_decoder)
+    rows = {key: draw for key, draw in table_rows(questions, processor.image_size).items() if key in _COMPARED}
+    asked = [draw(held_out_rng(options.seed, *key, i)) for key, draw in rows.items() for i in range(options.pictures)]
+    return [(example.images[0], example.prefix) for example in asked], partial(
+        evaluate, processor=processor, questions=questions, count=options.pictures, seed=options.seed, rows=rows
+    )
 
 
 def _default_device() -> str:

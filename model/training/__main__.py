@@ -1,45 +1,66 @@
-"""`python -m pg_kernels.model.training train FOLDER` makes the small model, `… evaluate [FOLDER]` scores it,
-`… mask-vae FILE.npz` makes its mask codec."""
+"""The command line behind the built-in model: its stages, its scores and its mask codec."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from .. import EMBEDDED_CHECKPOINT, PaliGemma, Processor
-from .evaluation import evaluate
-from .loop import Recipe, train
+from ..segmentation import MaskVQVAE
+from .evaluation import evaluate, table, table_rows
 from .mask_vae import score_mask_vae, train_mask_vae
+from .stages import STAGES, train_stages
+from .tasks import Questions
 from .world import FONT_PATH, World, render_glyphs
+
+_CODEC = EMBEDDED_CHECKPOINT / "vae-oid.npz"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m pg_kernels.model.training", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m pg_kernels.model.training", description="Make the built-in model, and score it."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    show_defaults = argparse.ArgumentDefaultsHelpFormatter
     training = commands.add_parser(
-        "train", help="train from scratch", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        "stages",
+        help="train the model, stage after stage",
+        description="Train the model, stage after stage; each leaves a Hugging Face folder of its own in FOLDER. Started again, "
+        "it goes on where it was cut off.",
+        formatter_class=show_defaults,
     )
-    training.add_argument("folder", type=Path, help="where the model goes; it is saved every 500 steps")
-    training.add_argument("--start", type=Path, help="an earlier run's folder to go on from")
-    for field in fields(Recipe):
-        option = f"--{field.name.replace('_', '-')}"
-        training.add_argument(option, type=type(field.default), default=field.default, help="default: %(default)s")
-    training.set_defaults(command=_train)
+    training.add_argument("folder", type=Path, metavar="FOLDER", help="where the stages go")
+    training.add_argument("--seed", type=int, default=0, help="of weights and pictures")
+    training.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
+    training.add_argument("--mask-codec", type=Path, default=_CODEC, help="the mask VQ-VAE, vae-oid.npz")
+    training.add_argument(
+        "--start", type=Path, metavar="CHECKPOINT", help="skip the first stages: go on from these weights"
+    )
+    training.add_argument(
+        "--first", default=STAGES[0].name, choices=[stage.name for stage in STAGES], help="the first stage to run"
+    )
+    training.set_defaults(command=_stages)
     scoring = commands.add_parser(
-        "evaluate", help="score on fresh pictures", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        "evaluate",
+        help="score a model on fresh pictures, task by task",
+        description="Score a model on pictures that no training draws: a table of tasks and languages.",
+        formatter_class=show_defaults,
     )
-    scoring.add_argument("folder", type=Path, nargs="?", default=EMBEDDED_CHECKPOINT, help="checkpoint")
-    scoring.add_argument("--pictures", type=int, default=500, help="how many")
+    scoring.add_argument(
+        "folder", type=Path, nargs="?", default=EMBEDDED_CHECKPOINT, metavar="FOLDER", help="checkpoint"
+    )
+    scoring.add_argument("--count", type=int, default=500, help="questions for each row of the table")
     scoring.add_argument("--seed", type=int, default=1, help="of the pictures")
+    scoring.add_argument("--task", action="append", help="only this one; may be given several times")
+    scoring.add_argument("--json", action="store_true", help="print JSON")
     scoring.set_defaults(command=_evaluate)
-    masks = commands.add_parser(
-        "mask-vae", help="train the mask codec", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    masks.add_argument("file", type=Path, help="the .npz that it goes to")
+    masks = commands.add_parser("mask-vae", help="train the mask codec", formatter_class=show_defaults)
+    masks.add_argument("file", type=Path, metavar="FILE", help="the .npz that it goes to")
     masks.add_argument("--steps", type=int, default=4000, help="how many")
     masks.add_argument("--seed", type=int, default=0, help="of everything")
     masks.set_defaults(command=_train_mask_vae)
@@ -50,21 +71,39 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     try:
         options.command(options)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
+    except (OSError, ValueError, RuntimeError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _train(options: argparse.Namespace) -> None:
-    recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
-    train(options.folder, recipe, World(options.font), start=options.start)
+def _stages(options: argparse.Namespace) -> None:
+    first = [stage.name for stage in STAGES].index(options.first)
+    if (first > 0) != (options.start is not None):
+        raise ValueError("--start and --first: a stage after the first goes on from a checkpoint, so give both or none")
+    train_stages(
+        options.folder,
+        World(options.font),
+        MaskVQVAE.from_file(options.mask_codec),
+        seed=options.seed,
+        stages=STAGES[first:],
+        start=options.start,
+        workers=options.workers,
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     model = PaliGemma.from_pretrained(options.folder, dtype=torch.float32)
     processor = Processor.from_pretrained(options.folder)
-    print(evaluate(model, processor, World(options.font), pictures=options.pictures, seed=options.seed))
+    questions = Questions(World(options.font), processor.mask_decoder)
+    rows = list(table_rows(questions, processor.image_size))
+    if options.task:
+        tasks = {task for task, _ in rows}
+        if unknown := set(options.task) - tasks:
+            raise ValueError(f"--task: {', '.join(sorted(unknown))}; there are {', '.join(sorted(tasks))}")
+        rows = [row for row in rows if row[0] in options.task]
+    scores = evaluate(model, processor, questions, count=options.count, seed=options.seed, rows=rows)
+    print(json.dumps([asdict(score) for score in scores], indent=1) if options.json else table(scores))
 
 
 def _train_mask_vae(options: argparse.Namespace) -> None:

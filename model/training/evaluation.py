@@ -1,77 +1,132 @@
-"""How well a model knows the world: captions that match exactly, boxes that overlap, on pictures it was not trained on."""
+"""How well a model knows the world: each task's metric, by language, on pictures that no training draws."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from PIL import Image
 from tqdm import tqdm
 
+from ..evaluation.metrics import average_precision, exact_match, mean_iou, relaxed_accuracy
 from ..paligemma import PaliGemma
 from ..processor import Processor
-from .world import World, caption
+from .tasks import LANGUAGES, Example, Questions
+
+ZERO_SHOT = "caption, zero-shot"
+"""Pairs of emoji that never meet in training, of sizes that are never drawn there."""
+
+_MAX_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Counts of right answers: captions equal to the letter, boxes with intersection over union above 0.5."""
+class Score:
+    """One row of the table: `value` of a metric, 1 at best, over `count` questions; "" for a language that does not matter."""
 
-    captions: int
-    right_captions: int
-    boxes: int
-    right_boxes: int
-
-    def __str__(self) -> str:
-        return (
-            f"caption exact match {self.right_captions}/{self.captions} = {self.right_captions / self.captions:.1%}\n"
-            f"detection IoU > 0.5 {self.right_boxes}/{self.boxes} = {self.right_boxes / self.boxes:.1%}"
-        )
+    task: str
+    language: str
+    metric: str
+    value: float
+    count: int
 
 
 def evaluate(
-    model: PaliGemma, processor: Processor, world: World, *, pictures: int, seed: int, batch_size: int = 50
-) -> Scores:
-    """Ask for the caption of every held-out picture and for the box of every object in them; greedy answers."""
-    scores = {"captions": 0, "right_captions": 0, "boxes": 0, "right_boxes": 0}
-    for start in tqdm(range(0, pictures, batch_size), desc="evaluating", unit="batch", disable=None):
-        held_out = [world.sample(held_out_rng(seed, i)) for i in range(start, min(start + batch_size, pictures))]
-        images = [picture.image for picture in held_out]
-        for answer, picture in zip(
-            _answers(model, processor, images, ["caption en"] * len(images)), held_out, strict=True
-        ):
-            scores["captions"] += 1
-            scores["right_captions"] += answer == caption([name for name, _ in picture.objects])
-        wanted = [(picture.image, name, box) for picture in held_out for name, box in picture.objects]
-        prompts = [f"detect {name}" for _, name, _ in wanted]
-        answers = _answers(model, processor, [image for image, _, _ in wanted], prompts)
-        for answer, (image, name, box) in zip(answers, wanted, strict=True):
-            found = processor.parse(answer, size=image.size)
-            scores["boxes"] += 1
-            scores["right_boxes"] += (
-                len(found) == 1 and found[0].label == name and intersection_over_union(found[0].box, box) > 0.5
-            )
-    return Scores(**scores)
+    model: PaliGemma,
+    processor: Processor,
+    questions: Questions,
+    *,
+    count: int,
+    seed: int,
+    rows: Collection[tuple[str, str]] | None = None,
+    batch_size: int = 32,
+) -> list[Score]:
+    """Ask so many questions of each task, captions in each language, about fresh pictures, and score the greedy answers.
+
+    `rows`: (task, language) of those that `table_rows` gives; default: all. Raises ValueError for others, RuntimeError without
+    `pycocotools` (this package's `evaluate` extra) where boxes are asked for.
+    """
+    there = table_rows(questions, processor.image_size)
+    if rows is not None and (unknown := set(rows) - set(there)):
+        raise ValueError(f"rows: {sorted(unknown)}; there are {list(there)}")
+    chosen = {key: draw for key, draw in there.items() if rows is None or key in rows}
+    scores = []
+    with tqdm(total=count * len(chosen), desc="evaluating", unit="question", disable=None) as bar:
+        for (task, language), draw in chosen.items():
+            examples: list[Example] = []
+            answers: list[str] = []
+            while len(examples) < count:
+                first = len(examples)
+                more = [
+                    draw(held_out_rng(seed, task, language, i)) for i in range(first, min(first + batch_size, count))
+                ]
+                examples += more
+                answers += answer(model, processor, more)
+                bar.update(len(more))
+            scores.append(score(task, language, examples, answers, processor))
+    return scores
 
 
-def held_out_rng(seed: int, index: int) -> random.Random:
+def table_rows(questions: Questions, size: int) -> dict[tuple[str, str], Callable[[random.Random], Example]]:
+    """Give what draws an example for every row of the table, by task and language."""
+
+    def captions(language: str, held_out: bool = False) -> Callable[[random.Random], Example]:
+        return lambda rng: questions.caption(questions.world.scene(rng, size, held_out=held_out), language)
+
+    rows = {("caption", language): captions(language) for language in LANGUAGES}
+    rows[ZERO_SHOT, "en"] = captions("en", held_out=True)
+    rows["vqa", "en"] = lambda rng: questions.vqa(rng, questions.world.scene(rng, size))
+    rows["count", "en"] = lambda rng: questions.count(rng, questions.world.crowd(rng, size))
+    rows["chart", "en"] = lambda rng: questions.charts(rng, size)[0]
+    rows["compare", "en"] = lambda rng: questions.compare(rng, size)[0]
+    rows["ocr", ""] = lambda rng: questions.ocr(rng, size)
+    rows["detect", ""] = lambda rng: questions.detect(rng, questions.world.scene(rng, size))
+    if questions.codec is not None:
+        rows["segment", ""] = lambda rng: questions.segment(rng, questions.world.scene(rng, size))
+    return rows
+
+
+def held_out_rng(seed: int, *place: object) -> random.Random:
     """Give the random source of a held-out picture; no training batch uses it."""
-    return random.Random(f"held out {seed} {index}")
+    return random.Random(f"held out {seed} {' '.join(map(str, place))}")
 
 
-def intersection_over_union(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """Compare two boxes (x1, y1, x2, y2) of positive area: 1 where equal, 0 where apart."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    shared = width * height
-    areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
-    return shared / (areas - shared)
-
-
-def _answers(model: PaliGemma, processor: Processor, images: list[Image.Image], prompts: list[str]) -> Iterator[str]:
+def answer(model: PaliGemma, processor: Processor, examples: Sequence[Example]) -> list[str]:
+    """Give the model's greedy answers to examples of as many images each."""
     device = next(model.parameters()).device
-    inputs = {name: tensor.to(device) for name, tensor in processor(images, prompts).items()}
-    yield from processor.decode(model.generate(**inputs, max_new_tokens=32))
+    inputs = processor([list(example.images) for example in examples], [example.prefix for example in examples])
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    return processor.decode(model.generate(**inputs, max_new_tokens=_MAX_NEW_TOKENS))
+
+
+def score(task: str, language: str, examples: Sequence[Example], answers: Sequence[str], processor: Processor) -> Score:
+    """Score answers by their task's metric."""
+    expected = [[example.suffix] for example in examples]
+    if task == "detect":
+        found = [
+            processor.parse(text, size=example.images[0].size) for text, example in zip(answers, examples, strict=True)
+        ]
+        wanted = [list(example.objects) for example in examples]
+        return Score(task, language, "AP50", average_precision(found, wanted)["ap50"], len(examples))
+    if task == "segment":
+        masks = (example.objects[0].mask for example in examples)
+        value = mean_iou(_masks(examples, answers, processor), (mask for mask in masks if mask is not None))["mean_iou"]
+        return Score(task, language, "mIoU", value, len(examples))
+    if task == "chart":
+        return Score(
+            task, language, "relaxed accuracy", relaxed_accuracy(answers, expected)["relaxed_accuracy"], len(examples)
+        )
+    return Score(task, language, "exact match", exact_match(answers, expected)["exact_match"], len(examples))
+
+
+def table(scores: Sequence[Score]) -> str:
+    """Give the scores as a Markdown table."""
+    lines = ["| task | language | metric | score | questions |", "|---|---|---|---|---|"]
+    lines += [f"| {s.task} | {s.language} | {s.metric} | {s.value:.1%} | {s.count} |" for s in scores]
+    return "\n".join(lines)
+
+
+def _masks(examples: Sequence[Example], answers: Sequence[str], processor: Processor) -> Iterator:
+    """The first mask of each answer; None where there is none."""
+    for example, text in zip(examples, answers, strict=True):
+        found = processor.parse(text, size=example.images[0].size)
+        yield found[0].mask if found else None

@@ -10,13 +10,12 @@ import sentencepiece
 
 from ..files import write_atomically
 from ..tokenizer import IMAGE_TOKEN, LOC_TOKENS, SEG_TOKENS
-from .world import caption, names
+from .tasks import LANGUAGES, caption, plural
+from .world import names
 
-LANGUAGES = ("en", "es", "fr", "de", "pt", "it")
-NUM_TEXT_PIECES = 1100  # 4 control, "\n", 256 bytes, the rest characters and word pieces
-# Sentencepiece learns from word counts. English names and prompts, which every training example has, are to become
-# whole words; the other languages share what is left.
-_REPEATS = {"en": 20, "es": 2, "fr": 2, "de": 2, "pt": 2, "it": 2}
+NUM_TEXT_PIECES = 1600  # 4 control, "\n", 256 bytes, the rest characters and word pieces
+# Sentencepiece learns from word counts. Names, which every answer is made of, are to become whole words in every language.
+_REPEATS = {language: 20 if language == "en" else 8 for language in LANGUAGES}
 
 _PROMPTS = ("caption", "cap", "describe", "ocr", "answer", "question", "detect", "segment")
 
@@ -29,17 +28,26 @@ _QUESTIONS = (
     "what is at the bottom?",
     "what is above the {}?",
     "what is below the {}?",
+    "what is to the left of the {}?",
+    "what is to the right of the {}?",
     "what is next to the {}?",
-    "what colour is the {}?",
+    "what color is the {}?",
     "what color is the background?",
     "where is the {}?",
     "which is larger, the {} or the {}?",
-    "which one is smaller?",
-    "is there a {} in the image?",
-    "are there two animals?",
+    "is the {} to the left of the {}?",
+    "is there a {} in the picture?",
     "how many objects are there?",
-    "how many {} can you see?",
-    "does the picture show a {}?",
+    "what is the value of {}?",
+    "which bar is the highest?",
+    "which point is the lowest?",
+    "how many bars are there?",
+    "how many points are there?",
+    "what is only in the first picture?",
+    "what is only in the second picture?",
+    "what is in both pictures?",
+    "which picture shows a {}?",
+    "which digit?",
 )
 
 _WORDS = {
@@ -103,13 +111,14 @@ def corpus() -> Iterator[str]:
         things = list(names(language).values())
         for _ in range(_REPEATS[language]):
             yield from (f"{prompt} {language}" for prompt in _PROMPTS)
-            yield from (f"detect {thing}" for thing in things)
-            yield from (f"segment {thing}" for thing in things)
-    english = list(names("en").values())
-    for first, second in zip(english, english[1:] + english[:1], strict=True):
-        yield from [caption([first, second])] * _REPEATS["en"]
-        yield f"detect {first} ; {second}"
-        yield from (f"answer en {question.replace('{}', first)}" for question in _QUESTIONS)
+            # As a caption's first word, and after a space.
+            yield from (caption([thing, thing], language) for thing in things)
+    for name in names("en").values():
+        for _ in range(_REPEATS["en"]):
+            yield from (f"detect {name}", f"segment {name}", f"answer en how many {plural(name)} are there?")
+            yield from (f"answer en {question.replace('{}', name)}" for question in _QUESTIONS if "{}" in question)
+    for question in _QUESTIONS:
+        yield from [f"answer en {question}"] * (8 * _REPEATS["en"])
     for language, words in _WORDS.items():
         for word in words.split():  # after a space, and as the first word of an answer
             yield from [word, f"answer {word}"] * _REPEATS[language]

@@ -1,9 +1,9 @@
-"""A small world to train a small PaliGemma on: pictures of one or two emoji, with captions and boxes."""
+"""A small world to train a small PaliGemma on: pictures of up to seven emoji, with the box and the mask of each."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..locations import Detection, format_boxes
+from ..locations import Detection
 
 FONT_PATH = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 FONT_SIZE = 109  # the only size of Noto Color Emoji's bitmaps
@@ -27,14 +27,33 @@ EMOJI = (
     "⚽🏀💀👻🤖⚓❤"  # symbols and toys
 )
 
+# What a background of one colour can be called.
+COLOURS = {
+    "red": (214, 48, 49),
+    "orange": (242, 145, 40),
+    "yellow": (247, 230, 90),
+    "green": (70, 170, 85),
+    "blue": (60, 110, 205),
+    "purple": (140, 75, 175),
+    "pink": (250, 165, 205),
+    "brown": (130, 85, 50),
+    "black": (25, 25, 25),
+    "gray": (150, 150, 150),
+    "white": (248, 248, 248),
+}
+
 Box = tuple[int, int, int, int]
 
-_UNIT = 112  # the lengths below are pixels of a picture this wide; larger pictures scale them
-_SIZES_ALONE = (36, 80)
-_SIZES_IN_PAIR = (34, 54)
+_UNIT = 224  # the lengths below are pixels of a picture this wide; other pictures scale them
+_SMALLEST_PICTURE = 112
+_SIZES = {1: (72.0, 168.0), 2: (68.0, 112.0), 3: (56.0, 84.0)}  # by number of emoji
+_COUNTS = (1, 1, 1, 2, 2, 2, 2, 3, 3, 3)
+_CROWD_SIZES = (44.0, 62.0)
+_LARGEST_CROWD = 6
+UNSEEN_SIZES = (76.0, 82.0)  # drawn only where held-out pictures are asked for
 _MAX_ROTATION = 10.0  # degrees
-_MIN_GAP = 2  # rounding to whole pixels takes less away, so that boxes never meet
-_MIN_CENTRE_DISTANCE = 10  # horizontally: which of two is left of the other is never in doubt
+_MIN_GAP = 4  # rounding to whole pixels takes less away, so that boxes never meet
+_MIN_CENTRE_DISTANCE = 20  # horizontally: which of two is left of the other is never in doubt
 _MIN_COLOUR_DISTANCE = 90.0  # of the background from an emoji's mean colour, in RGB
 _VISIBLE = 64  # a pixel with less alpha (of 255) does not belong to the box: nobody sees it
 _REDUCTIONS = (1, 2, 3, 4, 6)  # emoji are stored at these fractions of their size
@@ -50,10 +69,15 @@ class Random(Protocol):
 
 @dataclass(frozen=True)
 class Picture:
-    """A square RGB image and its (name, (x1, y1, x2, y2) in pixels) objects, from left to right by box centre."""
+    """A square RGB image and what is in it.
+
+    `objects`: name, box in whole pixels and mask of each, from left to right by box centre.
+    `background`: a key of `COLOURS` where it is of that one colour, otherwise None.
+    """
 
     image: Image.Image
-    objects: list[tuple[str, Box]]
+    objects: list[Detection]
+    background: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,85 +141,110 @@ def render_glyphs(font_path: str | Path = FONT_PATH) -> dict[str, Image.Image]:
     return glyphs
 
 
-def caption(things: list[str]) -> str:
-    """Return "a dog face and an umbrella" for ["dog face", "umbrella"]."""
-    return " and ".join(f"{_article(thing)} {thing}" for thing in things)
-
-
 class World:
-    """Makes pictures of one or two emoji on simple backgrounds, and caption and detection tasks about them.
+    """Makes pictures of emoji on simple backgrounds.
 
     `font_path`: a colour emoji font, by default where Debian's fonts-noto-color-emoji puts it.
-    `image_size`: side of the pictures in pixels, at least 112.
-    `glyphs`: {name: RGBA image} to use in place of the font's emoji; at least two.
+    `glyphs`: {name: RGBA image} to use in place of the font's emoji; at least five.
     The same random source in the same state gives the same bytes. Raises FileNotFoundError without the font,
     ModuleNotFoundError without the package `emoji`; neither is needed when `glyphs` is given.
     """
 
-    def __init__(
-        self,
-        font_path: str | Path = FONT_PATH,
-        image_size: int = 112,
-        glyphs: Mapping[str, Image.Image] | None = None,
-    ) -> None:
-        _check_size(image_size)
+    def __init__(self, font_path: str | Path = FONT_PATH, glyphs: Mapping[str, Image.Image] | None = None) -> None:
         if glyphs is None:
             glyphs = render_glyphs(font_path)
-        if len(glyphs) < 2:
-            raise ValueError(f"glyphs must hold at least 2 images, got {len(glyphs)}")
-        self.image_size = image_size
+        if len(glyphs) < 5:  # of fewer, no three would meet
+            raise ValueError(f"glyphs must hold at least 5 images, got {len(glyphs)}")
         self._glyphs = [_prepare(name, image) for name, image in glyphs.items()]
+        self.names = [glyph.name for glyph in self._glyphs]
 
-    def sample(self, rng: Random, image_size: int | None = None) -> Picture:
-        """Draw one picture: one or two different emoji, each as likely, of random size, tilt and place.
+    def scene(self, rng: Random, image_size: int, *, count: int | None = None, held_out: bool = False) -> Picture:
+        """Draw one to three different emoji, each as likely, of random size, tilt and place.
 
-        `image_size` replaces the world's own: the same scene, drawn finer.
+        Args:
+            image_size: side of the picture in pixels, at least 112.
+            count: how many; default: mostly two.
+            held_out: draw what the other pictures never show: two emoji that never meet there, of sizes within `UNSEEN_SIZES`
+                (pixels of 224).
+
+        Raises:
+            ValueError: an image_size that is too small, or a count that is none of these.
         """
-        size = self.image_size if image_size is None else image_size
+        if count is None:
+            count = 2 if held_out else _COUNTS[int(rng.random() * len(_COUNTS))]
+        if count not in ({2} if held_out else _SIZES):
+            raise ValueError(f"count: expected 1, 2 or 3, and 2 where held_out, got {count}")
+        chosen = self._choose(rng, count, held_out)
+        return self._draw(rng, image_size, chosen, _SIZES[count], held_out, ordered=True)
+
+    def scene_with(self, rng: Random, image_size: int, wanted: Sequence[str]) -> Picture:
+        """Draw one to three given emoji that meet, as `scene` does; ValueError for names that the world lacks."""
+        unknown = set(wanted) - set(self.names)
+        if unknown or len(wanted) not in _SIZES:
+            raise ValueError(f"wanted: expected one to three names of the world, got {list(wanted)}")
+        chosen = [self._glyphs[self.names.index(name)] for name in wanted]
+        return self._draw(rng, image_size, chosen, _SIZES[len(wanted)], held_out=False, ordered=True)
+
+    def choose(self, rng: Random, count: int) -> list[str]:
+        """Draw the names of different emoji that may meet in a picture."""
+        return [glyph.name for glyph in self._choose(rng, count, held_out=False)]
+
+    def crowd(self, rng: Random, image_size: int) -> Picture:
+        """Draw one emoji one to six times, and now and then another one once or twice."""
+        several, other = self._choose(rng, 2, held_out=False)
+        others = int(rng.random() * 3) if rng.random() < 0.5 else 0
+        chosen = [several] * (1 + int(rng.random() * _LARGEST_CROWD)) + [other] * others
+        return self._draw(rng, image_size, chosen, _CROWD_SIZES, held_out=False, ordered=False)
+
+    def _draw(
+        self, rng: Random, size: int, chosen: list[_Glyph], sizes: tuple[float, float], held_out: bool, ordered: bool
+    ) -> Picture:
         _check_size(size)
-        chosen = self._choose(rng)
-        smallest, largest = _SIZES_ALONE if len(chosen) == 1 else _SIZES_IN_PAIR
-        poses = [
-            _pose(glyph, _uniform(rng, -_MAX_ROTATION, _MAX_ROTATION), _uniform(rng, smallest, largest))
-            for glyph in chosen
-        ]
-        places = _place(rng, [pose.extent for pose in poses])
-        picture = _background(rng, size, [glyph.colour for glyph in chosen])
+        while True:
+            poses = [
+                _pose(glyph, _uniform(rng, -_MAX_ROTATION, _MAX_ROTATION), _size(rng, sizes, held_out))
+                for glyph in chosen
+            ]
+            places = _place(rng, [pose.extent for pose in poses], _MIN_CENTRE_DISTANCE if ordered else 0)
+            if places is not None:
+                break
+        picture, name = background(rng, size, [glyph.colour for glyph in chosen])
         objects = [
-            (glyph.name, _paste(picture, glyph, pose, place))
-            for glyph, pose, place in zip(chosen, poses, places, strict=True)
+            _paste(picture, glyph, pose, place) for glyph, pose, place in zip(chosen, poses, places, strict=True)
         ]
-        objects.sort(key=lambda item: item[1][0] + item[1][2])
-        return Picture(picture, objects)
+        objects.sort(key=lambda found: found.box[0] + found.box[2])
+        return Picture(picture, objects, name)
 
-    def example(self, rng: Random, captions: float = 0.5) -> tuple[Image.Image, str, str]:
-        """Draw a picture with a task about it: (image, prefix, suffix).
+    def _choose(self, rng: Random, count: int, held_out: bool) -> list[_Glyph]:
+        """Draw different emoji of which any two meet in training, or in held-out pictures only."""
+        while True:
+            chosen: list[int] = []
+            while len(chosen) < count:
+                index = int(rng.random() * len(self._glyphs))
+                if index not in chosen:
+                    chosen.append(index)
+            pairs = [(a, b) for position, a in enumerate(chosen) for b in chosen[:position]]
+            if all(_never_meet(a, b) == held_out for a, b in pairs):
+                return [self._glyphs[index] for index in chosen]
 
-        A share `captions` of them is ("caption en", "a dog face and a red apple"), named from left to right; the others are
-        ("detect dog face", "<locY1><locX1><locY2><locX2> dog face"), each in the released models' wording.
-        """
-        picture = self.sample(rng)
-        if rng.random() < captions:
-            return picture.image, "caption en", caption([name for name, _ in picture.objects])
-        name, box = picture.objects[int(rng.random() * len(picture.objects))]
-        return picture.image, f"detect {name}", format_boxes([Detection(name, box)], picture.image.size)
 
-    def _choose(self, rng: Random) -> list[_Glyph]:
-        first = int(rng.random() * len(self._glyphs))
-        if rng.random() < 0.5:
-            return [self._glyphs[first]]
-        step = 1 + int(rng.random() * (len(self._glyphs) - 1))
-        return [self._glyphs[first], self._glyphs[(first + step) % len(self._glyphs)]]
+def _never_meet(a: int, b: int) -> bool:
+    """Whether two emoji are kept apart in training, so that a picture of both is new: each is from a tenth of the others."""
+    return (a + b) % 10 == 3
+
+
+def _size(rng: Random, sizes: tuple[float, float], held_out: bool) -> float:
+    if held_out:
+        return _uniform(rng, *UNSEEN_SIZES)
+    while True:
+        size = _uniform(rng, *sizes)
+        if not UNSEEN_SIZES[0] <= size <= UNSEEN_SIZES[1]:
+            return size
 
 
 def _check_size(image_size: int) -> None:
-    if image_size < _UNIT:
-        raise ValueError(f"image_size must be at least {_UNIT} pixels, got {image_size}")
-
-
-def _article(noun: str) -> str:
-    # "a unicorn": the only name of the world whose first vowel is spoken as a consonant.
-    return "an" if noun[0].lower() in "aeiou" and not noun.startswith("uni") else "a"
+    if image_size < _SMALLEST_PICTURE:
+        raise ValueError(f"image_size must be at least {_SMALLEST_PICTURE} pixels, got {image_size}")
 
 
 def _uniform(rng: Random, low: float, high: float) -> float:
@@ -235,22 +284,35 @@ def _pose(glyph: _Glyph, degrees: float, larger_side: float) -> _Pose:
     return _Pose(cos, sin, scale, (left * scale, top * scale), ((right - left) * scale, (bottom - top) * scale))
 
 
-def _place(rng: Random, extents: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return top left corners, in units, drawn again until no two extents meet."""
-    while True:
-        places = [(_uniform(rng, 0, _UNIT - width), _uniform(rng, 0, _UNIT - height)) for width, height in extents]
-        if len(places) == 1 or _apart(extents, places):
-            return places
+def _place(rng: Random, extents: list[tuple[float, float]], centre_distance: float) -> list[tuple[float, float]] | None:
+    """Return top left corners, in units, one after the other where there is room; None where none was found."""
+    places: list[tuple[float, float]] = []
+    for index, (width, height) in enumerate(extents):
+        for _ in range(40):
+            place = (_uniform(rng, 0, _UNIT - width), _uniform(rng, 0, _UNIT - height))
+            if all(
+                _apart((extents[index], extents[other]), (place, places[other]), centre_distance)
+                for other in range(index)
+            ):
+                places.append(place)
+                break
+        else:
+            return None
+    return places
 
 
-def _apart(extents: list[tuple[float, float]], places: list[tuple[float, float]]) -> bool:
+def _apart(
+    extents: tuple[tuple[float, float], tuple[float, float]],
+    places: tuple[tuple[float, float], tuple[float, float]],
+    centre_distance: float,
+) -> bool:
     ((w0, h0), (w1, h1)), ((x0, y0), (x1, y1)) = extents, places
     gap = max(x1 - x0 - w0, x0 - x1 - w1, y1 - y0 - h0, y0 - y1 - h1)
-    return gap >= _MIN_GAP and abs((x0 + w0 / 2) - (x1 + w1 / 2)) >= _MIN_CENTRE_DISTANCE
+    return gap >= _MIN_GAP and abs((x0 + w0 / 2) - (x1 + w1 / 2)) >= centre_distance
 
 
-def _paste(picture: Image.Image, glyph: _Glyph, pose: _Pose, place: tuple[float, float]) -> Box:
-    """Draw an emoji with its turned top left corner at `place`, in units, and return the box of its visible pixels."""
+def _paste(picture: Image.Image, glyph: _Glyph, pose: _Pose, place: tuple[float, float]) -> Detection:
+    """Draw an emoji with its turned top left corner at `place`, in units; give box and mask of its visible pixels."""
     pixels_per_unit = picture.width / _UNIT
     step = 1 / (pose.scale * pixels_per_unit)  # full-size pixels from one pixel of the picture to the next
     reduction = min(_REDUCTIONS, key=lambda reduction: abs(reduction - step))
@@ -278,24 +340,38 @@ def _paste(picture: Image.Image, glyph: _Glyph, pose: _Pose, place: tuple[float,
     ).convert("RGBA")
     alpha = patch.getchannel("A")
     picture.paste(patch, (left, top), alpha)
-    box = Image.fromarray(np.asarray(alpha) >= _VISIBLE).getbbox() or (0, 0, right - left, bottom - top)
-    return left + box[0], top + box[1], left + box[2], top + box[3]
+    visible = np.asarray(alpha) >= _VISIBLE
+    box = Image.fromarray(visible).getbbox() or (0, 0, right - left, bottom - top)
+    mask = np.zeros((picture.height, picture.width), dtype=bool)
+    mask[top:bottom, left:right] = visible
+    return Detection(glyph.name, (left + box[0], top + box[1], left + box[2], top + box[3]), mask)
 
 
-def _background(rng: Random, size: int, avoid: list[np.ndarray]) -> Image.Image:
+def background(rng: Random, size: int, avoid: list[np.ndarray]) -> tuple[Image.Image, str | None]:
+    """Paint a background that hides no emoji of the mean colours `avoid`, and name its colour where it has one."""
     kind = rng.random()
-    if kind < 0.25:
-        red, green, blue = _colours(rng, avoid, contrast=0)[0].round().astype(int).tolist()
-        return Image.new("RGB", (size, size), (red, green, blue))
-    if kind < 0.5:
+    if kind < 0.4 and (named := _named_colour(rng, avoid)):
+        name, (red, green, blue) = named
+        return Image.new("RGB", (size, size), (red, green, blue)), name
+    if kind < 0.6:
         pattern, contrast = _gradient(rng, size), 90
-    elif kind < 0.75:
+    elif kind < 0.8:
         pattern, contrast = _noise(rng, size), 60
     else:
-        pattern, contrast = (_stripes if kind < 0.875 else _checker)(rng, size), 30
+        pattern, contrast = (_stripes if kind < 0.9 else _checker)(rng, size), 30
     start, end = _colours(rng, avoid, contrast)
     ramp = np.linspace(start, end, 256).round().astype(np.uint8)
-    return Image.fromarray(ramp.take(pattern, axis=0))
+    return Image.fromarray(ramp.take(pattern, axis=0)), None
+
+
+def _named_colour(rng: Random, avoid: list[np.ndarray]) -> tuple[str, tuple[int, int, int]] | None:
+    """Return a colour that can be named, slightly varied, or None when every one drawn would hide an emoji."""
+    for _ in range(8):
+        name = list(COLOURS)[int(rng.random() * len(COLOURS))]
+        red, green, blue = (round(min(max(part + _uniform(rng, -10, 10), 0), 255)) for part in COLOURS[name])
+        if all(np.linalg.norm(np.array([red, green, blue]) - colour) >= _MIN_COLOUR_DISTANCE for colour in avoid):
+            return name, (red, green, blue)
+    return None
 
 
 def _colours(rng: Random, avoid: list[np.ndarray], contrast: float) -> tuple[np.ndarray, np.ndarray]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from pg_kernels.model.locations import parse
 from pg_kernels.model.tokenizer import IMAGE_TOKEN, LOC_TOKENS, SEG_TOKENS, Tokenizer
+from pg_kernels.model.training.tasks import caption
 from pg_kernels.model.training.vocabulary import NUM_TEXT_PIECES, train_tokenizer
-from pg_kernels.model.training.world import EMOJI, FONT_PATH, Picture, World, caption, names, render_glyphs
+from pg_kernels.model.training.world import COLOURS as COLOUR_NAMES
+from pg_kernels.model.training.world import EMOJI, FONT_PATH, UNSEEN_SIZES, Picture, World, names, render_glyphs
 
 needs_emoji = pytest.mark.skipif(find_spec("emoji") is None, reason="needs the package emoji (extra: train)")
 needs_font = pytest.mark.skipif(not Path(FONT_PATH).is_file(), reason="needs Debian's fonts-noto-color-emoji")
@@ -22,7 +24,10 @@ needs_protobuf = pytest.mark.skipif(
     reason="needs the package protobuf (extra: train)",
 )
 
-COLOURS = {"red box": (255, 0, 0), "orb": (0, 200, 0), "blue cross": (0, 0, 255), "umber slash": (120, 70, 0)}
+COLOURS = {
+    **{"red box": (255, 0, 0), "orb": (0, 200, 0), "blue cross": (0, 0, 255), "umber slash": (120, 70, 0)},
+    **{"pink bar": (255, 0, 255), "teal bar": (0, 255, 255)},
+}
 
 
 def _shape(*rectangles: tuple[int, int, int, int], colour: tuple[int, int, int], round: bool = False) -> Image.Image:
@@ -44,13 +49,15 @@ def world() -> World:
             "orb": _shape((20, 0, 109, 119), colour=COLOURS["orb"], round=True),
             "blue cross": _shape((40, 0, 70, 99), (10, 30, 109, 60), colour=COLOURS["blue cross"]),
             "umber slash": slash,
+            "pink bar": _shape((10, 50, 118, 79), colour=COLOURS["pink bar"]),
+            "teal bar": _shape((50, 3, 89, 118), colour=COLOURS["teal bar"]),
         }
     )
 
 
-def _samples(world: World, count: int, image_size: int | None = None) -> list[Picture]:
+def _scenes(world: World, count: int, image_size: int = 224) -> list[Picture]:
     rng = random.Random(0)
-    return [world.sample(rng, image_size) for _ in range(count)]
+    return [world.scene(rng, image_size) for _ in range(count)]
 
 
 def _bounds_of_colour(image: Image.Image, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
@@ -62,12 +69,22 @@ def _bounds_of_colour(image: Image.Image, colour: tuple[int, int, int]) -> tuple
 
 @pytest.mark.parametrize("image_size, tolerance", [(112, 2), (448, 3)])
 def test_boxes_are_tight(world: World, image_size: int, tolerance: int) -> None:
-    for picture in _samples(world, 200, image_size):
-        for name, box in picture.objects:
-            drawn = _bounds_of_colour(picture.image, COLOURS[name])
-            assert np.abs(np.subtract(drawn, box)).max() <= tolerance
-            x1, y1, x2, y2 = box
+    for picture in _scenes(world, 100, image_size):
+        for found in picture.objects:
+            drawn = _bounds_of_colour(picture.image, COLOURS[found.label])
+            assert np.abs(np.subtract(drawn, found.box)).max() <= tolerance
+            x1, y1, x2, y2 = found.box
             assert x1 <= drawn[0] and y1 <= drawn[1] and x2 >= drawn[2] and y2 >= drawn[3]
+
+
+def test_masks_are_what_is_drawn(world: World) -> None:
+    for picture in _scenes(world, 60):
+        for found in picture.objects:
+            assert found.mask is not None and found.mask.shape == (224, 224)
+            assert Image.fromarray(found.mask).getbbox() == found.box
+            distance = np.linalg.norm(np.asarray(picture.image, dtype=float) - COLOURS[found.label], axis=-1)
+            drawn = distance < 90
+            assert (drawn & found.mask).sum() / (drawn | found.mask).sum() > 0.9
 
 
 def test_turned_shapes_are_whole(world: World) -> None:
@@ -79,100 +96,99 @@ def test_turned_shapes_are_whole(world: World) -> None:
     upright = Image.new("RGB", (128, 128), "white")
     ImageDraw.Draw(upright).line((110, 20, 30, 100), fill=COLOURS["umber slash"], width=20)
     expected = area_in_square_diagonals(upright)
-    pictures = [picture for picture in _samples(world, 100, 448) if "umber slash" in dict(picture.objects)]
-    assert len(pictures) > 20
+    pictures = [world.scene_with(random.Random(seed), 448, ["umber slash", "orb"]) for seed in range(20)]
     for picture in pictures:
         assert area_in_square_diagonals(picture.image) == pytest.approx(expected, rel=0.1)
 
 
 def test_geometry(world: World) -> None:
-    counts = {1: 0, 2: 0}
-    for picture in _samples(world, 200):
+    counts = {1: 0, 2: 0, 3: 0}
+    for picture in _scenes(world, 200):
         counts[len(picture.objects)] += 1
-        assert picture.image.mode == "RGB" and picture.image.size == (112, 112)
-        smallest, largest = (36, 80) if len(picture.objects) == 1 else (34, 54)
-        for _, (x1, y1, x2, y2) in picture.objects:
-            assert 0 <= x1 < x2 <= 112 and 0 <= y1 < y2 <= 112
+        assert picture.image.mode == "RGB" and picture.image.size == (224, 224)
+        smallest, largest = {1: (72, 168), 2: (68, 112), 3: (56, 84)}[len(picture.objects)]
+        for found in picture.objects:
+            x1, y1, x2, y2 = found.box
+            assert 0 <= x1 < x2 <= 224 and 0 <= y1 < y2 <= 224
             assert smallest - 2 <= max(x2 - x1, y2 - y1) <= largest + 2
-        if len(picture.objects) == 2:
-            (first, a), (second, b) = picture.objects
-            assert first != second
+        for first, second in pairwise(picture.objects):
+            a, b = first.box, second.box
+            assert first.label != second.label
             assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
-            assert (b[0] + b[2]) / 2 - (a[0] + a[2]) / 2 >= 8
-    assert min(counts.values()) >= 70
+            assert (b[0] + b[2]) / 2 - (a[0] + a[2]) / 2 >= 18
+    assert min(counts.values()) >= 40
+
+
+def test_held_out_pictures_are_never_drawn_otherwise(world: World) -> None:
+    rng = random.Random(1)
+    pictures = [*(world.scene(rng, 224) for _ in range(300)), *(world.crowd(rng, 224) for _ in range(100))]
+    seen = {frozenset(found.label for found in picture.objects) for picture in pictures}
+    sizes = [
+        max(found.box[2] - found.box[0], found.box[3] - found.box[1])
+        for picture in pictures
+        for found in picture.objects
+    ]
+    low, high = UNSEEN_SIZES
+    assert not [size for size in sizes if low + 2.5 < size < high - 2.5]  # rounding to whole pixels moves edges
+    for _ in range(50):
+        picture = world.scene(rng, 224, held_out=True)
+        names = frozenset(found.label for found in picture.objects)
+        assert len(names) == 2 and not any(names <= other for other in seen)
+        for found in picture.objects:
+            assert low - 2 <= max(found.box[2] - found.box[0], found.box[3] - found.box[1]) <= high + 2
+
+
+def test_crowds(world: World) -> None:
+    rng = random.Random(0)
+    numbers = set()
+    for _ in range(150):
+        labels = [found.label for found in world.crowd(rng, 224).objects]
+        assert 1 <= len(set(labels)) <= 2 and len(labels) <= 8
+        numbers.add(max(map(labels.count, labels)))
+    assert numbers == {1, 2, 3, 4, 5, 6}
+
+
+def test_named_backgrounds_are_of_their_colour(world: World) -> None:
+    named = [picture for picture in _scenes(world, 200) if picture.background is not None]
+    assert 40 <= len(named) <= 100
+    for picture in named:
+        x, y = next((x, y) for x in range(224) for y in range(224) if not any(o.mask[y, x] for o in picture.objects))
+        assert np.abs(np.subtract(picture.image.getpixel((x, y)), COLOUR_NAMES[picture.background])).max() <= 11
 
 
 def test_larger_pictures_show_the_same_scene(world: World) -> None:
-    for small, large in zip(_samples(world, 50), _samples(world, 50, 448), strict=True):
+    for small, large in zip(_scenes(world, 40, 112), _scenes(world, 40, 448), strict=True):
         assert large.image.size == (448, 448)
-        assert [name for name, _ in small.objects] == [name for name, _ in large.objects]
-        for (_, small_box), (_, large_box) in zip(small.objects, large.objects, strict=True):
-            assert np.abs(np.subtract(large_box, np.multiply(small_box, 4))).max() <= 6
+        for one, other in zip(small.objects, large.objects, strict=True):
+            assert one.label == other.label
+            assert np.abs(np.subtract(other.box, np.multiply(one.box, 4))).max() <= 6
         difference = np.asarray(large.image.resize((112, 112), Image.Resampling.BOX), dtype=float) - small.image
         assert np.abs(difference).mean() < 6
 
 
 @pytest.mark.parametrize("source", [random.Random, np.random.default_rng])
 def test_same_seed_same_bytes(world: World, source: type) -> None:
-    def draw(seed: int) -> list[tuple[bytes, str, str]]:
+    def draw(seed: int) -> list[bytes]:
         rng = source(seed)
-        examples = [world.example(rng) for _ in range(20)]
-        return [(image.tobytes(), prefix, suffix) for image, prefix, suffix in examples]
+        return [draw(rng, 112).image.tobytes() for draw in (world.scene, world.crowd) for _ in range(10)]
 
     assert draw(3) == draw(3)
     assert draw(3) != draw(4)
 
 
-def test_tasks_agree_with_the_picture(world: World) -> None:
-    tasks = {"caption": 0, "detect": 0}
-    for seed in range(200):
-        picture = world.sample(random.Random(seed))
-        image, prefix, suffix = world.example(random.Random(seed))
-        assert image.tobytes() == picture.image.tobytes()
-        task, _, rest = prefix.partition(" ")
-        tasks[task] += 1
-        if task == "caption":
-            assert rest == "en"
-            assert suffix == caption([name for name, _ in picture.objects])
-        else:
-            (detection,) = parse(suffix, image.size)
-            assert detection.label == rest
-            assert np.abs(np.subtract(detection.box, dict(picture.objects)[rest])).max() < 0.06
-    assert min(tasks.values()) >= 70
-
-
-def test_detection_text_is_the_released_models_wording(world: World) -> None:
-    rng = random.Random(0)
-    image, prefix, suffix = next(task for task in map(world.example, [rng] * 50) if task[1] != "caption en")
-    name = prefix.removeprefix("detect ")
-    tokens, label = suffix.split("> ")
-    y1, x1, y2, x2 = (int(token) for token in tokens.replace("<loc", "").split(">"))
-    assert label == name
-    expected = [value * 112 / 1023 for value in (x1, y1, x2, y2)]
-    assert np.abs(np.subtract(_bounds_of_colour(image, COLOURS[name]), expected)).max() <= 2.1
-
-
-@pytest.mark.parametrize(
-    "things, text",
-    [
-        (["fox"], "a fox"),
-        (["dog face", "umbrella"], "a dog face and an umbrella"),
-        (["unicorn", "owl"], "a unicorn and an owl"),
-        (["Christmas tree", "ear of corn"], "a Christmas tree and an ear of corn"),
-    ],
-)
-def test_caption(things: list[str], text: str) -> None:
-    assert caption(things) == text
-
-
 def test_bad_arguments_are_named(tmp_path: Path) -> None:
     box = _shape((5, 10, 94, 69), colour=(255, 0, 0))
+    world = World(glyphs={name: box for name in "abcde"})
     with pytest.raises(ValueError, match="image_size must be at least 112 pixels, got 64"):
-        World(image_size=64, glyphs={"a": box, "b": box})
-    with pytest.raises(ValueError, match="glyphs must hold at least 2"):
+        world.scene(random.Random(0), 64)
+    with pytest.raises(ValueError, match="count: expected 1, 2 or 3"):
+        world.scene(random.Random(0), 224, count=4)
+    with pytest.raises(ValueError, match="names of the world, got .'f'."):
+        world.scene_with(random.Random(0), 224, ["f"])
+    with pytest.raises(ValueError, match="glyphs must hold at least 5 images, got 1"):
         World(glyphs={"a": box})
     with pytest.raises(ValueError, match="'b' is transparent"):
-        World(glyphs={"a": box, "b": Image.new("RGBA", (9, 9))})
+        World(glyphs={**{name: box for name in "acde"}, "b": Image.new("RGBA", (9, 9))})
     with pytest.raises(FileNotFoundError, match="fonts-noto-color-emoji"):
         World(font_path=tmp_path / "missing.ttf")
 
@@ -198,8 +214,8 @@ def test_every_emoji_has_its_own_picture() -> None:
     premultiplied = np.stack([image[..., :3] * image[..., 3:] + 1 - image[..., 3:] for image in small]).reshape(80, -1)
     distances = np.sqrt(((premultiplied[:, None] - premultiplied[None]) ** 2).mean(axis=-1))
     assert distances[~np.eye(80, dtype=bool)].min() > 0.15
-    picture = World().sample(random.Random(0))
-    assert all(name in glyphs for name, _ in picture.objects)
+    picture = World().scene(random.Random(0), 224)
+    assert all(found.label in glyphs for found in picture.objects)
 
 
 @needs_emoji

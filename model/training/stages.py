@@ -1,0 +1,293 @@
+"""The stages in which the built-in model is trained: towers alone, jointly, at a higher resolution, for the tasks."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..config import PaliGemmaConfig, TextConfig, VisionConfig
+from ..paligemma import PaliGemma
+from ..processor import Processor
+from ..segmentation import MaskVQVAE
+from ..tokenizer import LOC_TOKENS, Tokenizer
+from .recipe import Recipe
+from .tasks import LANGUAGES, Example, Questions, unique_images
+from .trainer import Batch, suffix_loss, train
+from .vocabulary import train_tokenizer
+from .world import World
+
+VISION = VisionConfig(
+    hidden_size=192, intermediate_size=384, num_hidden_layers=6, num_attention_heads=3, image_size=112, patch_size=14
+)
+TEXT = TextConfig(
+    hidden_size=192,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=64,
+    max_position_embeddings=1024,
+)
+
+_COMPARISONS = 12
+"""Every so many-th batch has two pictures for each question: they stay apart, since padding would double the other batches."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of the training: a folder's name, the sides of pictures and patches in pixels, and the trainer's recipe."""
+
+    name: str
+    image_size: int
+    patch_size: int
+    recipe: Recipe
+    unimodal: bool = False
+
+
+_COMMON = Recipe(steps=1, batch_size=64, betas=(0.9, 0.99), weight_decay=0.01, save_every=100)
+
+STAGES = (
+    Stage("stage0", 112, 14, replace(_COMMON, steps=1000, learning_rate=1.5e-3, schedule="rsqrt"), unimodal=True),
+    Stage("stage1", 112, 14, replace(_COMMON, steps=8000, learning_rate=1.5e-3, schedule="rsqrt")),
+    Stage("stage2", 224, 28, replace(_COMMON, steps=1600, learning_rate=1.5e-3, schedule="rsqrt", warmup=0.1)),
+    Stage("stage3", 224, 28, replace(_COMMON, steps=700, learning_rate=5e-4, schedule="linear", warmup=0.01)),
+)
+
+
+class Generated(Dataset[Batch]):
+    """Batches drawn from a world as they are needed, each a function of the seed and its index alone, read once in order."""
+
+    shuffle = False
+
+    def __init__(self, questions: Questions, processor: Processor, stage: Stage) -> None:
+        self.questions, self.processor, self.stage = questions, processor, stage
+        self.fingerprint = stage.name
+
+    def __len__(self) -> int:
+        assert self.stage.recipe.steps is not None
+        return self.stage.recipe.steps
+
+    def __getitem__(self, index: int) -> Batch:
+        rng = random.Random(f"{self.stage.name} {self.stage.recipe.seed} {index}")
+        if self.stage.unimodal:
+            return self._pairs(rng)
+        return collate(self.examples(rng, compare=index % _COMPARISONS == _COMPARISONS - 1), self.processor)
+
+    def examples(self, rng: random.Random, *, compare: bool) -> list[Example]:
+        """Draw a batch: the recipe's number of questions, or half as many that compare two pictures."""
+        draw: Callable[[random.Random, int], list[Example]] = self.questions.about_one
+        count = self.stage.recipe.batch_size
+        if compare:
+            draw, count = partial(self.questions.compare, most=2), count // 2
+        examples: list[Example] = []
+        while len(examples) < count:
+            examples += draw(rng, self.processor.image_size)
+        return examples[:count]
+
+    def _pairs(self, rng: random.Random) -> Batch:
+        """Draw pictures with their captions, for a contrastive loss, and texts without pictures."""
+        questions, size = self.questions, self.processor.image_size
+        pictures = [questions.world.scene(rng, size) for _ in range(self.stage.recipe.batch_size)]
+        captions = [questions.caption(picture, "en") for picture in pictures]
+        texts = [questions.caption(picture, _language(rng)) for picture in pictures]
+        inputs = self.processor.encode(
+            [text.prefix for text in texts],
+            [0] * len(texts),
+            [text.suffix for text in texts],
+            padding_side="right",
+        )
+        encode = self.processor.tokenizer.encode
+        words = [torch.tensor(encode(text.suffix)) for text in captions]
+        return {
+            **inputs,
+            "pixel_values": self.processor.preprocess_images([picture.image for picture in pictures]),
+            "caption_ids": nn.utils.rnn.pad_sequence(words, batch_first=True, padding_value=0),
+        }
+
+
+def collate(examples: list[Example], processor: Processor) -> Batch:
+    """Make a batch of examples with as many pictures each, in which each different one is encoded once, for `suffix_loss`.
+
+    Examples of the same lengths stand together, for which attention on a CPU is computed at once.
+    """
+    images, index = unique_images(examples)
+    inputs = processor.encode(
+        [example.prefix for example in examples],
+        [len(example.images) for example in examples],
+        [example.suffix for example in examples],
+        padding_side="right",
+    )
+    lengths = inputs["attention_mask"].sum(1) * inputs["attention_mask"].shape[1] + inputs["token_type_ids"].sum(1)
+    order = lengths.argsort(stable=True)
+    return {
+        **{name: tensor[order] for name, tensor in inputs.items()},
+        "pixel_values": processor.preprocess_images(images),
+        "image_index": torch.from_numpy(index).unflatten(0, (len(examples), -1))[order].flatten(),
+    }
+
+
+class Unimodal(nn.Module):
+    """Stage 0's two losses: the image encoder's against captions, and the decoder's on text alone.
+
+    The heads that compare picture and caption (attention pooling, a bag of words) are not kept.
+    Source: Zhai et al., https://arxiv.org/abs/2303.15343.
+    """
+
+    def __init__(self, model: PaliGemma) -> None:
+        super().__init__()
+        self.model = model
+        width = model.config.vision_config.hidden_size
+        self.attend = nn.Linear(width, 1)
+        self.image_head = nn.Linear(width, width)
+        self.words = nn.Embedding(model.config.text_config.vocab_size, width)
+        self.text_head = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.scale = nn.Parameter(torch.tensor([math.log(10.0)]))
+        self.bias = nn.Parameter(torch.tensor([-10.0]))
+
+    def forward(self, pixel_values: Tensor, caption_ids: Tensor, **text: Any) -> Tensor:
+        """Give the sum of both losses, for pictures [B, 3, H, W] with captions [B, W], 0 where padded."""
+        features = self.model.model.vision_tower(pixel_values)
+        pooled = (self.attend(features).softmax(1) * features).sum(1)
+        known = (caption_ids != 0)[..., None]
+        words = (self.words(caption_ids) * known).sum(1) / known.sum(1)
+        image, caption = self.image_head(pooled).float(), self.text_head(words).float()
+        scores = F.normalize(image, dim=1) @ F.normalize(caption, dim=1).T * self.scale.exp() + self.bias
+        same = (caption_ids[:, None] == caption_ids[None]).all(-1)
+        contrastive = -F.logsigmoid(torch.where(same, scores, -scores)).sum() / len(scores)
+        language = self.model(**text, loss_reduction="example").loss
+        return contrastive + language
+
+
+def unimodal_loss(model: nn.Module, batch: Batch, recipe: Recipe) -> Tensor:
+    """The loss of `Unimodal` on a batch of pairs."""
+    return model(**batch)
+
+
+def train_stages(
+    folder: str | Path,
+    world: World,
+    codec: MaskVQVAE,
+    *,
+    seed: int = 0,
+    stages: tuple[Stage, ...] = STAGES,
+    start: Path | None = None,
+    workers: int = 1,
+) -> None:
+    """Run all stages one after another, each in its own folder within this one; what is done already is not done again.
+
+    Each stage starts from the weights of the one before, the first from `start`'s where given, and leaves a Hugging Face folder
+    and its `log.jsonl`.
+    Raises ModuleNotFoundError without the `train` extra, OSError when a folder cannot be written.
+    """
+    folder = Path(folder)
+    questions = Questions(world, codec)
+    before = start
+    for stage in stages:
+        target = folder / stage.name
+        stage = replace(stage, recipe=replace(stage.recipe, seed=seed, workers=workers))
+        if not (target / "model.safetensors").is_file():
+            _train_stage(stage, before, target, questions)
+        before = target
+
+
+def _train_stage(stage: Stage, before: Path | None, target: Path, questions: Questions) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(stage.recipe.seed)
+    if before is None:
+        tokenizer = new_tokenizer(target)
+        model = PaliGemma(small_config(tokenizer, stage.image_size, stage.patch_size))
+        order_embeddings(model, tokenizer)
+    else:
+        tokenizer = Tokenizer.from_file(before / "tokenizer.model")
+        model = with_resolution(PaliGemma.from_pretrained(before, dtype=torch.float32), stage)
+    processor = Processor(
+        tokenizer,
+        image_size=stage.image_size,
+        num_image_tokens=model.config.vision_config.num_image_tokens,
+        max_position_embeddings=model.config.text_config.max_position_embeddings,
+        mask_decoder=questions.codec,
+    )
+
+    def save() -> None:
+        processor.save_pretrained(target)
+        model.save_pretrained(target)
+
+    train(
+        Unimodal(model) if stage.unimodal else model,
+        Generated(questions, processor, stage),
+        stage.recipe,
+        target,
+        loss=unimodal_loss if stage.unimodal else suffix_loss,
+        save=save,
+    )
+
+
+def new_tokenizer(folder: Path) -> Tokenizer:
+    """Train the tokenizer into a folder."""
+    train_tokenizer(folder / "tokenizer.model")
+    return Tokenizer.from_file(folder / "tokenizer.model")
+
+
+def with_resolution(model: PaliGemma, stage: Stage) -> PaliGemma:
+    """Give the model with a stage's sides of pictures and patches: patches are resized first, then positions resampled.
+
+    Patches twice as large, in pictures twice as large, start out seeing just what they saw: each weight's share goes to the
+    pixels that its pixel became. So a higher resolution need not take more tokens.
+    """
+    vision = model.config.vision_config
+    if stage.patch_size != vision.patch_size:
+        state = model.state_dict()
+        name = "model.vision_tower.embeddings.patch_embedding.weight"
+        factor = stage.patch_size / vision.patch_size
+        state[name] = F.interpolate(state[name], (stage.patch_size,) * 2, mode="nearest") / factor**2
+        vision = replace(vision, patch_size=stage.patch_size, image_size=round(vision.image_size * factor))
+        model = PaliGemma(replace(model.config, vision_config=vision))
+        model.load_state_dict(state)
+    if stage.image_size != vision.image_size:
+        model.set_image_size(stage.image_size)
+    return model
+
+
+def small_config(tokenizer: Tokenizer, image_size: int, patch_size: int) -> PaliGemmaConfig:
+    """Give the small model's shapes, with the vocabulary and ids of its tokenizer."""
+    text = replace(TEXT, vocab_size=len(tokenizer))
+    vision = replace(VISION, image_size=image_size, patch_size=patch_size)
+    return PaliGemmaConfig(vision, text, image_token_id=tokenizer.image_token_id)
+
+
+@torch.no_grad()
+def order_embeddings(model: PaliGemma, tokenizer: Tokenizer) -> None:
+    """Let neighbouring patches and neighbouring locations start out alike, so that where things are is learnt early.
+
+    Position embeddings start as sines and cosines of the patch's row and column, `<loc>` embeddings as those of the location.
+    """
+    table = model.model.vision_tower.embeddings.position_embedding.weight
+    side = math.isqrt(len(table))
+    along = waves(torch.arange(side) / side, table.shape[1] // 2)
+    grid = torch.cat((along[:, None].expand(-1, side, -1), along[None].expand(side, -1, -1)), dim=-1)
+    table.copy_(0.5 * grid.flatten(0, 1))
+    embedding = model.model.language_model.embed_tokens.weight
+    first = tokenizer.encode(LOC_TOKENS[0])[0]
+    locations = waves(torch.arange(len(LOC_TOKENS)) / len(LOC_TOKENS), embedding.shape[1])
+    embedding[first : first + len(LOC_TOKENS)] = locations * embedding.shape[1] ** -0.5
+
+
+def waves(places: Tensor, width: int) -> Tensor:
+    """Give sines and cosines [n, width] of places [n] in [0, 1), from half a turn to 32 turns along it; mean square 1."""
+    turns = 0.5 * 64 ** torch.linspace(0, 1, width // 2)
+    angles = 2 * math.pi * places[:, None] * turns
+    return math.sqrt(2) * torch.cat((angles.sin(), angles.cos()), dim=1)
+
+
+def _language(rng: random.Random) -> str:
+    return LANGUAGES[int(rng.random() * len(LANGUAGES))]

@@ -1,0 +1,90 @@
+"""Pictures with writing on them: words and numbers in the fonts that matplotlib brings."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .world import Random, background
+
+FONTS = (
+    *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic"),
+    *("DejaVuSansMono", "DejaVuSansMono-Bold", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic"),
+)
+
+_WORDS = (
+    "air art bag bar bed big box boy bus buy cab cafe cake call car city clean close cold cool cup day deal door "
+    "down dry east eat end exit fast film fire fish floor food free fresh game gate go gold good green help here "
+    "high home hot hotel ice info jazz key lake left light live long low lunch mail man map market menu milk moon "
+    "music near new news next night north now off oil old on one open out park part pay pizza play post pull push "
+    "quick quiet radio rain red rice right river road room run sale sea shop show sky slow snow soft sold south spa "
+    "star start stay stop sun taxi tea team ticket time today top town train tree up van view visa wait walk warm "
+    "water way west wet wind wine wood work yes you zone zoo"
+)
+WORDS = tuple(_WORDS.split())
+
+_UNIT = 224  # the lengths below are pixels of a picture this wide
+_HEIGHTS = (30, 60)  # of the font
+_MARGIN = 8
+_CONTRAST = 90  # between writing and background, of 255, in brightness
+
+
+def written(rng: Random, image_size: int) -> tuple[Image.Image, str]:
+    """Draw one line of writing, or two; give the picture and its text, lines joined by a line break.
+
+    A line is a word in lower case, capitals or both, or a number of one to four digits.
+    Raises ModuleNotFoundError without matplotlib (this package's `train` extra).
+    """
+    lines = [_line(rng) for _ in range(1 + int(rng.random() < 0.35))]
+    picture, _ = background(rng, image_size, [])
+    brightness = sum(picture.convert("L").resize((1, 1), Image.Resampling.BOX).tobytes())
+    while True:
+        colour = tuple(int(256 * rng.random()) for _ in range(3))
+        if abs(0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] - brightness) >= _CONTRAST:
+            break
+    name = FONTS[int(rng.random() * len(FONTS))]
+    scale = image_size / _UNIT
+    height = _HEIGHTS[0] + (_HEIGHTS[1] - _HEIGHTS[0]) * rng.random()
+    room = (_UNIT - 2 * _MARGIN) * scale
+    while True:  # a long word gets smaller letters
+        font = _font(name, round(height * scale))
+        boxes = [font.getbbox(line) for line in lines]
+        if max(right - left for left, _, right, _ in boxes) <= room:
+            break
+        height -= 2
+    pen = ImageDraw.Draw(picture)
+    tall = sum(bottom - top for _, top, _, bottom in boxes) + _MARGIN * scale * (len(lines) - 1)
+    y = _MARGIN * scale + rng.random() * (image_size - 2 * _MARGIN * scale - tall)
+    for line, (left, top, right, bottom) in zip(lines, boxes, strict=True):
+        x = _MARGIN * scale + rng.random() * (room - (right - left))
+        pen.text((x - left, y - top), line, font=font, fill=colour)
+        y += bottom - top + _MARGIN * scale
+    return picture, "\n".join(lines)
+
+
+def _line(rng: Random) -> str:
+    if rng.random() < 0.4:
+        digits = 1 + int(4 * rng.random())
+        return str(int(10 ** (digits - 1) * (1 + 9 * rng.random())))
+    word = WORDS[int(rng.random() * len(WORDS))]
+    kind = int(3 * rng.random())
+    return (word, word.upper(), word.capitalize())[kind]
+
+
+@lru_cache(maxsize=512)
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(_fonts() / f"{name}.ttf"), size)
+
+
+@lru_cache(maxsize=1)
+def _fonts() -> Path:
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "writing needs the fonts of the package `matplotlib`: pip install matplotlib, "
+            "or install this package's `train` extra"
+        ) from error
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
