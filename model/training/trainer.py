@@ -297,9 +297,17 @@ def checkpointed_layers(model: nn.Module) -> Iterator[None]:
     """
     found: list[Any] = layers(model)
     for layer in found:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(_recomputed, layer.forward)
     try:
         yield
     finally:
         for layer in found:
             del layer.forward
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if (
+        not torch.is_grad_enabled()
+    ):  # `checkpoint` looks at random states even then, which a CUDA graph being captured does not take
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

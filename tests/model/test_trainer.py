@@ -149,10 +149,10 @@ def test_schedules() -> None:
 
 
 def test_a_run_learns_and_logs(tmp_path: Path) -> None:
-    run(tmp_path, replace(RECIPE, steps=40))
+    run(tmp_path, replace(RECIPE, steps=20))
     lines = log(tmp_path)
-    assert [line["step"] for line in lines] == list(range(1, 41))
-    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
     assert all(line["gradient_norm"] > 0 and line["examples_per_second"] > 0 for line in lines)
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
@@ -220,7 +220,8 @@ def test_a_killed_process_goes_on(tmp_path: Path) -> None:
 
 
 def evaluation(model: PaliGemma) -> Callable[[], dict[str, float]]:
-    batch = collate([Sums()[i] for i in range(5)])
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in collate([Sums()[i] for i in range(5)]).items()}
     prompt = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
 
     def evaluate() -> dict[str, float]:
@@ -270,11 +271,12 @@ def test_two_processes_do_what_one_does(tmp_path: Path, precision: str) -> None:
     """Cut off and gone on with in between, tied embedding, one part frozen, answers generated while training."""
     recipe = replace(
         RECIPE,
+        steps=4,
         loss_reduction="token",
         micro_batch=2,
         frozen=("vision_tower",),
         patience=5,
-        eval_every=3,
+        eval_every=2,
         precision=precision,
     )
     model = new_model()
@@ -352,9 +354,9 @@ def test_bfloat16_moves_fp32_masters(tmp_path: Path) -> None:
 
 
 def test_bfloat16_learns(tmp_path: Path) -> None:
-    run(tmp_path, replace(RECIPE, steps=40, precision="bfloat16"))
+    run(tmp_path, replace(RECIPE, steps=20, precision="bfloat16"))
     lines = log(tmp_path)
-    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
 
 
 def test_muon_moves_matrices_by_orthogonal_steps(tmp_path: Path) -> None:
@@ -369,9 +371,9 @@ def test_muon_moves_matrices_by_orthogonal_steps(tmp_path: Path) -> None:
     step = before["model.multi_modal_projector.linear.weight"] - after["model.multi_modal_projector.linear.weight"]
     values = torch.linalg.svdvals(step / (RECIPE.learning_rate * 0.2 * math.sqrt(16)))
     assert values.median() > 0.5 and values.max() < 1.3  # five iterations leave the small ones small
-    run(tmp_path / "learns", replace(RECIPE, optimizer="muon", steps=40))
+    run(tmp_path / "learns", replace(RECIPE, optimizer="muon", steps=20))
     lines = log(tmp_path / "learns")
-    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
 
 
 def test_loss_options_reach_the_model() -> None:
@@ -448,6 +450,32 @@ def test_patience_stops_and_keeps_the_best_weights(tmp_path: Path) -> None:
     assert [line["loss"] for line in log(tmp_path, "evaluation")] == [4.0, 3.0, 1.0, 2.0, 2.5]
     assert_equal(weights, best[2])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl"]
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, replace(RECIPE, steps=2), tensorboard=True, evaluate=lambda: {"loss": 0.5})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(
+        [line["loss"] for line in log(tmp_path)]
+    )
+    assert [event.step for event in events.Scalars("evaluation/loss")] == [0, 2]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_on_a_gpu(tmp_path: Path, precision: str) -> None:
+    """Answers by CUDA graphs in between; cut off, and gone on with."""
+    recipe = replace(RECIPE, steps=40, eval_every=10, save_every=10, micro_batch=4, precision=precision, workers=1)
+    for loss in (stop_at(2 * 35), suffix_loss):
+        model = new_model().to("cuda")
+        with suppress(Stop):
+            run(tmp_path, recipe, model=model, evaluate=evaluation(model), loss=loss)
+    first, *_, last = log(tmp_path)
+    assert last["step"] == 40 and last["loss"] < 0.5 * first["loss"]
+    assert [line["step"] for line in log(tmp_path, "evaluation")] == [0, 10, 20, 30, 40]
 
 
 @pytest.mark.parametrize(
