@@ -6,6 +6,7 @@ Everything here is for any number of processes, of which one, without a process 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -79,6 +80,8 @@ def shard_(root: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype, *me
 
     for parameter in root.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+    # The layers' outputs may be views; nothing here changes them in place, of which this warns for every layer and step.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     mesh = dist.init_device_mesh(next(root.parameters()).device.type, (world(),))
     for layer in layers:
