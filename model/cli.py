@@ -1,4 +1,4 @@
-"""The command line: `pg-kernels run`, `finetune`, `evaluate`, `compare`, `bench`, `tune`, `info` and `convert`."""
+"""The command line: `pg-kernels run`, `demo`, `finetune`, `evaluate`, `compare`, `bench`, `tune`, `info` and `convert`."""
 
 from __future__ import annotations
 
@@ -104,6 +104,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--json", action="store_true", help="print one JSON object: text, objects, tokens, seconds")
     run.set_defaults(command=_run)
+
+    showing = commands.add_parser(
+        "demo",
+        help="let the built-in model do every task, and draw the answers",
+        description="Ask the small model that comes with the package about its sample pictures, one for each task: captions, "
+        "questions, counting, reading, charts, boxes, masks, and comparing two pictures.",
+    )
+    showing.add_argument("--draw", type=Path, metavar="FILE", help="write a sheet of pictures with the answers")
+    showing.set_defaults(command=_demo)
 
     tuning = commands.add_parser(
         "finetune",
@@ -321,6 +330,25 @@ def _run(options: argparse.Namespace) -> None:
             os.replace(temporary, options.draw)
         _note(f"wrote {options.draw}")
     _note(_speed(arrivals, ids.shape[1], seconds))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .demo import answers, samples, sheet
+
+    if options.draw is not None:
+        _check_drawing(options.draw, 1)
+    examples = samples()
+    processor = Processor.from_pretrained(EMBEDDED_CHECKPOINT)
+    started = time.perf_counter()
+    texts = answers(load(EMBEDDED_CHECKPOINT), processor, examples)
+    for example, text in zip(examples, texts, strict=True):
+        print(f"{' + '.join(path.name for path in example.images)}, {example.prefix!r}: {text!r}")
+    _note(f"{len(examples)} answers in {time.perf_counter() - started:.1f} s")
+    if options.draw is not None:
+        with temporary_sibling(options.draw) as temporary:
+            sheet(processor, examples, texts).save(temporary)
+            os.replace(temporary, options.draw)
+        _note(f"wrote {options.draw}")
 
 
 def _finetune(options: argparse.Namespace) -> None:

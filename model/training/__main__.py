@@ -12,6 +12,7 @@ import torch
 
 from .. import EMBEDDED_CHECKPOINT, PaliGemma, Processor
 from ..segmentation import MaskVQVAE
+from .curves import draw_losses
 from .evaluation import evaluate, table, table_rows
 from .mask_vae import score_mask_vae, train_mask_vae
 from .stages import STAGES, train_stages
@@ -59,6 +60,10 @@ def main() -> int:
     scoring.add_argument("--task", action="append", help="only this one; may be given several times")
     scoring.add_argument("--json", action="store_true", help="print JSON")
     scoring.set_defaults(command=_evaluate)
+    curves = commands.add_parser("curves", help="draw the loss curves of training runs", formatter_class=show_defaults)
+    curves.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="of a run, with its log.jsonl")
+    curves.add_argument("--output", type=Path, default=Path("losses.png"), metavar="FILE", help="the picture")
+    curves.set_defaults(command=lambda options: draw_losses(options.folders, options.output))
     masks = commands.add_parser("mask-vae", help="train the mask codec", formatter_class=show_defaults)
     masks.add_argument("file", type=Path, metavar="FILE", help="the .npz that it goes to")
     masks.add_argument("--steps", type=int, default=4000, help="how many")
@@ -68,7 +73,7 @@ def main() -> int:
         command.add_argument("--font", type=Path, default=Path(FONT_PATH), help="NotoColorEmoji.ttf")
         command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(getattr(options, "threads", torch.get_num_threads()))
     try:
         options.command(options)
     except (OSError, ValueError, RuntimeError, ModuleNotFoundError) as error:

@@ -21,6 +21,7 @@ import pg_kernels
 from pg_kernels import backends
 from pg_kernels.model import PaliGemma, PaliGemmaConfig, Processor, TextConfig, VisionConfig, cli
 from pg_kernels.model.checkpoints import save_big_vision
+from pg_kernels.model.locations import Detection
 from pg_kernels.model.tokenizer import Tokenizer
 from pg_kernels.model.training.vocabulary import train_tokenizer
 from pg_kernels.ops.extension import instruction_sets
@@ -562,13 +563,16 @@ def test_comparing_on_pictures(run: Run, random_checkpoint: Path, picture: Path)
 def test_comparing_the_built_in_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from pg_kernels.model.training import world
 
-    sample = Image.open(cli.EMBEDDED_CHECKPOINT / "samples" / "banana_and_owl.png").resize((112, 112))
-    objects = [("banana", (1, 36, 62, 106)), ("owl", (79, 42, 124, 101))]
-    fake = type("World", (), {"sample": lambda self, rng: world.Picture(sample, objects)})
+    sample = Image.open(cli.EMBEDDED_CHECKPOINT / "samples" / "banana_and_owl.png").resize((224, 224))
+    objects = [Detection("banana", (1, 48, 84, 142)), Detection("owl", (105, 56, 165, 135))]
+    fake = type("World", (), {"scene": lambda self, rng, size: world.Picture(sample, objects)})
     monkeypatch.setattr(world, "World", fake)
+    monkeypatch.setattr(cli, "_COMPARED", (("caption", "en"), ("detect", "")))
     done = run("compare", "--pictures", 2)
     assert done.code == 0, done.err
-    assert done.out.count("caption exact match 2/2 = 100.0%") == 2 and "\noriginal\n" in done.out
+    assert "\noriginal\n" in done.out and "\nint8\n" in done.out
+    assert len(re.findall(r"caption en +exact match +100.0% of 2", done.out)) == 2
+    assert len(re.findall(r"detect +AP50 +100.0% of 2", done.out)) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""The built-in model at every task: one picture each, with its answer, on one sheet."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from . import EMBEDDED_CHECKPOINT
+from .paligemma import PaliGemma
+from .processor import Processor, load_image
+from .training.data import Example, JsonLines
+
+SAMPLES = EMBEDDED_CHECKPOINT / "samples" / "samples.jsonl"
+
+_COLUMNS = 4
+_SIDE = 280  # of a picture on the sheet, in pixels
+_GAP = 16
+_TEXT = 92  # height under a picture
+_LARGE, _SMALL = 17, 15  # of letters
+
+
+def answers(model: PaliGemma, processor: Processor, examples: Sequence[Example], max_new_tokens: int = 64) -> list[str]:
+    """Give the model's greedy answer to each example."""
+    return [
+        processor.decode(
+            model.generate(**processor([list(example.images)], [example.prefix]), max_new_tokens=max_new_tokens)
+        )[0]
+        for example in examples
+    ]
+
+
+def sheet(processor: Processor, examples: Sequence[Example], texts: Sequence[str]) -> Image.Image:
+    """Draw the examples' pictures, boxes and masks on them, with prompts and answers below; two pictures stand side by side."""
+    cells = [_cell(processor, example, text) for example, text in zip(examples, texts, strict=True)]
+    rows = -(-len(cells) // _COLUMNS)
+    step = (_SIDE + _GAP, _SIDE + _TEXT + _GAP)
+    canvas = Image.new("RGB", (_COLUMNS * step[0] + _GAP, rows * step[1] + _GAP), "white")
+    for number, cell in enumerate(cells):
+        canvas.paste(cell, (_GAP + number % _COLUMNS * step[0], _GAP + number // _COLUMNS * step[1]))
+    return canvas
+
+
+def _cell(processor: Processor, example: Example, text: str) -> Image.Image:
+    cell = Image.new("RGB", (_SIDE, _SIDE + _TEXT), "white")
+    pictures = [load_image(path) for path in example.images]
+    found = processor.parse(text, size=pictures[-1].size)
+    pictures[-1] = processor.draw(pictures[-1], found)
+    width = (_SIDE - _GAP * (len(pictures) - 1) // 2) // len(pictures)
+    for number, picture in enumerate(pictures):
+        height = round(width * picture.height / picture.width)
+        place = (number * (width + _GAP // 2), (_SIDE - height) // 2)
+        cell.paste(picture.resize((width, height), Image.Resampling.LANCZOS), place)
+    pen = ImageDraw.Draw(cell)
+    pen.text((0, _SIDE + 8), example.prefix, font=ImageFont.load_default(_SMALL), fill=(110, 110, 110))
+    # Boxes and masks are on the picture already.
+    said = "; ".join(thing.label for thing in found) or text.replace("\n", " / ")
+    lines = textwrap.wrap(said, 32)[:2] or ["(no answer)"]
+    pen.multiline_text((0, _SIDE + 34), "\n".join(lines), font=ImageFont.load_default(_LARGE), fill="black", spacing=4)
+    return cell
+
+
+def samples(path: Path = SAMPLES) -> list[Example]:
+    """Read the shipped samples, one for each task, or other JSON lines of image, prefix and suffix."""
+    return JsonLines(path).examples

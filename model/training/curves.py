@@ -1,0 +1,62 @@
+"""Loss curves of training runs, as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..files import temporary_sibling
+from .state import LOG
+
+_SMOOTHING = 0.03
+
+
+def draw_losses(folders: Sequence[Path], output: Path) -> None:
+    """Draw the loss of every step of runs, one panel each, faint, and its moving average.
+
+    Args:
+        folders: each with the `log.jsonl` that the trainer left.
+        output: a file of a kind that matplotlib writes, such as .png or .svg.
+
+    Raises ModuleNotFoundError without matplotlib (extra: train), OSError or ValueError for a folder without a log.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    runs = {folder.name: _losses(folder / LOG) for folder in folders}
+    figure = Figure(figsize=(4 * len(runs), 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(runs), squeeze=False)[0]
+    for axes, (name, (steps, losses)) in zip(panels, runs.items(), strict=True):
+        axes.plot(steps, losses, color="0.8", linewidth=0.7)
+        axes.plot(steps, _smoothed(losses), color="tab:blue", linewidth=1.5)
+        axes.set(title=name, xlabel="step", yscale="log")
+        axes.grid(color="0.9")
+    panels[0].set_ylabel("loss, nats a token")
+    with temporary_sibling(output) as temporary:
+        figure.savefig(temporary, dpi=100)
+        temporary.replace(output)
+
+
+def _losses(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a training run leaves it in its folder")
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    values = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+    if not values:
+        raise ValueError(f"{path}: it holds no step")
+    steps, losses = np.array(values).T
+    return steps, losses
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """The moving average, each value as near as there are some before it."""
+    averages = np.empty_like(values)
+    average = 0.0
+    for number, value in enumerate(values, start=1):
+        average += max(_SMOOTHING, 1 / number) * (value - average)
+        averages[number - 1] = average
+    return averages
