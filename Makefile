@@ -4,7 +4,6 @@ PIP_ARGS ?=
 
 BIN := .venv/bin
 READY := .venv/ready
-SAMPLE := model/embedded/samples/banana_and_owl.png
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 # Test workers share the cores between them.
 THREADS := OMP_NUM_THREADS=1
@@ -24,9 +23,8 @@ endif
 
 .PHONY: demo test sanitize bench bench-full bench-compare gpu lint format clean
 
-demo: $(READY)  ## answer about a shipped picture, and draw the answer
-	$(BIN)/pg-kernels run $(SAMPLE) "caption en"
-	$(BIN)/pg-kernels run $(SAMPLE) "detect owl" --draw docs/demo.png
+demo: $(READY)  ## a shipped picture for each task, and a sheet with the answers
+	$(BIN)/pg-kernels demo --draw docs/demo.png
 
 test: lint  ## all tests that run on this machine
 	$(THREADS) $(BIN)/pytest -q -n 2 --durations=10 -p no:benchmark

@@ -16,6 +16,7 @@ from pg_kernels.model import EMBEDDED_CHECKPOINT, PaliGemma, PaliGemmaConfig, Pr
 from pg_kernels.model.segmentation import MaskVQVAE
 from pg_kernels.model.tokenizer import Tokenizer
 from pg_kernels.model.training import stages
+from pg_kernels.model.training.curves import draw_losses
 from pg_kernels.model.training.evaluation import ZERO_SHOT, Score, evaluate, held_out_rng, score, table, table_rows
 from pg_kernels.model.training.recipe import Recipe
 from pg_kernels.model.training.stages import STAGES, Generated, Stage, collate, train_stages, waves, with_resolution
@@ -168,6 +169,15 @@ def test_evaluation_asks_each_row(trained: Path, world: World, codec: MaskVQVAE)
     assert [(found.task, found.language, found.count) for found in scores] == [(*row, 3) for row in rows]
     with pytest.raises(ValueError, match="rows: .*singing"):
         evaluate(model, processor, questions, count=3, seed=0, rows=[("singing", "en")])
+
+
+def test_loss_curves(trained: Path, tmp_path: Path) -> None:
+    draw_losses([trained / stage.name for stage in SHORT], tmp_path / "losses.png")
+    with Image.open(tmp_path / "losses.png") as picture:
+        assert picture.width > 3 * picture.height  # a panel for each stage, side by side
+    with pytest.raises(FileNotFoundError, match="log.jsonl: no such file; a training run leaves it"):
+        draw_losses([tmp_path], tmp_path / "none.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["losses.png"]
 
 
 def test_tokens_of_the_stages_are_the_tokenizers(trained: Path) -> None:
