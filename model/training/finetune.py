@@ -22,7 +22,7 @@ from . import parallel
 from .data import Collator, JsonLines
 from .recipe import Recipe
 from .state import CHECKPOINT
-from .trainer import Batch, share, suffix_loss, train
+from .trainer import Batch, micro_batch_size, share, suffix_loss, train
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -152,7 +152,7 @@ class Evaluation:
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        size = self._recipe.micro_batch or max(1, self._recipe.batch_size // parallel.world())
+        size = micro_batch_size(self._recipe)
         loader = DataLoader(
             self._data,  # type: ignore[arg-type]
             batch_size=size,
@@ -181,7 +181,11 @@ class Evaluation:
 
     def _answers(self, prompts: Batch, features: torch.Tensor) -> list[str]:
         room = self._processor.max_position_embeddings - prompts["input_ids"].shape[1]
-        ids = self._model.generate(**prompts, image_features=features, max_new_tokens=min(self._longest, room))
+        # An answer's end must not stop one process while another, by some rounding, goes on: they gather layers together.
+        ends = None if parallel.world() == 1 else -1
+        ids = self._model.generate(
+            **prompts, image_features=features, max_new_tokens=min(self._longest, room), eos_token_id=ends
+        )
         return self._processor.decode(ids)
 
 

@@ -111,6 +111,7 @@ def train(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     steps = count_steps(data, recipe, whole_batches=collate is None)
+    micro_batch_size(recipe)
     if recipe.patience is not None and evaluate is None:
         raise ValueError("patience: needs data to evaluate on")
     if recipe.compile and parallel.world() > 1:
@@ -214,9 +215,19 @@ def _gradients(
     return parallel.total(mean, weights.device) / parallel.world(), length
 
 
+def micro_batch_size(recipe: Recipe) -> int:
+    """Give the examples of a process's forward pass; ValueError when they cannot be the same number for all."""
+    size = recipe.micro_batch or max(1, recipe.batch_size // parallel.world())
+    if recipe.batch_size % (size * parallel.world()):
+        raise ValueError(
+            f"batch_size: {recipe.batch_size} examples in micro batches of {size} are not for {parallel.world()} processes"
+        )
+    return size
+
+
 def count_steps(data: Dataset[Any], recipe: Recipe, *, whole_batches: bool = False) -> int:
     """Give the steps of a run; ValueError when the data are empty, or read in order and not enough."""
-    examples = len(data) * (1 if not whole_batches else recipe.micro_batch or recipe.batch_size)  # type: ignore[arg-type]
+    examples = len(data) * (micro_batch_size(recipe) if whole_batches else 1)  # type: ignore[arg-type]
     if examples == 0:
         raise ValueError("data: there are no examples")
     steps = recipe.steps if recipe.epochs is None else math.ceil(recipe.epochs * examples / recipe.batch_size)
@@ -236,12 +247,8 @@ def read(
     device: torch.device,
 ) -> Iterator[list[Batch]]:
     """Give this process's micro batches of each of these steps; what earlier steps took is skipped without being read."""
-    size = recipe.micro_batch or recipe.batch_size // parallel.world()
-    count, rest = divmod(recipe.batch_size, size)
-    if rest or count % parallel.world():
-        raise ValueError(
-            f"batch_size: {recipe.batch_size} examples in micro batches of {size} are not for {parallel.world()} processes"
-        )
+    size = micro_batch_size(recipe)
+    count = recipe.batch_size // size
     n, shuffle = len(data), getattr(data, "shuffle", True)  # type: ignore[arg-type]
 
     def chunks() -> Iterator[Any]:
@@ -306,8 +313,7 @@ def checkpointed_layers(model: nn.Module) -> Iterator[None]:
 
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if (
-        not torch.is_grad_enabled()
-    ):  # `checkpoint` looks at random states even then, which a CUDA graph being captured does not take
+    if not torch.is_grad_enabled():
+        # `checkpoint` looks at random states even then, which is not allowed while a CUDA graph is captured.
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
