@@ -195,6 +195,7 @@ def _int8_product(
 
 
 def _loss(tokens: int, width: int, place: Place) -> Callable[[], object]:
+    width = place.size(width, 256)
     hidden, weight = place.draw(tokens, width, grad=True), place.draw(place.size(257_152, 512), width, grad=True)
     labels = torch.randint(0, len(weight), (tokens,), device=place.device)
 
