@@ -212,18 +212,18 @@ def test_compiles_for_any_length(device: str, backend: str) -> None:
 @pytest.mark.parametrize("shape", [(3, 16), (0, 16), (2, 3, 16)], ids=str)
 def test_opcheck(device: str, backend: str, shape: tuple[int, ...]) -> None:
     x, residual, weight = leaves(randn(*shape, device=device), randn(*shape, device=device), randn(16, device=device))
-    torch.library.opcheck(torch.ops.pg_kernels.rms_norm.default, (x, weight, 1e-6, 1.0))
-    torch.library.opcheck(torch.ops.pg_kernels.add_rms_norm.default, (x, residual, weight, 1e-6, 0.0))
-    if backend == "triton":
-        ops = torch.ops.pg_kernels
-        torch.library.opcheck(ops.rms_norm_triton.default, (x, residual, weight, 1e-6, 0.0))
-        torch.library.opcheck(ops.rms_norm_triton.default, (x, None, weight, 1e-6, 1.0))
+    ops = torch.ops.pg_kernels
+    if backend == "reference":
+        torch.library.opcheck(ops.rms_norm.default, (x, weight, 1e-6, 1.0))
+        torch.library.opcheck(ops.add_rms_norm.default, (x, residual, weight, 1e-6, 0.0))
+    else:
+        forward, backward = (getattr(ops, f"rms_norm_{backend}{of}").default for of in ("", "_backward"))
+        torch.library.opcheck(forward, (x, residual, weight, 1e-6, 0.0))
+        torch.library.opcheck(forward, (x, None, weight, 1e-6, 1.0))
         rstd = torch.ones(shape[:-1], device=device)
         x, residual, weight = (tensor.detach() for tensor in (x, residual, weight))
         for total, needs_weight in ((residual, True), (None, False)):
-            torch.library.opcheck(
-                ops.rms_norm_triton_backward.default, (x, total, residual, weight, rstd, 1.0, needs_weight)
-            )
+            torch.library.opcheck(backward, (x, total, residual, weight, rstd, 1.0, needs_weight))
 
 
 def test_gradcheck_of_the_reference() -> None:
