@@ -33,6 +33,8 @@ _MATRIX_DTYPES = {
     "float16": torch.float16,
     "int8": torch.int8,
 }
+_SIDES = {"cpu": 2048, "cuda": 8192}
+"""Of the matrices whose products are a device's ceiling."""
 
 
 def device_name(device: torch.device) -> str:
@@ -92,8 +94,7 @@ def ceilings(device: torch.device) -> Ceilings:
 
 def _matrix_rate(name: str, device: torch.device) -> float:
     """Multiply-adds per second, times two; 0 where torch has no such product on the device."""
-    side = 8192 if device.type == "cuda" else 2048
-    dtype = _MATRIX_DTYPES[name]
+    side, dtype = _SIDES[device.type], _MATRIX_DTYPES[name]
     # Zeros would flatter a GPU: with nothing to switch it draws less power and clocks higher.
     left, right = (torch.randn(side, side, device=device) for _ in range(2))
     left, right = ((64 * t).clamp(-127, 127).to(dtype) if dtype == torch.int8 else t.to(dtype) for t in (left, right))
