@@ -85,6 +85,15 @@ void rms_norm(Address x, Address residual, Address weight, Address y, Address to
                                    pointer<void>(total), pointer<float>(rstd), eps, offset});
 }
 
+void geglu(Address gate, Address up, Address grad, Address y, Address grad_gate, Address grad_up, int64_t count,
+           int type) {
+  const pg_kernels::InstructionSet& set = pg_kernels::instruction_set();
+  py::gil_scoped_release release;
+  set.geglu(pg_kernels::Geglu{count, type_of(type), pointer<const void>(gate), pointer<const void>(up),
+                              pointer<const void>(grad), pointer<void>(y), pointer<void>(grad_gate),
+                              pointer<void>(grad_up)});
+}
+
 // A tensor [B, H, S, D]: address, H and the first three strides.
 using HeadsOf = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;
 
@@ -139,6 +148,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("rms_norm", &rms_norm, py::kw_only(), py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("y"),
              py::arg("total"), py::arg("rstd"), py::arg("rows"), py::arg("columns"), py::arg("type"),
              py::arg("weight_type"), py::arg("eps"), py::arg("offset"));
+  module.def("geglu", &geglu, py::kw_only(), py::arg("gate"), py::arg("up"), py::arg("grad") = 0, py::arg("y") = 0,
+             py::arg("grad_gate") = 0, py::arg("grad_up") = 0, py::arg("count"), py::arg("type"));
   module.def("rotary", &rotary, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_out"),
              py::arg("k_cache"), py::arg("v_cache"), py::arg("positions"), py::arg("slots"), py::arg("frequencies"),
              py::arg("batch"), py::arg("length"), py::arg("dim"), py::arg("type"), py::arg("cache_type"));

@@ -31,6 +31,17 @@ def rms_norm(
     eps: float,
     offset: float,
 ) -> None: ...
+def geglu(
+    *,
+    gate: int,
+    up: int,
+    grad: int = 0,
+    y: int = 0,
+    grad_gate: int = 0,
+    grad_up: int = 0,
+    count: int,
+    type: int,
+) -> None: ...
 
 Heads = tuple[int, int, int, int, int]
 

@@ -55,6 +55,23 @@ inline float hyperbolic_tangent(float x) {
   return magnitude < 0.1f ? series : x < 0 ? -far : far;
 }
 
+// 0.5 · x · (1 + tanh(u)) = x / (1 + exp(−2u))
+inline float gelu_tanh(float x) {
+  const float u = 0.797884561f * (x + 0.044715f * (x * x * x));
+  if (u < -40.0f) return x * 0.0f;  // the quotient would end at 1e-38 times x, however large x is
+  return x / (1.0f + exponential(-2.0f * u));
+}
+
+// gelu(x) for what s = 1 / (1 + exp(−2u)) becomes x · s, and its slope s + x · s · (1 − s) · 2u'.
+inline float gelu_tanh_and_slope(float x, float* slope) {
+  const float square = x * x;
+  const float z = square > 100.0f ? 100.0f : square;  // beyond, the slope is 0 or 1 in fp32: x² need not overflow
+  const float u = 0.797884561f * (x + 0.044715f * (z * x));
+  const float e = exponential(-2.0f * u), s = 1.0f / (1.0f + e);
+  *slope = s + x * s * (e * s) * (1.595769122f + 0.214064f * z);
+  return x * (u < -40.0f ? 0.0f : s);
+}
+
 inline void load_floats(Float type, const void* x, int64_t offset, int64_t size, float* out) {
   switch (type) {
     case Float::kFloat32:

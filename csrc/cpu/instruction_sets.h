@@ -10,6 +10,7 @@ enum class Float : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 struct Int8Linear;
 struct QuantizeInt8;
 struct RmsNorm;
+struct Geglu;
 struct Rotary;
 struct Attention;
 
@@ -18,6 +19,7 @@ struct InstructionSet {
   void (*int8_linear)(const Int8Linear&);
   void (*quantize_int8)(const QuantizeInt8&);
   void (*rms_norm)(const RmsNorm&);
+  void (*geglu)(const Geglu&);
   void (*rotary)(const Rotary&);
   void (*attention)(const Attention&);
 };

@@ -96,13 +96,6 @@ inline bool before(float a, int64_t i, float b, int64_t j) {
   return a > b || (a == b && i < j);
 }
 
-// 0.5 · x · (1 + tanh(u)) = x / (1 + exp(−2u))
-inline float gelu_tanh(float x) {
-  const float u = 0.797884561f * (x + 0.044715f * (x * x * x));
-  if (u < -40.0f) return x * 0.0f;  // the quotient would end at 1e-38 times x, however large x is
-  return x / (1.0f + exponential(-2.0f * u));
-}
-
 // kRows rows by kVectors · 16 columns by 4 · steps; the sums row after row.
 template <class Isa, int kRows, int kVectors>
 __attribute__((noinline)) void multiply(const uint8_t* weights, int64_t stride, const uint8_t* ahead,

@@ -56,7 +56,7 @@ struct Avx2 {
 }  // namespace
 
 const InstructionSet* avx2() {
-  static const InstructionSet set{"avx2",     run_int8_linear<Avx2>, run_quantize_int8, run_rms_norm,
+  static const InstructionSet set{"avx2",     run_int8_linear<Avx2>, run_quantize_int8, run_rms_norm, run_geglu,
                                   run_rotary, run_attention};
   return &set;
 }

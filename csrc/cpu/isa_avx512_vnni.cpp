@@ -35,7 +35,8 @@ struct Avx512Vnni {
 
 const InstructionSet* avx512_vnni() {
   static const InstructionSet set{
-      "avx512_vnni", run_int8_linear<Avx512Vnni>, run_quantize_int8, run_rms_norm, run_rotary, run_attention};
+      "avx512_vnni", run_int8_linear<Avx512Vnni>, run_quantize_int8, run_rms_norm, run_geglu, run_rotary,
+      run_attention};
   return &set;
 }
 

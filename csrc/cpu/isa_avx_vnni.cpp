@@ -46,8 +46,8 @@ struct AvxVnni {
 }  // namespace
 
 const InstructionSet* avx_vnni() {
-  static const InstructionSet set{"avx_vnni",   run_int8_linear<AvxVnni>, run_quantize_int8, run_rms_norm, run_rotary,
-                                  run_attention};
+  static const InstructionSet set{
+      "avx_vnni", run_int8_linear<AvxVnni>, run_quantize_int8, run_rms_norm, run_geglu, run_rotary, run_attention};
   return &set;
 }
 

@@ -47,7 +47,7 @@ struct Neon {
 }  // namespace
 
 const InstructionSet* neon() {
-  static const InstructionSet set{"neon",     run_int8_linear<Neon>, run_quantize_int8, run_rms_norm,
+  static const InstructionSet set{"neon",     run_int8_linear<Neon>, run_quantize_int8, run_rms_norm, run_geglu,
                                   run_rotary, run_attention};
   return &set;
 }

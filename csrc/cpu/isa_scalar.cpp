@@ -37,8 +37,8 @@ struct Scalar {
 }  // namespace
 
 const InstructionSet* scalar() {
-  static const InstructionSet set{"scalar",     run_int8_linear<Scalar>, run_quantize_int8, run_rms_norm, run_rotary,
-                                  run_attention};
+  static const InstructionSet set{
+      "scalar", run_int8_linear<Scalar>, run_quantize_int8, run_rms_norm, run_geglu, run_rotary, run_attention};
   return &set;
 }
 

@@ -21,6 +21,18 @@ struct RmsNorm {
   float eps, offset;
 };
 
+// y = gelu(gate) · up, GELU in its tanh form; with `grad`, what it gives to gate and up.
+struct Geglu {
+  int64_t count;  // of all of them
+  Float type;
+  const void* gate;
+  const void* up;
+  const void* grad;  // null in the forward pass
+  void* y;           // null in the backward pass where it is not wanted, as the others in the forward pass
+  void* grad_gate;
+  void* grad_up;
+};
+
 // A tensor [B, H, S, D] whose rows are contiguous; strides in elements.
 struct Heads {
   void* data;

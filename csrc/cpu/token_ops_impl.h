@@ -72,6 +72,38 @@ inline void run_rms_norm(const RmsNorm& a) {
   }
 }
 
+inline void geglu_chunk(void* context, int64_t chunk) {
+  const Geglu& a = *static_cast<const Geglu*>(context);
+  alignas(64) float gate[kChunk], up[kChunk], grad[kChunk], gelu[kChunk];
+  const int64_t start = chunk * kChunk, size = smaller(kChunk, a.count - start);
+  load_floats(a.type, a.gate, start, size, gate);
+  load_floats(a.type, a.up, start, size, up);
+  if (a.grad == nullptr) {
+    for (int64_t i = 0; i < size; ++i) gelu[i] = gelu_tanh(gate[i]);
+  } else {
+    load_floats(a.type, a.grad, start, size, grad);
+    for (int64_t i = 0; i < size; ++i) gelu[i] = gelu_tanh_and_slope(gate[i], &gate[i]);
+    for (int64_t i = 0; i < size; ++i) gate[i] *= grad[i] * up[i];
+    store_floats(a.type, gate, size, a.grad_gate, start);
+    for (int64_t i = 0; i < size; ++i) grad[i] *= gelu[i];
+    store_floats(a.type, grad, size, a.grad_up, start);
+  }
+  if (a.y != nullptr) {
+    for (int64_t i = 0; i < size; ++i) gelu[i] *= up[i];
+    store_floats(a.type, gelu, size, a.y, start);
+  }
+}
+
+inline void run_geglu(const Geglu& a) {
+  Geglu copy = a;
+  const int64_t chunks = (a.count + kChunk - 1) / kChunk;
+  if (a.count < 1 << 15) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) geglu_chunk(&copy, chunk);
+  } else {
+    parallel_for(chunks, geglu_chunk, &copy);
+  }
+}
+
 inline int64_t at(const Heads& heads, int64_t batch, int64_t head, int64_t token) {
   return batch * heads.strides[0] + head * heads.strides[1] + token * heads.strides[2];
 }

@@ -95,9 +95,10 @@ def test_opcheck(device: str, backend: str, shape: tuple[int, ...]) -> None:
     if backend == "reference":
         torch.library.opcheck(torch.ops.pg_kernels.geglu.default, leaves(gate, up))
     else:
-        torch.library.opcheck(torch.ops.pg_kernels.geglu_triton.default, leaves(gate, up))
+        ops = torch.ops.pg_kernels
+        torch.library.opcheck(getattr(ops, f"geglu_{backend}").default, leaves(gate, up))
         for with_product in (False, True):
-            torch.library.opcheck(torch.ops.pg_kernels.geglu_triton_backward.default, (gate, gate, up, with_product))
+            torch.library.opcheck(getattr(ops, f"geglu_{backend}_backward").default, (gate, gate, up, with_product))
 
 
 def test_gradcheck_of_the_reference() -> None:

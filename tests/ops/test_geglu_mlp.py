@@ -132,8 +132,9 @@ def test_compiles_under_autocast(device: str, backend: str) -> None:
 @pytest.mark.parametrize("rows", [(3,), (0,), (2, 3)], ids=str)
 def test_opcheck(device: str, backend: str, rows: tuple[int, ...]) -> None:
     inputs = inputs_of(rows, device)
-    if backend == "reference":
-        torch.library.opcheck(torch.ops.pg_kernels.geglu_mlp.default, leaves(*inputs))
+    if backend != "triton":
+        op = torch.ops.pg_kernels.geglu_mlp if backend == "reference" else torch.ops.pg_kernels.geglu_mlp_native
+        torch.library.opcheck(op.default, leaves(*inputs))
     else:
         inputs[0] = inputs[0].reshape(-1, inputs[0].shape[-1])
         torch.library.opcheck(torch.ops.pg_kernels.geglu_mlp_triton.default, (*leaves(*inputs), True))

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pg_kernels.backends import offer, select
-from pg_kernels.ops import checks, launch
+from pg_kernels.ops import checks, extension, launch
+from pg_kernels.ops.extension import _C, FLOAT_CODES
 from pg_kernels.ops.geglu import reference, tiles
 from pg_kernels.ops.library import define_composite, define_opaque, refuse_second_derivative
 
@@ -64,6 +66,35 @@ def _backward(grad: Tensor, gate: Tensor, up: Tensor, with_product: bool) -> tup
     return grad_gate, grad_up, y
 
 
+def _native_forward(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.contiguous(), up.contiguous()
+    y = gate.new_empty(gate.shape)
+    _C.geglu(
+        gate=gate.data_ptr(),
+        up=up.data_ptr(),
+        y=y.data_ptr(),
+        count=y.numel(),
+        type=FLOAT_CODES[gate.dtype],
+    )
+    return y
+
+
+def _native_backward(grad: Tensor, gate: Tensor, up: Tensor, with_product: bool) -> tuple[Tensor, Tensor, Tensor]:
+    grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+    grad_gate, grad_up, y = _fake_backward(grad, gate, up, with_product)
+    _C.geglu(
+        grad=grad.data_ptr(),
+        gate=gate.data_ptr(),
+        up=up.data_ptr(),
+        y=y.data_ptr() if with_product else 0,
+        grad_gate=grad_gate.data_ptr(),
+        grad_up=grad_up.data_ptr(),
+        count=grad.numel(),
+        type=FLOAT_CODES[gate.dtype],
+    )
+    return grad_gate, grad_up, y
+
+
 def _fake_backward(grad: Tensor, gate: Tensor, up: Tensor, with_product: bool) -> tuple[Tensor, Tensor, Tensor]:
     return gate.new_empty(gate.shape), up.new_empty(up.shape), gate.new_empty(gate.shape if with_product else 0)
 
@@ -77,31 +108,37 @@ def _rows(*tensors: Tensor) -> tuple[int, list[launch.Rows]]:
 
 class _GeGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, name: str, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.name = name
         ctx.save_for_backward(gate, up)
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.pg_kernels.geglu_triton(gate, up)
+            return getattr(torch.ops.pg_kernels, name)(gate, up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("geglu")
-        grads = torch.ops.pg_kernels.geglu_triton_backward(grad, *ctx.saved_tensors, False)[:2]
-        return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=True))
+        grads = getattr(torch.ops.pg_kernels, f"{ctx.name}_backward")(grad, *ctx.saved_tensors, False)[:2]
+        return None, *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[1:], strict=True))
 
 
 offer("geglu", "triton", launch.obstacle)
+offer("geglu", "native", extension.obstacle)
 define_composite("geglu(Tensor gate, Tensor up) -> Tensor", reference.geglu)
-define_opaque(
-    "geglu_triton(Tensor gate, Tensor up) -> Tensor",
-    _forward,
-    lambda gate, up: gate.new_empty(gate.shape),
-    _GeGLU.apply,
-)
-define_opaque(
-    "geglu_triton_backward(Tensor grad, Tensor gate, Tensor up, bool with_product) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-)
+for _name, _implementations in {
+    "geglu_triton": (_forward, _backward),
+    "geglu_native": (_native_forward, _native_backward),
+}.items():
+    define_opaque(
+        f"{_name}(Tensor gate, Tensor up) -> Tensor",
+        _implementations[0],
+        lambda gate, up: gate.new_empty(gate.shape),
+        partial(_GeGLU.apply, _name),
+    )
+    define_opaque(
+        f"{_name}_backward(Tensor grad, Tensor gate, Tensor up, bool with_product) -> (Tensor, Tensor, Tensor)",
+        _implementations[1],
+        _fake_backward,
+    )
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -123,6 +160,7 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     checks.check_float(gate=gate, up=up)
     checks.check_shape("up", up, list(gate.shape), " (gate's)")
     checks.check_same(gate=gate, up=up)
-    if select("geglu", gate.device.type, {"triton": launch.unfit(gate)}) == "triton":
-        return torch.ops.pg_kernels.geglu_triton(gate, up)
-    return torch.ops.pg_kernels.geglu(gate, up)
+    backend = select("geglu", gate.device.type, {"triton": launch.unfit(gate), "native": extension.unfit(gate)})
+    if backend == "reference":
+        return torch.ops.pg_kernels.geglu(gate, up)
+    return getattr(torch.ops.pg_kernels, f"geglu_{backend}")(gate, up)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pg_kernels.backends import offer, select
-from pg_kernels.ops import checks, launch
+from pg_kernels.ops import checks, extension, launch
 from pg_kernels.ops.geglu_mlp import reference, tiles
 from pg_kernels.ops.library import define_composite, define_opaque, refuse_second_derivative
 
@@ -74,6 +74,12 @@ def _fake_forward(
     return x.new_empty(x.shape[0], down_weight.shape[0]), x.new_empty(kept), x.new_empty(kept)
 
 
+def _native(x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor) -> Tensor:
+    """PyTorch's matrix products, the extension's kernel between them; both have gradients of their own."""
+    product = torch.ops.pg_kernels.geglu_native(F.linear(x, gate_weight), F.linear(x, up_weight))
+    return F.linear(product, down_weight)
+
+
 class _GeGLUMLP(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -108,8 +114,12 @@ class _GeGLUMLP(torch.autograd.Function):
 
 
 offer("geglu_mlp", "triton", launch.obstacle)
+offer("geglu_mlp", "native", extension.obstacle)
 define_composite(
     "geglu_mlp(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor down_weight) -> Tensor", reference.geglu_mlp
+)
+define_composite(
+    "geglu_mlp_native(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor down_weight) -> Tensor", _native
 )
 define_opaque(
     "geglu_mlp_triton(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor down_weight, bool keep) "
@@ -144,9 +154,12 @@ def geglu_mlp(x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Te
     checks.check_shape("down_weight", down_weight, ["N", gate_weight.shape[0]], " (F is gate_weight's first dimension)")
     x, gate_weight, up_weight, down_weight = checks.autocast(x, gate_weight, up_weight, down_weight)
     checks.check_same(x=x, gate_weight=gate_weight, up_weight=up_weight, down_weight=down_weight)
-    if select("geglu_mlp", x.device.type, {"triton": launch.unfit(x)}) == "triton":
+    backend = select("geglu_mlp", x.device.type, {"triton": launch.unfit(x), "native": extension.unfit(x)})
+    if backend == "triton":
         tensors = (x.reshape(-1, x.shape[-1]), gate_weight, up_weight, down_weight)
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         y = torch.ops.pg_kernels.geglu_mlp_triton(*tensors, keep)[0]
         return y.reshape(*x.shape[:-1], down_weight.shape[0])
+    if backend == "native":
+        return torch.ops.pg_kernels.geglu_mlp_native(x, gate_weight, up_weight, down_weight)
     return torch.ops.pg_kernels.geglu_mlp(x, gate_weight, up_weight, down_weight)
