@@ -30,7 +30,7 @@ def write_lines(path: Path, images: Any, digits: Any) -> None:
         for index, (image, digit) in enumerate(zip(images, digits, strict=True)):
             name = f"{path.stem}/{index}.png"
             picture = Image.fromarray((image * 255 / 16).astype("uint8"))
-            picture.resize((112, 112), Image.Resampling.BICUBIC).save(path.parent / name)
+            picture.resize((224, 224), Image.Resampling.BICUBIC).save(path.parent / name)
             file.write(json.dumps({"image": name, "prefix": QUESTION, "suffix": str(digit)}) + "\n")
 
 

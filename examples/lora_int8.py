@@ -17,6 +17,7 @@ from torch import Tensor
 from pg_kernels.integrations.peft import register
 from pg_kernels.model import EMBEDDED_CHECKPOINT, PaliGemma, Processor
 
+SIDE = 224
 PROMPT = "caption en"
 ANSWERS = ["red ball", "red book", "blue ball", "blue book"]
 
@@ -24,9 +25,9 @@ ANSWERS = ["red ball", "red book", "blue ball", "blue book"]
 def drawing(answer: str, rng: random.Random) -> Image.Image:
     """A disc for a ball or a square for a book, somewhere on white."""
     color, thing = answer.split()
-    image = Image.new("RGB", (112, 112), "white")
-    side = rng.randrange(50, 80)
-    left, top = rng.randrange(112 - side), rng.randrange(112 - side)
+    image = Image.new("RGB", (SIDE, SIDE), "white")
+    side = rng.randrange(100, 160)
+    left, top = rng.randrange(SIDE - side), rng.randrange(SIDE - side)
     draw = ImageDraw.Draw(image)
     (draw.ellipse if thing == "ball" else draw.rectangle)((left, top, left + side, top + side), fill=color)
     return image

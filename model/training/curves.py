@@ -35,6 +35,8 @@ def draw_losses(folders: Sequence[Path], output: Path) -> None:
         axes.plot(steps, _smoothed(losses), color="tab:blue", linewidth=1.5)
         axes.set(title=name, xlabel="step", yscale="log")
         axes.grid(color="0.9")
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter("{x:g}")
     panels[0].set_ylabel("loss, nats a token")
     with temporary_sibling(output) as temporary:
         figure.savefig(temporary, dpi=100)

@@ -21,8 +21,8 @@ from ..processor import Processor
 from ..segmentation import MaskVQVAE
 from ..tokenizer import LOC_TOKENS, Tokenizer
 from .recipe import Recipe
-from .tasks import LANGUAGES, Example, Questions, unique_images
-from .trainer import Batch, suffix_loss, train
+from .tasks import CHARACTERS, LANGUAGES, WRITING, Example, Questions, unique_images
+from .trainer import Batch, micro_batch_size, suffix_loss, train
 from .vocabulary import train_tokenizer
 from .world import World
 
@@ -39,28 +39,46 @@ TEXT = TextConfig(
     max_position_embeddings=1024,
 )
 
+_READING = 0.75
+"""The share of a reading stage's pictures that show writing."""
 _COMPARISONS = 12
 """Every so many-th batch has two pictures for each question: they stay apart, since padding would double the other batches."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of the training: a folder's name, the sides of pictures and patches in pixels, and the trainer's recipe."""
+    """One part of the training: a folder's name, the sides of pictures and patches in pixels, the trainer's recipe.
+
+    One for `reading` shows more writing, at first random letters and digits, later mostly words and numbers.
+    """
 
     name: str
     image_size: int
     patch_size: int
     recipe: Recipe
     unimodal: bool = False
+    reading: bool = False
 
 
-_COMMON = Recipe(steps=1, batch_size=64, betas=(0.9, 0.99), weight_decay=0.01, save_every=100)
+_COMMON = Recipe(
+    steps=1,
+    batch_size=128,
+    micro_batch=64,
+    optimizer="muon",
+    betas=(0.9, 0.99),
+    weight_decay=0.01,
+    schedule="rsqrt",
+    precision="bfloat16",
+    save_every=100,
+)
 
 STAGES = (
-    Stage("stage0", 112, 14, replace(_COMMON, steps=1000, learning_rate=1.5e-3, schedule="rsqrt"), unimodal=True),
-    Stage("stage1", 112, 14, replace(_COMMON, steps=8000, learning_rate=1.5e-3, schedule="rsqrt")),
-    Stage("stage2", 224, 28, replace(_COMMON, steps=1600, learning_rate=1.5e-3, schedule="rsqrt", warmup=0.1)),
-    Stage("stage3", 224, 28, replace(_COMMON, steps=700, learning_rate=5e-4, schedule="linear", warmup=0.01)),
+    Stage("stage0", 112, 14, replace(_COMMON, steps=1000, learning_rate=1.5e-3), unimodal=True),
+    Stage("stage1", 112, 14, replace(_COMMON, steps=4000, learning_rate=2e-3)),
+    # Words alone teach no reading: where a letter stands and which it is would have to be found at once.
+    Stage("stage2-reading", 224, 28, replace(_COMMON, steps=1600, learning_rate=1.5e-3, warmup=0.2), reading=True),
+    Stage("stage2", 224, 28, replace(_COMMON, steps=2800, learning_rate=1.5e-3, warmup=0.1)),
+    Stage("stage3", 224, 28, replace(_COMMON, steps=3100, learning_rate=6e-4, schedule="linear", warmup=0.01)),
 )
 
 
@@ -74,19 +92,27 @@ class Generated(Dataset[Batch]):
         self.fingerprint = stage.name
 
     def __len__(self) -> int:
-        assert self.stage.recipe.steps is not None
-        return self.stage.recipe.steps
+        return (self.stage.recipe.steps or 0) * (self.stage.recipe.batch_size // self.size)
+
+    @property
+    def size(self) -> int:
+        """Questions of a batch: the trainer's micro batch."""
+        return micro_batch_size(self.stage.recipe)
 
     def __getitem__(self, index: int) -> Batch:
         rng = random.Random(f"{self.stage.name} {self.stage.recipe.seed} {index}")
         if self.stage.unimodal:
             return self._pairs(rng)
-        return collate(self.examples(rng, compare=index % _COMPARISONS == _COMPARISONS - 1), self.processor)
+        compare = index % _COMPARISONS == _COMPARISONS - 1
+        return collate(self.examples(rng, compare=compare, done=index / len(self)), self.processor)
 
-    def examples(self, rng: random.Random, *, compare: bool) -> list[Example]:
-        """Draw a batch: the recipe's number of questions, or half as many that compare two pictures."""
-        draw: Callable[[random.Random, int], list[Example]] = self.questions.about_one
-        count = self.stage.recipe.batch_size
+    def examples(self, rng: random.Random, *, compare: bool, done: float = 1.0) -> list[Example]:
+        """Draw a batch: its number of questions, or half as many that compare two pictures; `done` is the stage's share."""
+        characters = max(CHARACTERS, 1 - done) if self.stage.reading else CHARACTERS
+        draw: Callable[[random.Random, int], list[Example]] = partial(
+            self.questions.about_one, writing=_READING if self.stage.reading else WRITING, characters=characters
+        )
+        count = self.size
         if compare:
             draw, count = partial(self.questions.compare, most=2), count // 2
         examples: list[Example] = []
@@ -97,7 +123,7 @@ class Generated(Dataset[Batch]):
     def _pairs(self, rng: random.Random) -> Batch:
         """Draw pictures with their captions, for a contrastive loss, and texts without pictures."""
         questions, size = self.questions, self.processor.image_size
-        pictures = [questions.world.scene(rng, size) for _ in range(self.stage.recipe.batch_size)]
+        pictures = [questions.world.scene(rng, size) for _ in range(self.size)]
         captions = [questions.caption(picture, "en") for picture in pictures]
         texts = [questions.caption(picture, _language(rng)) for picture in pictures]
         inputs = self.processor.encode(

@@ -32,6 +32,11 @@ _COLOURED = {
 }
 _COLOUR_OF = {name: colour for colour, things in _COLOURED.items() for name in things}
 
+WRITING = 0.3
+"""The share of pictures of writing in training, about each of which there is one question only."""
+CHARACTERS = 0.3
+"""The share of these that show a few random letters or digits; where models are scored there are none."""
+
 _MOST_BOXES = 4  # in an answer; six would be 60 tokens long
 _MARGIN = 24 / 224  # of the picture's side: what is above, or at the top, is so by more than this
 _RATIO = 1.3  # between two sizes, so that which is larger can be seen
@@ -105,7 +110,8 @@ class Questions:
             (1.2, lambda rng, picture: self.caption(picture, "en")),
             (3.6, self.vqa),
             (0.6, self.count),
-            (2.2, self.detect),
+            (1.4, self.detect),
+            (1.8, lambda rng, picture: self.detect(rng, picture, everything=True)),
         ]
         if codec is not None:
             self._about_scene.append((2.2, self.segment))
@@ -114,19 +120,24 @@ class Questions:
             (1.2, self.detect),
         ]
 
-    def about_one(self, rng: Random, image_size: int) -> list[Example]:
-        """Draw a picture and ask up to four different questions about it."""
+    def about_one(
+        self, rng: Random, image_size: int, writing: float = WRITING, characters: float = CHARACTERS
+    ) -> list[Example]:
+        """Draw a picture and ask different questions about it, at most six.
+
+        `writing` is the share of pictures of writing, `characters` of these the share that show a few at random.
+        """
+        if rng.random() < writing:
+            return [self.ocr(rng, image_size, characters)]
         kind = rng.random()
-        if kind < 0.5:
+        if kind < 0.55:
             picture = self.world.scene(rng, image_size)
             return self._several(rng, picture, self._about_scene, 4)
-        if kind < 0.66:
+        if kind < 0.88:
             picture = self.world.crowd(rng, image_size)
             few = len(picture.objects) <= _MOST_BOXES
             return self._several(rng, picture, self._about_crowd[: 1 + few], 3)
-        if kind < 0.92:
-            return [self.ocr(rng, image_size)]
-        return self.charts(rng, image_size, 4)
+        return self.charts(rng, image_size, 6)
 
     def caption(self, picture: Picture, language: str) -> Example:
         """Ask for the names, from left to right."""
@@ -143,10 +154,10 @@ class Questions:
         question = f"answer en how many {plural(name)} are there?"
         return Example((picture.image,), question, str(labels.count(name)), "count")
 
-    def detect(self, rng: Random, picture: Picture) -> Example:
-        """Ask for the boxes of one kind, or of all kinds; instances come from left to right, kind after kind."""
+    def detect(self, rng: Random, picture: Picture, everything: bool = False) -> Example:
+        """Ask for the boxes of one kind, or of all, as always for `everything`: from left to right, kind after kind."""
         kinds = list(dict.fromkeys(found.label for found in picture.objects))
-        if rng.random() < 0.6 or len(kinds) == 1:
+        if not everything and (rng.random() < 0.6 or len(kinds) == 1):
             kinds = [kinds[int(rng.random() * len(kinds))]]
         found = [thing for kind in kinds for thing in picture.objects if thing.label == kind]
         answer = format_boxes(found, picture.image.size)
@@ -158,9 +169,9 @@ class Questions:
         answer = format_boxes([found], picture.image.size, mask_encoder=self.codec)
         return Example((picture.image,), f"segment {found.label}", answer, "segment", (found,))
 
-    def ocr(self, rng: Random, image_size: int) -> Example:
-        """Ask for the writing, line after line."""
-        image, text = written(rng, image_size)
+    def ocr(self, rng: Random, image_size: int, characters: float = 0.0) -> Example:
+        """Ask for the writing, line after line; `characters` is the share of pictures with a few at random."""
+        image, text = written(rng, image_size, characters)
         return Example((image,), "ocr", text, "ocr")
 
     def charts(self, rng: Random, image_size: int, most: int = 1) -> list[Example]:

@@ -1,13 +1,14 @@
-"""Pictures with writing on them: words and numbers in the fonts that matplotlib brings."""
+"""Pictures with writing on them: words and numbers in the fonts that matplotlib brings, dark on light."""
 
 from __future__ import annotations
 
+import string
 from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .world import Random, background
+from .world import Random
 
 FONTS = (
     *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic"),
@@ -24,26 +25,28 @@ _WORDS = (
     "water way west wet wind wine wood work yes you zone zoo"
 )
 WORDS = tuple(_WORDS.split())
+_ALPHABETS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
 
 _UNIT = 224  # the lengths below are pixels of a picture this wide
-_HEIGHTS = (30, 60)  # of the font
+_HEIGHTS = (44, 112)  # of the font, where there is room: from one and a half patches, below which letters share patches
 _MARGIN = 8
-_CONTRAST = 90  # between writing and background, of 255, in brightness
+_PAPER, _INK = (200, 256), (0, 120)  # levels of red, green and blue
 
 
-def written(rng: Random, image_size: int) -> tuple[Image.Image, str]:
+def written(rng: Random, image_size: int, characters: float = 0.0) -> tuple[Image.Image, str]:
     """Draw one line of writing, or two; give the picture and its text, lines joined by a line break.
 
-    A line is a word in lower case, capitals or both, or a number of one to four digits.
+    A line is a word in lower case, capitals or both, or a number of one to four digits; a share `characters` of
+    the pictures shows one to four random letters or digits.
     Raises ModuleNotFoundError without matplotlib (this package's `train` extra).
     """
-    lines = [_line(rng) for _ in range(1 + int(rng.random() < 0.35))]
-    picture, _ = background(rng, image_size, [])
-    brightness = sum(picture.convert("L").resize((1, 1), Image.Resampling.BOX).tobytes())
-    while True:
-        colour = tuple(int(256 * rng.random()) for _ in range(3))
-        if abs(0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] - brightness) >= _CONTRAST:
-            break
+    if characters and rng.random() < characters:
+        alphabet = _ALPHABETS[int(3 * rng.random())]
+        lines = ["".join(alphabet[int(len(alphabet) * rng.random())] for _ in range(1 + int(4 * rng.random())))]
+    else:
+        lines = [_line(rng) for _ in range(1 + int(rng.random() < 0.35))]
+    paper, ink = (tuple(low + int((high - low) * rng.random()) for _ in range(3)) for low, high in (_PAPER, _INK))
+    picture = Image.new("RGB", (image_size, image_size), paper)
     name = FONTS[int(rng.random() * len(FONTS))]
     scale = image_size / _UNIT
     height = _HEIGHTS[0] + (_HEIGHTS[1] - _HEIGHTS[0]) * rng.random()
@@ -51,15 +54,15 @@ def written(rng: Random, image_size: int) -> tuple[Image.Image, str]:
     while True:  # a long word gets smaller letters
         font = _font(name, round(height * scale))
         boxes = [font.getbbox(line) for line in lines]
-        if max(right - left for left, _, right, _ in boxes) <= room:
+        tall = sum(bottom - top for _, top, _, bottom in boxes) + _MARGIN * scale * (len(lines) - 1)
+        if max(tall, *(right - left for left, _, right, _ in boxes)) <= room:
             break
         height -= 2
     pen = ImageDraw.Draw(picture)
-    tall = sum(bottom - top for _, top, _, bottom in boxes) + _MARGIN * scale * (len(lines) - 1)
     y = _MARGIN * scale + rng.random() * (image_size - 2 * _MARGIN * scale - tall)
     for line, (left, top, right, bottom) in zip(lines, boxes, strict=True):
         x = _MARGIN * scale + rng.random() * (room - (right - left))
-        pen.text((x - left, y - top), line, font=font, fill=colour)
+        pen.text((x - left, y - top), line, font=font, fill=ink)
         y += bottom - top + _MARGIN * scale
     return picture, "\n".join(lines)
 
