@@ -6,9 +6,10 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from . import EMBEDDED_CHECKPOINT
+from .locations import label_font
 from .paligemma import PaliGemma
 from .processor import Processor, load_image
 from .training.data import Example, JsonLines
@@ -18,8 +19,8 @@ SAMPLES = EMBEDDED_CHECKPOINT / "samples" / "samples.jsonl"
 _COLUMNS = 4
 _SIDE = 280  # of a picture on the sheet, in pixels
 _GAP = 16
-_TEXT = 92  # height under a picture
-_LARGE, _SMALL = 17, 15  # of letters
+_TEXT = 92  # height under a picture: two lines of the prompt and two of the answer
+_LARGE, _SMALL = 16, 13  # of letters
 
 
 def answers(model: PaliGemma, processor: Processor, examples: Sequence[Example], max_new_tokens: int = 64) -> list[str]:
@@ -54,12 +55,20 @@ def _cell(processor: Processor, example: Example, text: str) -> Image.Image:
         place = (number * (width + _GAP // 2), (_SIDE - height) // 2)
         cell.paste(picture.resize((width, height), Image.Resampling.LANCZOS), place)
     pen = ImageDraw.Draw(cell)
-    pen.text((0, _SIDE + 8), example.prefix, font=ImageFont.load_default(_SMALL), fill=(110, 110, 110))
+    below = _write(pen, _SIDE + 8, example.prefix, _SMALL, (110, 110, 110))
     # Boxes and masks are on the picture already.
     said = "; ".join(thing.label for thing in found) or text.replace("\n", " / ")
-    lines = textwrap.wrap(said, 32)[:2] or ["(no answer)"]
-    pen.multiline_text((0, _SIDE + 34), "\n".join(lines), font=ImageFont.load_default(_LARGE), fill="black", spacing=4)
+    _write(pen, below + 6, said or "(no answer)", _LARGE, (0, 0, 0))
     return cell
+
+
+def _write(pen: ImageDraw.ImageDraw, top: int, text: str, size: int, colour: tuple[int, int, int]) -> int:
+    """Write at most two lines as wide as a picture, in letters of so many pixels, and return where they end."""
+    font = label_font(size)
+    lines = textwrap.wrap(text, int(_SIDE / font.getlength("abcdefghij ") * 11))[:2]
+    for number, line in enumerate(lines):
+        pen.text((0, top + number * (size + 4)), line, font=font, fill=colour)
+    return top + len(lines) * (size + 4)
 
 
 def samples(path: Path = SAMPLES) -> list[Example]:

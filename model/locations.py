@@ -6,6 +6,7 @@ import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -14,6 +15,7 @@ from .segmentation import CODES_PER_MASK, MaskVQVAE, paste
 
 Box = tuple[float, float, float, float]
 Colour = tuple[int, int, int]
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 _OBJECT = re.compile(
     rf"\s*(?P<locations>(?:<loc[0-9]{{4}}>){{4}})(?P<codes>(?:<seg[0-9]{{3}}>){{{CODES_PER_MASK}}})?(?P<label>[^<>]*)"
@@ -137,7 +139,7 @@ def draw(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
         pixels[inside & ~core] = colours[detection.label]
     canvas = Image.fromarray(pixels)
     pen = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=max(10, min(width, height) / 28))
+    font = label_font(max(10, min(width, height) / 28))
     for detection in detections:
         x1, y1, x2, y2 = _within(detection.box, image.size)
         pen.rectangle((x1, y1, x2, y2), outline=colours[detection.label], width=line)
@@ -149,12 +151,21 @@ def draw(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
     return canvas
 
 
+def label_font(size: float) -> Font:
+    """Returns a font of so many pixels: matplotlib's DejaVu Sans where that is installed, else Pillow's own, which has no "é"."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return ImageFont.load_default(size)
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+
+
 def _draw_tag(
     pen: ImageDraw.ImageDraw,
     detection: Detection,
     colour: Colour,
     size: tuple[int, int],
-    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+    font: Font,
     padding: int,
     others: Sequence[Box],
 ) -> Box:
