@@ -56,7 +56,8 @@ def test_an_expert_over_the_models_cache() -> None:
     model = PaliGemma.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32)
     text = model.config.text_config
     expert = PrefixLMAttention(48, text.num_attention_heads, text.num_key_value_heads, text.head_dim)
-    x, pixels = torch.randn(2, 3, 48), torch.rand(2, 3, 112, 112)
+    size = model.config.vision_config.image_size
+    x, pixels = torch.randn(2, 3, 48), torch.rand(2, 3, size, size)
     image = [model.config.image_token_id] * model.config.vision_config.num_image_tokens
     rows = [[*image, 2, 40, 41, 42], [*image, 2, 50]]
 

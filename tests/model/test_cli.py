@@ -565,7 +565,7 @@ def test_comparing_the_built_in_model(run: Run, monkeypatch: pytest.MonkeyPatch)
 
     sample = Image.open(cli.EMBEDDED_CHECKPOINT / "samples" / "banana_and_owl.png").resize((224, 224))
     objects = [Detection("banana", (1, 48, 84, 142)), Detection("owl", (105, 56, 165, 135))]
-    fake = type("World", (), {"scene": lambda self, rng, size: world.Picture(sample, objects)})
+    fake = type("World", (), {"scene": lambda self, rng, size, **_: world.Picture(sample, objects)})
     monkeypatch.setattr(world, "World", fake)
     monkeypatch.setattr(cli, "_COMPARED", (("caption", "en"), ("detect", "")))
     done = run("compare", "--pictures", 2)
