@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader has closed the pipe; pointing stdout elsewhere keeps the interpreter from failing again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
         print(f"pg-kernels: error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         help="answer a prompt about an image",
         description="Answer a prompt about one or several images. The answer goes to stdout, progress to stderr.",
         epilog="Prompts the released models know: 'caption en', 'ocr', 'answer en QUESTION', 'detect THING ; THING', "
-        "'segment THING'. The built-in model knows 'caption en' and 'detect THING' for emoji.",
+        "'segment THING'. The built-in model knows them all in its world of emoji, words and charts.",
     )
     run.add_argument(
         "images", nargs="+", type=Path, metavar="IMAGE", help="image file; several make one prompt's images"
@@ -191,7 +191,8 @@ def _parser() -> argparse.ArgumentParser:
         help="what int8 costs: a quantised model beside its original",
         description="Compare a quantised model with its original: the relative error of every layer, how far the next token's "
         "distribution moves, how many answers stay the same. The built-in model is also scored on fresh pictures of "
-        "emoji, for which Debian's fonts-noto-color-emoji must be there; other checkpoints need pictures.",
+        "emoji, for which Debian's fonts-noto-color-emoji and the extras train and evaluate must be there; other checkpoints "
+        "need pictures.",
     )
     comparison.add_argument(
         "images", nargs="*", type=Path, metavar="IMAGE", help="picture to ask about; several are several prompts"
@@ -352,12 +353,13 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> None:
-    if options.lora is None and (options.quantize or options.merge):
-        raise ValueError("--quantize and --merge go with --lora")
+    adapting = options.lora_alpha or options.lora_dropout or options.lora_targets != Lora.targets
+    if options.lora is None and (options.quantize or options.merge or adapting):
+        raise ValueError("--quantize, --merge and the options of an adapter go with --lora")
     device = _device(options.device or _default_device())
     recipe = recipe_from(
         options,
-        epochs=None if options.steps else 15.0,
+        epochs=None if options.steps is not None else 15.0,
         learning_rate=1e-5 if options.lora is None else 2e-4,
         precision="bfloat16" if device.type == "cuda" else "float32",
     )

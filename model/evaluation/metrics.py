@@ -256,9 +256,10 @@ def pair_accuracy(right: Sequence[bool]) -> dict[str, float]:
 def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     """Tell which option of a multiple choice an answer means, or None if that cannot be told.
 
-    One whose letter it is ("b", "(b)", "(b) closed"), else the one that it has most words in common with, if there is only one.
+    One whose letter it is ("b", "b.", "(b)", "(b) closed"), else the one that it has most words in common with, if there
+    is only one.
     """
-    letter = re.match(r"\(([a-z])\)|([a-z])\)?$", answer.strip().lower())
+    letter = re.match(r"\(([a-z])\)|([a-z])(?:$|[.):])", answer.strip().lower())
     if letter is not None:
         index = ord(letter[1] or letter[2]) - ord("a")
         return index if index < len(options) else None

@@ -142,6 +142,8 @@ class Predictions:
     """
 
     def __init__(self, path: Path, evaluation: Evaluation, made_with: Mapping[str, object], batch_size: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"--batch-size: expected at least 1, got {batch_size}")
         self.path, self._evaluation = path, evaluation
         self._asked = [(file, question) for file, questions in evaluation.subsets.items() for question in questions]
         origin = {"task": evaluation.name, "prompt": evaluation.template, **made_with, "questions": evaluation.digest()}

@@ -26,18 +26,18 @@ def draw_losses(folders: Sequence[Path], output: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    runs = {folder.name: _losses(folder / LOG) for folder in folders}
+    runs = [(folder.name, *_losses(folder / LOG)) for folder in folders]
     figure = Figure(figsize=(4 * len(runs), 3), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(runs), squeeze=False)[0]
-    for axes, (name, (steps, losses)) in zip(panels, runs.items(), strict=True):
+    for axes, (name, steps, losses) in zip(panels, runs, strict=True):
         axes.plot(steps, losses, color="0.8", linewidth=0.7)
         axes.plot(steps, _smoothed(losses), color="tab:blue", linewidth=1.5)
         axes.set(title=name, xlabel="step", yscale="log")
         axes.grid(color="0.9")
         for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             formatter("{x:g}")
-    panels[0].set_ylabel("loss, nats a token")
+    panels[0].set_ylabel("loss")
     with temporary_sibling(output) as temporary:
         figure.savefig(temporary, dpi=100)
         temporary.replace(output)

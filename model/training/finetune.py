@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from pg_kernels.nn import Int8Linear
+
 from ..files import temporary_sibling
 from ..paligemma import PaliGemma
 from ..processor import Processor
@@ -105,6 +107,9 @@ def finetune(
         raise ValueError(f"{output} holds a model of another kind ({other}); use another folder")
     if (output / written).exists() and not restart and not (output / CHECKPOINT).exists():
         raise ValueError(f"{output} holds a model already ({written}); use another folder, or restart to replace it")
+    quantised = any(isinstance(module, Int8Linear) for module in model.modules())
+    if quantised and lora is None:
+        raise ValueError("model: its int8 weights cannot be trained; give lora, or a float checkpoint")
     for lines in (data, eval_data):
         if lines is not None:
             lines.check_lengths(processor)
@@ -133,6 +138,9 @@ def finetune(
         settings={
             "checkpoint": str(checkpoint),
             "image_size": processor.image_size,
+            "resize": processor.resize,
+            "int8": quantised,
+            "eval_data": None if eval_data is None else eval_data.fingerprint,
             "lora": None if lora is None else asdict(lora),
         },
         restart=restart,

@@ -50,8 +50,9 @@ class State:
         self.stopped = False
         torch.manual_seed(identity["recipe"]["seed"])
         if parallel.rank() == 0:
-            for left in folder.glob(f".*.{CHECKPOINT}"):  # by a run that was killed while it wrote
-                left.unlink()
+            for name in (CHECKPOINT, BEST):
+                for left in folder.glob(f".*.{name}"):  # by a run that was killed while it wrote
+                    left.unlink()
             if restart:
                 self.remove()
         parallel.wait()

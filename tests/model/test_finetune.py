@@ -259,7 +259,8 @@ def test_lines_too_long_and_files_missing_are_named(
         (("--data", path), "line 2: prompts[0]: 4 image tokens"),
         (("--data", tmp_path / "none.jsonl"), "none.jsonl: no such file"),
         (("--data", data, "--eval-data", path), "line 2: prompts[0]"),
-        (("--data", data, "--merge"), "--quantize and --merge go with --lora"),
+        (("--data", data, "--merge"), "--quantize, --merge and the options of an adapter go with --lora"),
+        (("--data", data, "--lora-dropout", 0.1), "the options of an adapter go with --lora"),
         (("--data", data, "--lora", 0), "lora: expected a rank of at least 1, got 0"),
         (("--data", data, "--lora", 2, "--lora-targets", "nothing"), "nothing"),
         (("--data", data, "--patience", 1), "patience: needs data to evaluate on"),
@@ -268,3 +269,13 @@ def test_lines_too_long_and_files_missing_are_named(
         assert finetune(*common, *given) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out/config.json").exists()
+
+
+def test_int8_weights_are_not_trained(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    PaliGemma.from_pretrained(checkpoint, quantize="int8").save_pretrained(tmp_path / "int8")
+    Processor.from_pretrained(checkpoint).save_pretrained(tmp_path / "int8")
+    common = ("--checkpoint", tmp_path / "int8", "--data", data, "--output", tmp_path / "out", "--steps", 1)
+    assert finetune(*common) == 1
+    assert "int8 weights cannot be trained" in capsys.readouterr().err

@@ -255,6 +255,8 @@ def test_pair_accuracy() -> None:
     [
         ("(b)", 1),
         ("B", 1),
+        ("B.", 1),
+        ("b. closed", 1),
         ("a) ", 0),
         ("(a) open", 0),
         ("closed", 1),
