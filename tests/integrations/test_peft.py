@@ -102,13 +102,13 @@ def assert_close(actual: Tensor, expected: Tensor, rtol: float = 1e-3) -> None:
 
 
 def assert_gradients_close(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float) -> None:
-    """All in all; where much cancels, a gradient may be off by more."""
+    """All in all; where much cancels, a gradient may be off by more, of which one that is next to nothing may be all."""
     assert actual.keys() == expected.keys()
-    assert_close(
-        *(torch.cat([gradients[name].flatten() for name in expected]) for gradients in (actual, expected)), rtol
-    )
+    all_actual, all_expected = (torch.cat([of[name].flatten() for name in expected]) for of in (actual, expected))
+    assert_close(all_actual, all_expected, rtol)
+    negligible = 1e-2 * rtol * all_expected.norm()
     for name, gradient in expected.items():
-        assert (actual[name] - gradient).norm() <= min(50 * rtol, 0.9) * gradient.norm(), name
+        assert (actual[name] - gradient).norm() <= max(min(50 * rtol, 0.9) * gradient.norm(), negligible), name
 
 
 # Over int8 layers
@@ -146,7 +146,7 @@ def test_gradients_are_those_of_the_dequantised_model(
 def test_gradients_where_activations_are_int8(twin: PaliGemma) -> None:
     """Rounding to 8 bits counts as the identity."""
     dynamic = PaliGemma.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32, quantize="int8-dynamic")
-    assert_gradients_close(gradients(adapted(dynamic)), gradients(adapted(twin)), 0.25)
+    assert_gradients_close(gradients(adapted(dynamic)), gradients(adapted(twin)), 0.1)
 
 
 def test_bfloat16_base_and_float32_adapters() -> None:
