@@ -174,6 +174,8 @@ assert pg_kernels.__file__.startswith(sys.argv[1]), pg_kernels.__file__
 y = int8_linear(torch.ones(2, 5), torch.full((3, 5), 2, dtype=torch.int8), torch.ones(3))
 assert y.tolist() == [[10.0] * 3] * 2
 print(json.dumps(backends.explain("cpu")["int8_linear"]))
+from pg_kernels.model import cli
+assert cli.main(["info"]) == 0
 """
 
 
@@ -199,7 +201,7 @@ def test_an_installed_wheel_multiplies_natively(wheel: Wheel, tmp_path: Path) ->
 def test_without_the_extension_the_reference_multiplies(without_compiler: Wheel, tmp_path: Path) -> None:
     account = use(without_compiler, tmp_path)
     assert account.startswith('["reference", ')
-    assert "the C++ extension pg_kernels._C is not there" in account
+    assert "\nextension   pg_kernels._C is not built: pip found no C++ compiler" in account
 
 
 def test_an_editable_install_survives_a_missing_compiler(tmp_path: Path) -> None:

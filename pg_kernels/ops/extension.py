@@ -1,21 +1,30 @@
-"""The C++ extensions `pg_kernels._C` and, for CUDA, `pg_kernels._cuda`, which may not be there, and how tensors go into them."""
+"""The C++ extensions `pg_kernels._C` and, for CUDA, `pg_kernels._cuda`, which may be missing, and how tensors go into them."""
 
 from __future__ import annotations
+
+from importlib import util
 
 import torch
 from torch import Tensor
 
+
+def _unavailable_reason(module: str, compiler: str, error: ImportError) -> str:
+    if util.find_spec(module) is None:
+        return f"{module} is not built: pip found no {compiler} when it installed the package"
+    return f"{module} is built, but cannot be loaded ({error})"
+
+
 try:
     from pg_kernels import _C
-except ImportError as error:  # no compiler when the package was installed, or a build for another Python
+except ImportError as error:
     _C = None  # type: ignore[assignment]
-    _WHY_NOT = f"the C++ extension pg_kernels._C is not there ({error})"
+    _WHY_NOT = _unavailable_reason("pg_kernels._C", "C++ compiler", error)
 
 try:
     from pg_kernels import _cuda
-except ImportError as error:  # no nvcc when the package was installed
+except ImportError as error:
     _cuda = None  # type: ignore[assignment]
-    _WHY_NOT_CUDA = f"the CUDA extension pg_kernels._cuda is not there ({error})"
+    _WHY_NOT_CUDA = _unavailable_reason("pg_kernels._cuda", "nvcc", error)
 
 LONGEST_HEAD = 256
 """Head dimension that its attention and rotary kernels have room for: kMostDim in csrc/cpu/token_ops_impl.h."""
