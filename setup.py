@@ -7,10 +7,11 @@ import platform
 import shutil
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pybind11.setup_helpers import Pybind11Extension, has_flag
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, has_flag
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
@@ -32,10 +33,26 @@ GPUS = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a
 
 
 def nvcc() -> str | None:
-    """CUDA's compiler: $NVCC, which may be empty for none, or the one on the path, or in $CUDA_HOME or its usual folder."""
-    if "NVCC" in os.environ:
-        return os.environ["NVCC"] or None
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
+    """Return the CUDA compiler: $NVCC, the one on the path, or the one in $CUDA_HOME or its usual folder."""
+    return (
+        os.environ.get("NVCC")
+        or shutil.which("nvcc")
+        or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
+    )
+
+
+def builds_cuda() -> bool:
+    """Tell whether to build the CUDA extension: as $PG_KERNELS_CUDA (1 or 0) says, else where there are a GPU's driver and nvcc.
+
+    A machine without a GPU would compile for minutes what it cannot run.
+    """
+    wanted = os.environ.get("PG_KERNELS_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"PG_KERNELS_CUDA: got {wanted!r}, expected 1 or 0")
+    if wanted == "1" and nvcc() is None:
+        raise SystemExit("PG_KERNELS_CUDA=1, but there is no nvcc; NVCC=path says where it is")
+    driver = any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))  # Linux, and Windows' Linux
+    return wanted == "1" or (wanted == "" and sys.platform == "linux" and driver and nvcc() is not None)
 
 
 class BuildExtension(build_ext):
@@ -51,13 +68,17 @@ class BuildExtension(build_ext):
         compiler = nvcc()
         folder = Path(self.build_temp, "cuda")
         folder.mkdir(parents=True, exist_ok=True)
-        flags = ["-std=c++17", "-O3", "--threads", "2", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
         flags += [f"-I{path}" for path in ext.include_dirs] + [f"-D{name}={value}" for name, value in ext.define_macros]
-        objects = []
-        for source in ext.sources:
-            objects.append(str(folder / f"{Path(source).name}.o"))
+
+        def compile_file(source: str) -> str:
+            target = str(folder / f"{Path(source).name}.o")
             gpus = [flag for gpu in GPUS for flag in ("-gencode", gpu)] if source.endswith(".cu") else []
-            self.spawn([compiler, *flags, *gpus, "-c", source, "-o", objects[-1]])
+            self.spawn([compiler, *flags, *gpus, "-c", source, "-o", target])
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_file, ext.sources))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # CUDA's runtime goes into the library: one build works beside every torch, and loads where there is no GPU.
@@ -99,11 +120,12 @@ cuda_extension = Pybind11Extension(
     optional=True,
 )
 
+ParallelCompile(default=0).install()  # one compiler for each core
 setup(
     # The folders model/ and benchmarks/ are installed as pg_kernels.model and pg_kernels.benchmarks.
     packages=[*find_packages(include=["pg_kernels", "pg_kernels.*"]), "pg_kernels.model", "pg_kernels.benchmarks"]
     + [f"pg_kernels.model.{name}" for name in find_packages("model")],
     package_dir={"pg_kernels.model": "model", "pg_kernels.benchmarks": "benchmarks"},
-    ext_modules=[cpu_extension, *([cuda_extension] if nvcc() and sys.platform == "linux" else [])],
+    ext_modules=[cpu_extension, *([cuda_extension] if builds_cuda() else [])],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -26,7 +26,7 @@ def extension_kernels(target: str) -> Iterator[Kernel]:
     """
     found = find_spec("pg_kernels._cuda")
     if found is None or found.origin is None:
-        raise RuntimeError("pg_kernels._cuda is not there: nvcc builds it when the package is installed")
+        raise RuntimeError("pg_kernels._cuda is not built: install with PG_KERNELS_CUDA=1, which needs nvcc")
     if find_spec("triton") is None:
         raise RuntimeError("triton is not installed")
     if target not in TARGETS:

@@ -87,14 +87,14 @@ while [ "$1" != -o ]; do shift; done
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Wheel:
     """With a CUDA compiler that writes empty files: the real one takes most of a minute, and has built what is installed."""
     folder = tmp_path_factory.mktemp("wheel")
-    return build(folder, NVCC=str(program(folder / "nvcc", NVCC)))
+    return build(folder, PG_KERNELS_CUDA="1", NVCC=str(program(folder / "nvcc", NVCC)))
 
 
 @pytest.fixture(scope="module")
 def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Wheel:
     folder = tmp_path_factory.mktemp("without_compiler")
     compiler = str(program(folder / "compiler", "#!/bin/sh\necho 'this compiler always fails' >&2\nexit 1\n"))
-    return build(folder, CC=compiler, CXX=compiler, NVCC=compiler)
+    return build(folder, CC=compiler, CXX=compiler, PG_KERNELS_CUDA="1", NVCC=compiler)
 
 
 def program(path: Path, script: str) -> Path:
@@ -130,6 +130,47 @@ def test_cuda_is_compiled_for_every_gpu(wheel: Wheel) -> None:
     for source in (path for path in TRACKED if path.startswith("csrc/cuda/") and path.endswith(".cu")):
         (command,) = (line for line in commands if source in line)
         assert "code=[sm_80,compute_80]" in command and "code=sm_90a" in command
+
+
+CONFIGURE = """
+import pathlib, sys
+import setuptools
+setuptools.setup = lambda **arguments: print(*(extension.name for extension in arguments["ext_modules"]))
+pathlib.Path.exists = lambda path: sys.argv[1] == "driver"
+exec(open("setup.py").read())
+"""
+
+
+@pytest.mark.skipif("_cuda" not in EXTENSIONS, reason="CUDA is built on Linux only")
+@pytest.mark.parametrize(
+    ("wanted", "machine", "built"),
+    [("", "driver", True), ("", "no driver", False), ("0", "driver", False), ("1", "no driver", True)],
+)
+def test_cuda_is_built_where_a_gpu_is_or_on_request(wanted: str, machine: str, built: bool) -> None:
+    done = configure(machine, PG_KERNELS_CUDA=wanted, NVCC="nvcc")
+    assert ("pg_kernels._cuda" in done.stdout.split()) == built, done.stderr
+
+
+@pytest.mark.skipif("_cuda" not in EXTENSIONS, reason="CUDA is built on Linux only")
+def test_cuda_cannot_be_built_without_its_compiler() -> None:
+    done = configure("no driver", PG_KERNELS_CUDA="1", NVCC="", PATH="", CUDA_HOME="/nonexistent")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "PG_KERNELS_CUDA=1, but there is no nvcc; NVCC=path says where it is\n",
+    )
+    done = configure("driver", PG_KERNELS_CUDA="yes")
+    assert (done.returncode, done.stderr) == (1, "PG_KERNELS_CUDA: got 'yes', expected 1 or 0\n")
+
+
+def configure(machine: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run setup.py up to its call of `setup`, and print the names of the extensions that it would build."""
+    return subprocess.run(
+        [sys.executable, "-c", CONFIGURE, machine],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_a_wheel_holds_nothing_else(wheel: Wheel) -> None:
@@ -210,7 +251,13 @@ def test_an_editable_install_survives_a_missing_compiler(tmp_path: Path) -> None
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         cwd=tmp_path,
-        env={**os.environ, "CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "NVCC": "/nonexistent/nvcc"},
+        env={
+            **os.environ,
+            "CC": "/nonexistent/cc",
+            "CXX": "/nonexistent/c++",
+            "PG_KERNELS_CUDA": "1",
+            "NVCC": "/nonexistent/nvcc",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -24,7 +24,7 @@ try:
     from pg_kernels import _cuda
 except ImportError as error:
     _cuda = None  # type: ignore[assignment]
-    _WHY_NOT_CUDA = _unavailable_reason("pg_kernels._cuda", "nvcc", error)
+    _WHY_NOT_CUDA = _unavailable_reason("pg_kernels._cuda", "GPU or no nvcc", error)
 
 LONGEST_HEAD = 256
 """Head dimension that its attention and rotary kernels have room for: kMostDim in csrc/cpu/token_ops_impl.h."""

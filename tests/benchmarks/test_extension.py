@@ -11,7 +11,7 @@ from pg_kernels.benchmarks.resources import TABLE_HEAD
 
 pytest.importorskip("triton")
 needs_cuda_extension = pytest.mark.skipif(
-    find_spec("pg_kernels._cuda") is None, reason="nvcc was not there when the package was installed"
+    find_spec("pg_kernels._cuda") is None, reason="the CUDA extension is not built; PG_KERNELS_CUDA=1 builds it"
 )
 
 
@@ -40,4 +40,4 @@ def test_a_target_without_machine_code(capsys: pytest.CaptureFixture[str]) -> No
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("pg_kernels.benchmarks.extension.find_spec", lambda name: None)
     assert main(["resources", "--extension"]) == 1
-    assert "pg_kernels._cuda is not there: nvcc builds it" in capsys.readouterr().err
+    assert "pg_kernels._cuda is not built: install with PG_KERNELS_CUDA=1" in capsys.readouterr().err
