@@ -21,13 +21,17 @@ ifeq ($(filter bench-compare,$(MAKECMDGOALS))$(BASE),bench-compare)
 $(error bench-compare: say which earlier run to compare with, BASE=folder)
 endif
 
-.PHONY: demo test sanitize bench bench-full bench-compare gpu lint format clean
+.PHONY: demo test test-kernels sanitize bench bench-full bench-compare gpu lint format clean
 
 demo: $(READY)  ## a shipped picture for each task, and a sheet with the answers
 	$(BIN)/pg-kernels demo --draw docs/demo.png
 
 test: lint  ## all tests that run on this machine
 	$(THREADS) $(BIN)/pytest -q -n 2 --durations=10 -p no:benchmark
+
+test-kernels: $(READY)  ## compile every kernel for every GPU again, and rewrite the manifest that `make test` checks
+	rm -f benchmarks/kernels.csv
+	$(BIN)/python -m benchmarks manifest benchmarks/kernels.csv
 
 sanitize: $(READY)  ## the C++ extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer; `make test` runs it too
 	$(BIN)/python tests/ops/sanitize.py

@@ -11,10 +11,11 @@ import torch
 
 from . import drop_in
 from .compare import compare, markdown
-from .extension import extension_kernels
+from .extension import extension_kernels, installed_library
+from .manifest import refresh
 from .readme import update
 from .report import write
-from .resources import DEVICES, DTYPES, TABLE_HEAD, compile_all
+from .resources import DEVICES, DTYPES, TABLE_HEAD, Kernel, compile_all
 from .results import Run
 from .session import contenders
 from .session import markdown as markdown_sessions
@@ -97,6 +98,15 @@ def _parser() -> argparse.ArgumentParser:
     resources.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated (default: all of them)")
     resources.add_argument("--extension", action="store_true", help="of the CUDA extension's kernels, not of Triton's")
     resources.set_defaults(command=_resources)
+
+    manifest = commands.add_parser(
+        "manifest",
+        help="compile what a manifest of compiled kernels lacks, and rewrite it",
+        description="Compile for every GPU the kernels that a manifest lacks because their source, constants or compiler are "
+        "new, and rewrite it. Exits with 1 if a kernel spills registers or exceeds the shared memory.",
+    )
+    manifest.add_argument("file", type=Path, metavar="FILE", help="the repository's is benchmarks/kernels.csv")
+    manifest.set_defaults(command=_manifest)
     return parser
 
 
@@ -158,12 +168,24 @@ def _resources(options: argparse.Namespace) -> int:
     faulty = 0
     print(TABLE_HEAD)
     for target in options.target or DEVICES:
-        for kernel in extension_kernels(target) if options.extension else compile_all(target, dtypes, options.ops):
+        if options.extension:
+            kernels = extension_kernels(target, installed_library())
+        else:
+            kernels = compile_all(target, dtypes, options.ops)
+        for kernel in kernels:
             print(kernel.table_row, flush=True)
-            for fault in kernel.faults:
-                print(f"{kernel.op} {kernel.name} for {target} ({kernel.launch}): {fault}", file=sys.stderr)
-            faulty += bool(kernel.faults)
+            faulty += _report_faults(kernel)
     return 1 if faulty else 0
+
+
+def _manifest(options: argparse.Namespace) -> int:
+    return 1 if sum(map(_report_faults, refresh(options.file))) else 0
+
+
+def _report_faults(kernel: Kernel) -> bool:
+    for fault in kernel.faults:
+        print(f"{kernel.op} {kernel.name} for {kernel.target} ({kernel.launch}): {fault}", file=sys.stderr)
+    return bool(kernel.faults)
 
 
 if __name__ == "__main__":

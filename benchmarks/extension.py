@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -13,25 +16,52 @@ from .resources import DEVICES, Kernel
 
 TARGETS = {"sm_80": "sm_80", "sm_90": "sm_90a"}
 """Those that machine code is there for, as the compiler calls them."""
+_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 _KERNELS = "few_rows|many_rows|many_rows_sm90|quantize_rows|dequantize_rows|dequantize|add_parts"
 _INSTRUCTIONS = {"HGMMA": "wgmma", "IGMMA": "wgmma", "HMMA": "mma", "IMMA": "mma"}
 _COPIES = {"UTMALDG": "TMA", "LDGSTS": "cp.async"}
 
 
-def extension_kernels(target: str) -> Iterator[Kernel]:
-    """The kernels of pg_kernels._cuda for a target; none for one without machine code in it.
+def sources_id() -> str:
+    """Return a hash of the extension's sources, which a clone has."""
+    digest = hashlib.sha256()
+    for path in sorted(_SOURCES.rglob("*")):
+        if path.suffix in (".cu", ".h", ".cpp"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
-    "Spilled" are the bytes of local memory of a thread. Shared memory is what the compiler knows of; the launch asks for more.
-    Raises RuntimeError where the extension or Triton, which brings the disassembler, is not installed.
-    """
+
+def installed_library() -> Path:
+    """Return the path of pg_kernels._cuda; RuntimeError where it is not built."""
     found = find_spec("pg_kernels._cuda")
     if found is None or found.origin is None:
         raise RuntimeError("pg_kernels._cuda is not built: install with PG_KERNELS_CUDA=1, which needs nvcc")
+    return Path(found.origin)
+
+
+def build_library(folder: Path) -> Path:
+    """Build the extension from a clone's sources, below a folder; RuntimeError where that fails."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder)]
+    command += ["--build-temp", str(folder / "objects")]
+    environment = {**os.environ, "PG_KERNELS_CUDA": "1"}
+    done = subprocess.run(command, cwd=_SOURCES.parents[1], env=environment, capture_output=True, text=True)
+    built = list(folder.rglob("_cuda*.so"))
+    if not built:
+        raise RuntimeError(f"the CUDA extension cannot be built: {(done.stderr or done.stdout).strip()[-500:]}")
+    return built[0]
+
+
+def extension_kernels(target: str, library: Path) -> Iterator[Kernel]:
+    """Yield the kernels of a built CUDA extension for a target; none for a target without machine code in it.
+
+    "Spilled" are the bytes of local memory of a thread. Shared memory is what the compiler knows of; the launch asks for more.
+    Raises RuntimeError where Triton, which brings the disassembler, is not installed.
+    """
     if find_spec("triton") is None:
         raise RuntimeError("triton is not installed")
     if target not in TARGETS:
         return
-    library, architecture = Path(found.origin), TARGETS[target]
+    architecture = TARGETS[target]
     usage = _disassemble(library, "--dump-resource-usage", "-arch", architecture)
     instructions = _instructions(_disassemble(library, "-sass", "-arch", architecture))
     pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
@@ -41,6 +71,7 @@ def extension_kernels(target: str) -> Iterator[Kernel]:
             continue
         names = instructions[symbol]
         yield Kernel(
+            id=sources_id(),
             op="int8_linear",
             name=f"{name} (C++)",
             launch=launch,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +41,8 @@ TABLE_HEAD = """\
 class Kernel:
     """One compiled kernel."""
 
+    id: str
+    """A hash of all that its machine code depends on: source, types, constants, options, target and compiler."""
     op: str
     name: str
     launch: str
@@ -74,8 +77,17 @@ class Kernel:
         )
 
 
-def compile_all(target: str, dtypes: Sequence[torch.dtype], ops: Sequence[str] = ()) -> Iterator[Kernel]:
+def compile_all(
+    target: str,
+    dtypes: Sequence[torch.dtype],
+    ops: Sequence[str] = (),
+    *,
+    known: Collection[str] = (),
+    met: set[str] | None = None,
+) -> Iterator[Kernel]:
     """Compile for a target, once each, the launches that some ops, or all, can choose at the models' shapes and extreme ones.
+
+    Kernels whose ids are `known` are not compiled. `met` collects the ids of all kernels, known or not.
 
     Raises ValueError for an op without Triton kernels, RuntimeError where Triton cannot compile.
     """
@@ -85,7 +97,8 @@ def compile_all(target: str, dtypes: Sequence[torch.dtype], ops: Sequence[str] =
     if find_spec("triton") is None:
         raise RuntimeError("triton is not installed")
     device = DEVICES[target]
-    with launch.pretend(device), backend("triton"), _compiling_instead_of_running(device) as compiled:
+    compiling = _compiling_instead_of_running(device, known, set() if met is None else met)
+    with launch.pretend(device), backend("triton"), compiling as compiled:
         for dtype in dtypes:
             place = Place(torch.device("cpu"), device, dtype, small=True)
             for site in itertools.chain(sites(place), _extremes(place)):
@@ -165,8 +178,13 @@ def _forward_and_backward(function: Callable[..., Tensor | tuple[Tensor, ...]], 
 
 
 @contextmanager
-def _compiling_instead_of_running(device: Device) -> Iterator[list[tuple[Any, dict[str, Any], str]]]:
-    """Have launches only compile, for `device`; list each new kernel, its launch's arguments and the assembler's log."""
+def _compiling_instead_of_running(
+    device: Device, known: Collection[str], met: set[str]
+) -> Iterator[list[tuple[str, Any, dict[str, Any], str]]]:
+    """Make launches only compile for `device`; list each new kernel's id, the kernel, its launch's arguments and ptxas' log.
+
+    Launches of kernels with `known` ids do nothing. The ids of all are added to `met`.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -188,28 +206,48 @@ def _compiling_instead_of_running(device: Device) -> Iterator[list[tuple[Any, di
         def get_current_stream(self, device: object) -> int:
             return 0
 
-    compiled: list[tuple[Any, dict[str, Any], str]] = []
+    compiled: list[tuple[str, Any, dict[str, Any], str]] = []
+    asked: list[str] = []
     run, active = JITFunction.run, driver._active
 
     def compile_only(self: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> Any:
+        asked.clear()
         log = io.StringIO()
         with redirect_stdout(log):
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if log.getvalue():  # else it was compiled before
-            compiled.append((kernel, kwargs, log.getvalue()))
+        if log.getvalue():  # else it was compiled before, or is known
+            compiled.append((asked[0], kernel, kwargs, log.getvalue()))
         return kernel
+
+    def is_known(*, fn: Any, compile: Mapping[str, Any], **_: Any) -> bool:
+        """Triton asks before it compiles, and does not where the answer is True."""
+        asked.append(_id(fn.jit_function, compile, target, triton.__version__))
+        met.add(asked[0])
+        return asked[0] in known
 
     knobs = triton.knobs
     before = knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile
     knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True  # a kernel from the disk's cache has no log
+    knobs.runtime.jit_cache_hook = is_known
     JITFunction.run = compile_only
     driver.set_active(NoGPU())
     try:
         yield compiled
     finally:
         JITFunction.run = run
+        knobs.runtime.jit_cache_hook = None
         knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile = before
         driver._active = active  # `reset_active` would look for a GPU
+
+
+def _id(function: Any, compilation: Mapping[str, Any], target: object, version: str) -> str:
+    texts = [
+        *(function.cache_key, str(target), version),
+        *(f"{name}: {value}" for name, value in sorted(compilation["signature"].items())),
+        *sorted(f"{place}: {value}" for place, value in compilation["constants"].items()),
+        *(str(compilation[name]) for name in ("num_warps", "num_ctas", "num_stages", "enable_fp_fusion", "configs")),
+    ]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def _examined(
@@ -217,6 +255,7 @@ def _examined(
     target: str,
     device: Device,
     dtype: torch.dtype,
+    id: str,
     kernel: Any,
     constants: Mapping[str, Any],
     assembler_log: str,
@@ -225,6 +264,7 @@ def _examined(
     given = sorted(name for name, value in constants.items() if name.endswith("_ptr") and value is None)
     options = [f"without {name.removesuffix('_ptr')}" for name in given]
     return Kernel(
+        id=id,
         op=op,
         name=kernel.name,
         launch=", ".join(
@@ -235,7 +275,7 @@ def _examined(
                 f"warps={kernel.metadata.num_warps}",
                 f"stages={kernel.metadata.num_stages}",
                 # Triton compiles anew for other strides and alignments.
-                kernel.hash[:6],
+                id[:6],
             ]
         ),
         target=target,

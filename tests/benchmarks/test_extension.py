@@ -1,4 +1,4 @@
-"""The CUDA extension's machine code: what is in it fits the GPUs it is for."""
+"""The tables of the installed CUDA extension; what is in its machine code is tested in the manifest of all kernels."""
 
 from __future__ import annotations
 
@@ -16,19 +16,10 @@ needs_cuda_extension = pytest.mark.skipif(
 
 
 @needs_cuda_extension
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_nothing_spills_and_tensor_cores_multiply(target: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["resources", "--extension", "--target", target]) == 0
+def test_the_installed_library(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["resources", "--extension", "--target", "sm_80"]) == 0
     out, err = capsys.readouterr()
-    assert err == "" and out.startswith(TABLE_HEAD)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[2:]]
-    units = {(name, launch.split(", ")[0]): (products, loads) for _, name, launch, *_, products, loads in rows}
-    types = ("BFloat16", "Float16", "Int8")
-    expected = {("few_rows (C++)", of): ("mma", "") for of in types}
-    expected |= {("many_rows (C++)", of): ("mma", "cp.async") for of in types}
-    if target == "sm_90":
-        expected |= {("many_rows_sm90 (C++)", of): ("wgmma", "TMA") for of in types}
-    assert {key: value for key, value in units.items() if value[0]} == expected
+    assert err == "" and out.startswith(TABLE_HEAD) and "few_rows (C++)" in out
 
 
 @needs_cuda_extension

@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from pg_kernels.benchmarks.__main__ import main
+from pg_kernels.benchmarks.extension import sources_id
+from pg_kernels.benchmarks.manifest import MANIFEST, read
 from pg_kernels.benchmarks.resources import DEVICES, TABLE_HEAD, Kernel
 from pg_kernels.benchmarks.tuning import OPS
 
@@ -28,44 +31,68 @@ ROWS = {
 }
 
 
-def resources(*arguments: str, interpret: str = "0") -> subprocess.CompletedProcess[str]:
+def benchmarks(*arguments: str, interpret: str = "0") -> subprocess.CompletedProcess[str]:
     """In a process of its own: here the kernels are the interpreter's."""
-    command = [sys.executable, "-m", "pg_kernels.benchmarks", "resources", *arguments]
+    command = [sys.executable, "-m", "pg_kernels.benchmarks", *arguments]
     environment = {**os.environ, "TRITON_INTERPRET": interpret}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def rows(text: str) -> list[dict[str, str]]:
-    head, rule, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines())
-    assert set("".join(rule)) <= set("-:")
-    return [dict(zip(head, line, strict=True)) for line in lines]
+@pytest.fixture(scope="module")
+def kernels() -> list[Kernel]:
+    return read(MANIFEST)
 
 
-# Each takes a minute: fp16 gets the same tiles as bf16, and fp32 the same on every target.
+def test_the_manifest_is_up_to_date(kernels: list[Kernel], tmp_path: Path) -> None:
+    """Every launch that can be chosen is in it, nothing else is, and compiling a few of them again gives the same."""
+    again = tmp_path / "kernels.csv"
+    triton_kernels = [kernel for kernel in kernels if not kernel.name.endswith("(C++)")]
+    left_out = {kernel.id for kernel in triton_kernels[:: len(triton_kernels) // 8]}
+    lines = MANIFEST.read_text().splitlines(keepends=True)
+    again.write_text("".join(line for line in lines if line.partition(",")[0] not in left_out))
+    done = benchmarks("manifest", str(again))
+    assert done.returncode == 0, done.stderr
+    assert again.read_text().splitlines() == MANIFEST.read_text().splitlines(), (
+        "`make test-kernels` brings it up to date"
+    )
+
+
 @pytest.mark.parametrize(("target", "dtype"), [*((target, "bfloat16") for target in DEVICES), ("sm_90", "float32")])
-def test_all_launches_fit(target: str, dtype: str) -> None:
-    done = resources("--target", target, "--dtype", dtype)
-    assert (done.returncode, done.stderr) == (0, "")
-    kernels = rows(done.stdout)
-    assert {kernel["op"] for kernel in kernels} == set(OPS)
-    assert {kernel["spilled bytes"] for kernel in kernels} == {"0"}
-    for kernel in kernels:
-        launch = dict(option.split("=") for option in kernel["launch"].split(", ") if "=" in option)
-        rows_at_once = int(launch.get(ROWS.get((kernel["op"], kernel["kernel"]), ""), 0))
+def test_all_launches_fit(target: str, dtype: str, kernels: list[Kernel]) -> None:
+    chosen = [k for k in kernels if k.target == target and k.launch.startswith(dtype)]
+    assert {kernel.op for kernel in chosen} == set(OPS)
+    assert not any(kernel.faults for kernel in chosen)
+    for kernel in chosen:
+        launch = dict(option.split("=") for option in kernel.launch.split(", ") if "=" in option)
+        rows_at_once = int(launch.get(ROWS.get((kernel.op, kernel.name), ""), 0))
         many_scales = launch.get("GROUPS") == "many" or launch.get("MANY") == "True"  # in one block of the sum
-        if kernel["products"] and (dtype == "float32" or many_scales):
-            assert kernel["products"] == "fma", kernel
-        elif kernel["products"]:
+        if kernel.products and (dtype == "float32" or many_scales):
+            assert kernel.products == "fma", kernel
+        elif kernel.products:
             # wgmma and tcgen05 multiply 64 rows at least.
-            assert kernel["products"] == (TENSOR_CORES[target] if rows_at_once >= 64 else "mma"), kernel
-    loads = {k["loads"] for k in kernels if (k["op"], k["kernel"]) == ("prefix_lm_attention", "forward")}
+            assert kernel.products == (TENSOR_CORES[target] if rows_at_once >= 64 else "mma"), kernel
+    loads = {k.loads for k in chosen if (k.op, k.name) == ("prefix_lm_attention", "forward")}
     assert ("TMA" in loads) == (dtype == "bfloat16" and target != "sm_80")
-    multiplying = {(kernel["op"], kernel["kernel"]) for kernel in kernels if kernel["products"]}
+    multiplying = {(kernel.op, kernel.name) for kernel in chosen if kernel.products}
     assert multiplying == ROWS.keys() - ({("geglu_mlp", "gate_up")} if dtype == "float32" else set())
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_tensor_cores_multiply_in_the_extension(target: str, kernels: list[Kernel]) -> None:
+    chosen = [kernel for kernel in kernels if kernel.target == target and kernel.name.endswith("(C++)")]
+    assert {kernel.id for kernel in chosen} == {sources_id()}
+    assert not any(kernel.faults for kernel in chosen)
+    units = {(kernel.name, kernel.launch.split(", ")[0]): (kernel.products, kernel.loads) for kernel in chosen}
+    types = ("BFloat16", "Float16", "Int8")
+    expected = {("few_rows (C++)", of): ("mma", "") for of in types}
+    expected |= {("many_rows (C++)", of): ("mma", "cp.async") for of in types}
+    if target == "sm_90":
+        expected |= {("many_rows_sm90 (C++)", of): ("wgmma", "TMA") for of in types}
+    assert {key: value for key, value in units.items() if value[0]} == expected
+
+
 def a_kernel(*, spills: int = 0, shared: int = 0) -> Kernel:
-    return Kernel("geglu", "forward", "bfloat16", "sm_80", 32, spills, shared, 100, "", "")
+    return Kernel("id", "geglu", "forward", "bfloat16", "sm_80", 32, spills, shared, 100, "", "")
 
 
 @pytest.mark.parametrize(
@@ -88,9 +115,9 @@ def test_faults(
 
 
 def test_errors() -> None:
-    done = resources("rms_norms")
+    done = benchmarks("resources", "rms_norms")
     assert done.returncode == 1
     assert "benchmarks: error: no Triton kernels in 'rms_norms'; there are rms_norm, layer_norm, " in done.stderr
-    done = resources("rms_norm", interpret="1")
+    done = benchmarks("resources", "rms_norm", interpret="1")
     assert done.returncode == 1
     assert "benchmarks: error: TRITON_INTERPRET is set: the interpreter compiles nothing" in done.stderr
