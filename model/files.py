@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 
 @contextmanager
 def temporary_sibling(path: Path) -> Iterator[Path]:
     """Give an unused path beside `path`, of the same ending; whatever is left there at the end is removed.
 
-    The folder of `path` is made if need be. OSErrors inside the block come out naming `path`.
+    The folder of `path` is made if need be. Errors of writing inside the block, safetensors' among them, come out as OSErrors
+    that name `path`.
     """
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
     try:
@@ -24,11 +29,28 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
         yield temporary
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+    except SafetensorError as error:  # its only trace of the operating system's error is in the text
+        code = re.search(r"os error (\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, f"cannot write {path}: {os.strerror(number) if code else error}") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         elif temporary.exists():
             os.unlink(temporary)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left of `temporary_sibling`, for the folder and files in it; nobody may be writing these."""
+    for where, name in ((folder.parent, re.escape(folder.name)), (folder, ".+")):
+        with suppress(PermissionError):
+            for path in list(where.iterdir()):
+                if not re.fullmatch(rf"\.[0-9a-f]{{8}}\.{name}", path.name):
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
