@@ -23,8 +23,9 @@ endif
 
 .PHONY: demo test test-kernels sanitize bench bench-full bench-compare gpu lint format clean
 
+# The README's picture is such a sheet: `.venv/bin/pg-kernels demo --draw docs/demo.png` draws it anew.
 demo: $(READY)  ## a shipped picture for each task, and a sheet with the answers
-	$(BIN)/pg-kernels demo --draw docs/demo.png
+	$(BIN)/pg-kernels demo --draw demo.png
 
 test: lint  ## all tests that run on this machine
 	$(THREADS) $(BIN)/pytest -q -n 2 --durations=10 -p no:benchmark
@@ -68,7 +69,7 @@ format: $(READY)
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf .venv build *.egg-info pg_kernels/_C*.so
+	rm -rf .venv build *.egg-info pg_kernels/_C*.so demo.png
 
 # torch first and alone: where the index offers a CPU build of the pinned version, nothing after it may replace it.
 .venv/peers: $(READY) constraints.txt

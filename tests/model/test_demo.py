@@ -37,6 +37,12 @@ def test_the_demo_answers_every_sample(tmp_path: Path, capsys: pytest.CaptureFix
         assert drawn.width > drawn.height > 600
 
 
+def test_the_makefile_draws_where_git_does_not_look() -> None:
+    root = Path(__file__).parents[2]
+    drawn = re.findall(r"^\t.*pg-kernels demo --draw (\S+)$", (root / "Makefile").read_text(), re.MULTILINE)
+    assert drawn and {f"/{name}" for name in drawn} <= set((root / ".gitignore").read_text().splitlines())
+
+
 def test_a_drawing_that_cannot_be_written_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["demo", "--draw", str(tmp_path / "missing" / "sheet.png")]) == 1
     streams = capsys.readouterr()
