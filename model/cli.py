@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,9 +39,12 @@ from .quality import compare, table
 from .segmentation import MaskVQVAE
 from .tokenizer import Tokenizer
 from .training import parallel
-from .training.data import JsonLines
+from .training.data import JsonLines, UnreadableImage
 from .training.finetune import Lora, finetune
+from .training.interruption import Interrupted
+from .training.lock import exclusive
 from .training.options import add_recipe_options, recipe_from
+from .training.state import CHECKPOINT
 
 if TYPE_CHECKING:
     from .training.evaluation import Score
@@ -51,14 +55,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and give its exit code: 0 done, 1 failed (said on stderr), 130 interrupted.
+    """Run the command line and give its exit code: 0 done, 1 failed (said on stderr), 130 interrupted, 143 terminated.
 
     Usage errors exit with 2.
     """
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
     try:
+        options = _parser().parse_args(words, argparse.Namespace(words=words))
         options.command(options)
         sys.stdout.flush()  # here, so that a pipe the reader has closed is found out while it can be handled
+    except Interrupted as interruption:
+        return 128 + interruption.signum
     except KeyboardInterrupt:
         print("pg-kernels: interrupted", file=sys.stderr)
         return 130
@@ -128,6 +135,11 @@ def _parser() -> argparse.ArgumentParser:
         "--eval-data", type=Path, metavar="FILE", help="JSON lines to evaluate on: loss and exact matches"
     )
     files.add_argument("--images", type=Path, metavar="FOLDER", help="of the images (default: each file's own)")
+    files.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out examples with an image that cannot be read, and count them",
+    )
     files.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where the result and log.jsonl go")
     files.add_argument("--restart", action="store_true", help="replace what --output holds instead of going on with it")
     files.add_argument("--tensorboard", action="store_true", help="write TensorBoard's files to --output, too")
@@ -366,11 +378,12 @@ def _finetune(options: argparse.Namespace) -> None:
     lora = None
     if options.lora is not None:
         lora = Lora(options.lora, options.lora_alpha, options.lora_dropout, options.lora_targets)
-    data = JsonLines(options.data, options.images)
-    eval_data = None if options.eval_data is None else JsonLines(options.eval_data, options.images)
     checkpoint = options.checkpoint or EMBEDDED_CHECKPOINT
     # Masters in fp32 are made of the checkpoint's own numbers.
     dtype = torch.float32 if recipe.precision == "float32" else None
+
+    def read_lines(path: Path) -> JsonLines:
+        return JsonLines(path, options.images, skip_unreadable=options.skip_unreadable)
 
     def read(quantize: str | None, device: torch.device | str) -> PaliGemma:
         return PaliGemma.from_pretrained(
@@ -379,27 +392,45 @@ def _finetune(options: argparse.Namespace) -> None:
 
     device = parallel.start(device)
     try:
-        model = read(options.quantize, device)
-        processor = _processor(checkpoint, model.config, options)
-        processor.image_size = model.config.vision_config.image_size
-        processor.num_image_tokens = model.config.vision_config.num_image_tokens
-        finetune(
-            model,
-            processor,
-            data,
-            options.output,
-            recipe,
-            checkpoint=checkpoint,
-            eval_data=eval_data,
-            lora=lora,
-            merge=(lambda: read(None, "cpu")) if options.merge else None,
-            restart=options.restart,
-            tensorboard=options.tensorboard,
-        )
+        with exclusive(options.output):
+            data = read_lines(options.data)
+            eval_data = None if options.eval_data is None else read_lines(options.eval_data)
+            model = read(options.quantize, device)
+            processor = _processor(checkpoint, model.config, options)
+            processor.image_size = model.config.vision_config.image_size
+            processor.num_image_tokens = model.config.vision_config.num_image_tokens
+            trained = finetune(
+                model,
+                processor,
+                data,
+                options.output,
+                recipe,
+                checkpoint=checkpoint,
+                eval_data=eval_data,
+                lora=lora,
+                merge=(lambda: read(None, "cpu")) if options.merge else None,
+                restart=options.restart,
+                tensorboard=options.tensorboard,
+            )
         if parallel.rank() == 0:
-            _note(f"wrote {options.output}")
+            result = f"wrote {options.output}"
+            _note(result if trained else f"{options.output} holds the result of this run already; nothing to do")
+    except Interrupted as interruption:
+        if parallel.rank() == 0:
+            _note(f"pg-kernels: {interruption}; go on with: {_again(options)}")
+        raise
+    except UnreadableImage as error:
+        if not (options.output / CHECKPOINT).exists():
+            raise
+        raise OSError(f"{error}; mend it or give --skip-unreadable, and go on with: {_again(options)}") from error
     finally:
         parallel.stop()
+
+
+def _again(options: argparse.Namespace) -> str:
+    """The command that goes on with an interrupted run. A short form of --restart is at least --rest."""
+    words = [word for word in options.words if not word.startswith("--rest")]
+    return ("torchrun … " if parallel.world() > 1 else "") + shlex.join(["pg-kernels", *words])
 
 
 def _evaluate(options: argparse.Namespace) -> None:

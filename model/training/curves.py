@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..files import temporary_sibling
-from .state import LOG
+from .log import LOG, read_log
 
 _SMOOTHING = 0.03
 
@@ -46,8 +45,7 @@ def draw_losses(folders: Sequence[Path], output: Path) -> None:
 def _losses(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a training run leaves it in its folder")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    values = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+    values = [(line["step"], line["loss"]) for line in read_log(path) if line["kind"] == "train"]
     if not values:
         raise ValueError(f"{path}: it holds no step")
     steps, losses = np.array(values).T

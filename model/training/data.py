@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..processor import Processor
 from ..tokenizer import IMAGE_TOKEN
+from . import fingerprint
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,12 @@ class Example:
     images: tuple[Path, ...]
     prefix: str
     suffixes: tuple[str, ...]
+    where: str = ""
+    """File and line that it comes from."""
+
+
+class UnreadableImage(OSError):
+    """An image is missing or cannot be read; the message names the file and the line that want it."""
 
 
 class JsonLines(Dataset[Example]):
@@ -35,11 +42,15 @@ class JsonLines(Dataset[Example]):
     of files, relative to `images_root` (default: the lines' folder), or nothing for an example without. Other keys may be there.
     As big_vision and Roboflow write them.
 
+    With `skip_unreadable`, `Collator` leaves examples out whose images are missing or cannot be read.
+
     Raises OSError or ValueError naming the file, the line and the key, also for an image that is missing or none.
     """
 
-    def __init__(self, path: str | Path, images_root: str | Path | None = None) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: str | Path, images_root: str | Path | None = None, *, skip_unreadable: bool = False
+    ) -> None:
+        self.path, self.skip_unreadable = Path(path), skip_unreadable
         root = self.path.parent if images_root is None else Path(images_root)
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: no such file")
@@ -47,14 +58,20 @@ class JsonLines(Dataset[Example]):
         self.fingerprint = hashlib.sha256(content).hexdigest()
         """Tells these lines from others."""
         self.examples: list[Example] = []
-        self._lines: list[int] = []
         for number, line in enumerate(content.splitlines(), start=1):
             if line.strip():
                 self.examples.append(_example(line, root, f"{self.path}, line {number}"))
-                self._lines.append(number)
         if not self.examples:
             raise ValueError(f"{self.path}: it holds no examples")
-        self._check_images()
+        where: dict[Path, str] = {}
+        for example in self.examples:
+            for image in example.images:
+                where.setdefault(image, example.where)
+        problems = self._unopened(where)
+        if problems and not (skip_unreadable and any(problems.keys().isdisjoint(e.images) for e in self.examples)):
+            raise next(iter(problems.values()))
+        self.images_fingerprint = fingerprint.of_files(tqdm(where, desc="fingerprints", delay=2, disable=None))
+        """Tells these images from others, by their content."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -64,27 +81,24 @@ class JsonLines(Dataset[Example]):
 
     def check_lengths(self, processor: Processor) -> None:
         """Raise ValueError, naming the line, if an example is too long for the model."""
-        for example, line in zip(tqdm(self.examples, desc="lengths", delay=2, disable=None), self._lines, strict=True):
+        for example in tqdm(self.examples, desc="lengths", delay=2, disable=None):
             try:
                 for suffix in example.suffixes:
                     processor.encode([example.prefix], [len(example.images)], [suffix])
             except ValueError as error:
-                raise ValueError(f"{self.path}, line {line}: {error}") from error
+                raise ValueError(f"{example.where}: {error}") from error
 
-    def _check_images(self) -> None:
-        seen: set[Path] = set()
-        for example, line in zip(tqdm(self.examples, desc="images", delay=2, disable=None), self._lines, strict=True):
-            for path in example.images:
-                if path in seen:
-                    continue
-                seen.add(path)
-                where = f"{self.path}, line {line}, image: {path}"
-                if not path.is_file():
-                    raise FileNotFoundError(f"{where} does not exist")
-                try:
-                    Image.open(path).close()  # reads no more than the header
-                except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-                    raise OSError(f"{where} is no image that Pillow can read") from error
+    def _unopened(self, where: Mapping[Path, str]) -> dict[Path, UnreadableImage]:
+        """What is wrong with the images, of which no more than a header is read here."""
+        found = {}
+        for path, line in tqdm(where.items(), desc="images", delay=2, disable=None):
+            try:
+                Image.open(path).close()
+            except FileNotFoundError:
+                found[path] = UnreadableImage(f"{line}, image: {path} does not exist")
+            except Exception:  # of damaged files Pillow's readers raise anything
+                found[path] = UnreadableImage(f"{line}, image: {path} is no image that Pillow can read")
+        return found
 
 
 def _example(line: bytes, root: Path, where: str) -> Example:
@@ -106,7 +120,7 @@ def _example(line: bytes, root: Path, where: str) -> Example:
     for suffix in suffixes:
         if IMAGE_TOKEN in suffix:
             raise ValueError(f"{where}, suffix: {IMAGE_TOKEN} can stand in a prefix only")
-    return Example(tuple(root / name for name in images), prefix, suffixes)
+    return Example(tuple(root / name for name in images), prefix, suffixes, where)
 
 
 def _texts(content: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
@@ -124,24 +138,51 @@ def _kind(content: dict[str, Any], key: str) -> str:
 class Collator:
     """Makes a batch of examples, padded on the right: what the model's loss takes, with `image_index` as `suffix_loss` has it.
 
-    With `prompts`, also the same without the answers, padded on the left, under names that begin with "prompt_".
+    With `prompts`, also the same without the answers, padded on the left, under names that begin with "prompt_". With
+    `skip_unreadable`, an example with an image that cannot be read gets no labels and a blank image, and the batch has
+    "skipped", a list of what was wrong; else `UnreadableImage` is raised.
     """
 
-    def __init__(self, processor: Processor, *, prompts: bool = False) -> None:
-        self._processor, self._prompts = processor, prompts
+    def __init__(self, processor: Processor, *, prompts: bool = False, skip_unreadable: bool = False) -> None:
+        self._processor, self._prompts, self._skip = processor, prompts, skip_unreadable
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         prefixes, counts = [example.prefix for example in examples], [len(example.images) for example in examples]
-        batch = self._processor.encode(
+        batch: dict[str, Any] = self._processor.encode(
             prefixes, counts, [example.suffixes[0] for example in examples], padding_side="right"
         )
-        images = [path for example in examples for path in example.images]
-        rows = {path: row for row, path in enumerate(dict.fromkeys(images))}
+        pixels, problems = self._read(path for example in examples for path in example.images)
+        skipped = []
+        for row, example in enumerate(examples):
+            for path in problems.keys() & example.images:
+                problem = f"{example.where}, image: {problems[path]}"
+                if not self._skip:
+                    raise UnreadableImage(problem)
+                skipped.append(problem)
+                batch["labels"][row] = -100
+                break
+        rows = {path: row for row, path in enumerate(pixels)}
         # A batch without an image encodes a blank one: several processes must all run the same layers.
-        side = self._processor.image_size
-        batch["pixel_values"] = self._processor.preprocess_images(rows or [Image.new("RGB", (side, side))])
-        batch["image_index"] = torch.tensor([rows[path] for path in images], dtype=torch.int64)
+        batch["pixel_values"] = torch.cat(list(pixels.values()) or [self._blank()])
+        batch["image_index"] = torch.tensor([rows[path] for e in examples for path in e.images], dtype=torch.int64)
         if self._prompts:
             prompts = self._processor.encode(prefixes, counts)
             batch |= {f"prompt_{name}": tensor for name, tensor in prompts.items()}
+        if skipped:
+            batch["skipped"] = skipped
         return batch
+
+    def _read(self, images: Iterable[Path]) -> tuple[dict[Path, Tensor], dict[Path, str]]:
+        """Read each different image once, and say of those that are replaced by a blank one why they cannot be read."""
+        pixels, problems = {}, {}
+        for path in dict.fromkeys(images):
+            try:
+                pixels[path] = self._processor.preprocess_images([path])
+            except Exception as error:  # of damaged files Pillow's readers raise anything
+                pixels[path] = self._blank()
+                problems[path] = str(error) if str(path) in str(error) else f"{path}: {type(error).__name__}: {error}"
+        return pixels, problems
+
+    def _blank(self) -> Tensor:
+        side = self._processor.image_size
+        return self._processor.preprocess_images([Image.new("RGB", (side, side))])

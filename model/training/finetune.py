@@ -12,22 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pg_kernels.nn import Int8Linear
 
-from ..files import temporary_sibling
+from ..files import json_bytes, read_json_object, temporary_sibling, write_atomically
 from ..paligemma import PaliGemma
 from ..processor import Processor
-from . import parallel
+from . import fingerprint, parallel
 from .data import Collator, JsonLines
+from .loading import Batch, batches, micro_batch_size, share
+from .lock import exclusive
 from .recipe import Recipe
-from .state import CHECKPOINT
-from .trainer import Batch, micro_batch_size, share, suffix_loss, train
+from .state import BEST, CHECKPOINT, IMAGES, differences, run_identity
+from .trainer import suffix_loss, train
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+_RECORD = "finetune.json"
+"""Beside a trained model: what made it, as `run_identity` has it."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,10 @@ def finetune(
     merge: Callable[[], PaliGemma] | None = None,
     restart: bool = False,
     tensorboard: bool = False,
-) -> None:
+) -> bool:
     """Train a model on JSON lines and write it, or its adapter, to a folder; a run that was cut off goes on by itself.
+
+    Returns False, and trains nothing, if the folder holds the result of this very run.
 
     Args:
         model, processor: as loaded; the model computes in the recipe's precision from then on.
@@ -96,27 +102,31 @@ def finetune(
 
     Raises:
         ValueError: an example is too long, the folder holds a model or another run, options that exclude each other.
-        OSError, RuntimeError: as `train`.
+        OSError, RuntimeError, Interrupted: as `train`.
     """
-    output = Path(output)
+    output, checkpoint = Path(output), Path(checkpoint)
     if merge is not None and lora is None:
         raise ValueError("merge: there is an adapter to merge only with lora")
     kinds = ["config.json", "adapter_config.json"]
     written, other = kinds if lora is None or merge is not None else kinds[::-1]
-    if (output / other).exists():
-        raise ValueError(f"{output} holds a model of another kind ({other}); use another folder")
-    if (output / written).exists() and not restart and not (output / CHECKPOINT).exists():
-        raise ValueError(f"{output} holds a model already ({written}); use another folder, or restart to replace it")
+    if output.resolve() == checkpoint.resolve():
+        raise ValueError(f"output: {output} is the checkpoint's folder; use another one")
     quantised = any(isinstance(module, Int8Linear) for module in model.modules())
     if quantised and lora is None:
         raise ValueError("model: its int8 weights cannot be trained; give lora, or a float checkpoint")
     for lines in (data, eval_data):
         if lines is not None:
             lines.check_lengths(processor)
-    torch.manual_seed(recipe.seed)  # of the adapter
-    trained: Any = model if lora is None else lora.adapt(model)
-    if lora is not None:
-        trained.peft_config["default"].base_model_name_or_path = str(checkpoint)
+    settings = {
+        "the checkpoint's content": fingerprint.of_checkpoint(checkpoint),
+        "image_size": processor.image_size,
+        "resize": processor.resize,
+        "int8": quantised,
+        "eval_data": None if eval_data is None else eval_data.fingerprint,
+        IMAGES: [None if lines is None else lines.images_fingerprint for lines in (data, eval_data)],
+        "lora": None if lora is None else asdict(lora),
+    }
+    identity = run_identity(data, recipe, settings)
 
     def save() -> None:
         if lora is None:
@@ -126,30 +136,43 @@ def finetune(
         else:
             _merged(trained, merge(), output).save_pretrained(output)
         processor.save_pretrained(output)
+        write_atomically(output / _RECORD, json_bytes(identity))
 
-    train(
-        trained,
-        data,
-        recipe,
-        output,
-        collate=Collator(processor),
-        evaluate=None if eval_data is None else Evaluation(trained, processor, eval_data, recipe),
-        save=save,
-        settings={
-            "checkpoint": str(checkpoint),
-            "image_size": processor.image_size,
-            "resize": processor.resize,
-            "int8": quantised,
-            "eval_data": None if eval_data is None else eval_data.fingerprint,
-            "lora": None if lora is None else asdict(lora),
-        },
-        restart=restart,
-        tensorboard=tensorboard,
-    )
+    with exclusive(output):
+        if (output / other).exists():
+            raise ValueError(f"{output} holds a model of another kind ({other}); use another folder")
+        if (output / written).exists() and not restart and not (output / CHECKPOINT).exists():
+            record = output / _RECORD
+            if not record.is_file() or differences(read_json_object(record), identity):
+                raise ValueError(
+                    f"{output} holds a model already ({written}); use another folder, or restart to replace it"
+                )
+            (output / BEST).unlink(missing_ok=True)  # left by a kill just before the run's end
+            return False
+        torch.manual_seed(recipe.seed)  # of the adapter
+        trained: Any = model if lora is None else lora.adapt(model)
+        if lora is not None:
+            trained.peft_config["default"].base_model_name_or_path = str(checkpoint)
+        train(
+            trained,
+            data,
+            recipe,
+            output,
+            collate=Collator(processor, skip_unreadable=data.skip_unreadable),
+            evaluate=None if eval_data is None else Evaluation(trained, processor, eval_data, recipe),
+            save=save,
+            settings=settings,
+            restart=restart,
+            tensorboard=tensorboard,
+        )
+    return True
 
 
 class Evaluation:
-    """The loss of a model on JSON lines, and how many greedy answers equal an accepted one; white space around does not count."""
+    """The loss of a model on JSON lines, and how many greedy answers equal an accepted one; white space around does not count.
+
+    Skipped examples count in neither, and their number is a third metric if there are any.
+    """
 
     def __init__(self, model: nn.Module, processor: Processor, data: JsonLines, recipe: Recipe) -> None:
         self._model: Any = model
@@ -161,19 +184,17 @@ class Evaluation:
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
         size = micro_batch_size(self._recipe)
-        loader = DataLoader(
-            self._data,  # type: ignore[arg-type]
-            batch_size=size,
-            collate_fn=Collator(self._processor, prompts=True),
-            num_workers=self._recipe.workers,
-            generator=torch.Generator().manual_seed(self._recipe.seed),
-        )
-        loss, count, right = 0.0, 0, 0
+        chunks = [range(start, min(start + size, len(self._data))) for start in range(0, len(self._data), size)]
+        collate = Collator(self._processor, prompts=True, skip_unreadable=self._data.skip_unreadable)
+        found = batches(self._data, chunks, self._recipe, collate)
+        loss, count, right, answered = 0.0, 0, 0, 0
         device = next(self._model.parameters()).device
         silent = None if parallel.rank() == 0 else True
-        for start, batch in zip(
-            range(0, len(self._data), size), tqdm(loader, desc="evaluating", leave=False, disable=silent), strict=True
+        for chunk, batch in zip(
+            chunks, tqdm(found, desc="evaluating", total=len(chunks), leave=False, disable=silent), strict=True
         ):
+            batch.pop("skipped", None)
+            kept = (batch["labels"] != -100).any(1).tolist()
             part = share(batch, self._recipe)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             features = self._model.get_image_features(batch.pop("pixel_values"))[batch.pop("image_index")]
@@ -182,10 +203,12 @@ class Evaluation:
             loss += part * float(suffix_loss(self._model, batch, self._recipe))
             count += part
             texts = self._answers({name.removeprefix("prompt_"): tensor for name, tensor in prompts.items()}, features)
-            for text, example in zip(texts, self._data.examples[start : start + size], strict=True):
-                right += text.strip() in [suffix.strip() for suffix in example.suffixes]
+            for index, text, asked in zip(chunk, texts, kept, strict=True):
+                right += asked and text.strip() in [suffix.strip() for suffix in self._data[index].suffixes]
+            answered += sum(kept)
         self._model.sessions.clear()  # memory that training has other uses for
-        return {"loss": loss / max(1, count), "exact_match": right / len(self._data)}
+        metrics = {"loss": loss / max(1, count), "exact_match": right / max(1, answered)}
+        return metrics | ({"skipped": len(self._data) - answered} if answered < len(self._data) else {})
 
     def _answers(self, prompts: Batch, features: torch.Tensor) -> list[str]:
         room = self._processor.max_position_embeddings - prompts["input_ids"].shape[1]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,16 @@ def total(value: float, device: torch.device) -> float:
     tensor = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return tensor.item()
+
+
+def gather(values: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Every process's values, as many of each, by way of their devices."""
+    if world() == 1:
+        return [list(values)]
+    own = torch.tensor(values, dtype=torch.int64, device=device)
+    found = [torch.empty_like(own) for _ in range(world())]
+    dist.all_gather(found, own)
+    return torch.stack(found).tolist()
 
 
 def of_the_first(thing: Any) -> Any:

@@ -37,6 +37,7 @@ class Recipe:
         _RUN, None, "stop after so many evaluations without a lower loss, and keep the best weights"
     )
     save_every: int = _option(_RUN, 500, "steps between checkpoints")
+    save_minutes: float = _option(_RUN, 5.0, "minutes between checkpoints, too; inf for steps alone")
     seed: int = _option(_RUN, 0, "of the order of the data")
     learning_rate: float = _option(_OPTIMIZATION, 1e-5, "the highest one")
     schedule: str = _option(
@@ -84,7 +85,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"steps and epochs: give one of them, got {self.steps} and {self.epochs}")
-        for name in ("steps", "epochs", "batch_size", "micro_batch", "clip", "eval_every", "save_every", "patience"):
+        positive = ("steps", "epochs", "batch_size", "micro_batch", "clip", "eval_every", "patience")
+        for name in (*positive, "save_every", "save_minutes"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected more than 0, got {value}")

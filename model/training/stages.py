@@ -20,9 +20,10 @@ from ..paligemma import PaliGemma
 from ..processor import Processor
 from ..segmentation import MaskVQVAE
 from ..tokenizer import LOC_TOKENS, Tokenizer
+from .loading import Batch, micro_batch_size
 from .recipe import Recipe
 from .tasks import CHARACTERS, LANGUAGES, WRITING, Example, Questions, unique_images
-from .trainer import Batch, micro_batch_size, suffix_loss, train
+from .trainer import suffix_loss, train
 from .vocabulary import train_tokenizer
 from .world import World
 

@@ -1,4 +1,4 @@
-"""What a training run leaves in its folder: a checkpoint to go on from, the best weights, a log."""
+"""What a training run needs to go on: a checkpoint of all of it, and the best weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,41 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import temporary_sibling, unreadable, write_atomically
+from ..files import temporary_sibling, unreadable
 from . import parallel
 from .optimization import Weights
+from .recipe import Recipe
 
 CHECKPOINT = "checkpoint.safetensors"
 BEST = "best.safetensors"
-LOG = "log.jsonl"
+
+# Fields of a recipe that leave the weights as they are.
+_DO_NOT_MATTER = ("workers", "save_every", "save_minutes")
+IMAGES = "the images' content"
+"""A setting that may differ after a run stopped at an image that it could not read."""
+_FIELDS = ("step", "best", "stale", "stopped", "evaluated", "skipped")
+_DAMAGE = (SafetensorError, KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError)
+_ADVICE = "put a good copy there, or start anew with --restart (restart=True)"
 
 
-_DO_NOT_MATTER = ("workers", "save_every")  # fields of a recipe that leave the weights as they are
+def run_identity(data: Any, recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what makes a run another one, as JSON has it."""
+    kinds = {"recipe": asdict(recipe), "data": [len(data), getattr(data, "fingerprint", None)], "settings": settings}
+    return json.loads(json.dumps(kinds))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Say how one run's `run_identity` differs from another's."""
+    ignored = {*_DO_NOT_MATTER, *([IMAGES] if old.get("unreadable") else [])}
+    found = []
+    for kind in ("recipe", "settings"):
+        for name in sorted({*old[kind], *new[kind]} - ignored):
+            before, now = old[kind].get(name), new[kind].get(name)
+            if before != now:
+                found.append(f"{name} was {before}, is {now}")
+    if old["data"] != new["data"]:
+        found.append("the data are other ones")
+    return found
 
 
 class State:
@@ -48,13 +75,16 @@ class State:
         self.stale = 0
         """Evaluations since the best one."""
         self.stopped = False
+        self.evaluated = -1
+        """Step of the last evaluation."""
+        self.skipped = 0
+        """Examples that were left out because an image could not be read."""
+        self.unreadable = False
+        """The run stops because data cannot be read, which may be mended before it goes on."""
+        self.resumed = False
         torch.manual_seed(identity["recipe"]["seed"])
-        if parallel.rank() == 0:
-            for name in (CHECKPOINT, BEST):
-                for left in folder.glob(f".*.{name}"):  # by a run that was killed while it wrote
-                    left.unlink()
-            if restart:
-                self.remove()
+        if restart and parallel.rank() == 0:
+            self.remove()
         parallel.wait()
         if self.path.is_file():
             self._load()
@@ -71,7 +101,7 @@ class State:
 
     def load_best(self) -> None:
         """Go back to the best weights."""
-        with safe_open(self._best, framework="pt") as file:
+        with self._open_best() as file:
             self.weights.load(file.get_tensor)
 
     def remove(self) -> None:
@@ -82,11 +112,10 @@ class State:
     def save(self) -> None:
         """Write the file."""
         rest = {
-            "step": self.step,
-            "best": self.best,
-            "stale": self.stale,
-            "stopped": self.stopped,
+            **{name: getattr(self, name) for name in _FIELDS},
+            "unreadable": self.unreadable,
             "random": random.getstate(),
+            "tensors": sum(1 for _ in self._tensors()),
             **self.identity,
         }
         _save(self.path, self._tensors(), {"state": json.dumps(rest)})
@@ -105,13 +134,41 @@ class State:
         try:
             with safe_open(self.path, framework="pt") as file:
                 rest = json.loads(file.metadata()["state"])
-                self._check(rest)
-                self._load_tensors(file)
-        except (SafetensorError, KeyError, TypeError) as error:
-            raise unreadable(self.path, "a checkpoint of a training run", error) from error
-        self.step, self.best, self.stale, self.stopped = (rest[key] for key in ("step", "best", "stale", "stopped"))
-        version, words, gauss = rest["random"]
-        random.setstate((version, tuple(words), gauss))
+                found = differences(rest, self.identity)
+                if not found:
+                    if not all(isinstance(rest[name], int) for name in ("step", "stale", "evaluated", "skipped")):
+                        raise TypeError("expected whole numbers")
+                    if rest["tensors"] != len(list(file.keys())):
+                        raise ValueError(f"expected {rest['tensors']} tensors, got {len(list(file.keys()))}")
+                    for name in _FIELDS:
+                        setattr(self, name, rest[name])
+                    self._load_tensors(file)
+                    version, words, gauss = rest["random"]
+                    random.setstate((version, tuple(words), gauss))
+        except torch.OutOfMemoryError:
+            raise
+        except _DAMAGE as error:
+            raise unreadable(self.path, "a checkpoint of a training run", f"{str(error)[:150]}; {_ADVICE}") from error
+        if found:
+            raise ValueError(
+                f"{self.path} is of another run: {'; '.join(found)}. Go on as it was, restart, or use another folder"
+            )
+        if self.best is not None:
+            with self._open_best():
+                pass
+        self.resumed = True
+
+    @contextmanager
+    def _open_best(self) -> Iterator[Any]:
+        if not self._best.is_file():
+            raise FileNotFoundError(f"{self._best}, the run's best weights, does not exist; {_ADVICE}")
+        try:
+            with safe_open(self._best, framework="pt") as file:
+                if missing := self.weights.masters.keys() - set(file.keys()):
+                    raise ValueError(f"it lacks {min(missing)}")
+                yield file
+        except _DAMAGE as error:
+            raise unreadable(self._best, "the run's best weights", f"{str(error)[:150]}; {_ADVICE}") from error
 
     def _load_tensors(self, file: Any) -> None:
         self.weights.load(lambda name: file.get_tensor(f"weights/{name}"))
@@ -130,21 +187,6 @@ class State:
         if self.weights.device.type == "cuda":
             torch.cuda.set_rng_state(file.get_tensor("random/cuda"))
 
-    def _check(self, rest: Mapping[str, Any]) -> None:
-        here = json.loads(json.dumps(self.identity))
-        differences = []
-        for kind in ("recipe", "settings"):
-            for name in sorted({*rest[kind], *here[kind]} - set(_DO_NOT_MATTER)):
-                old, new = rest[kind].get(name), here[kind].get(name)
-                if old != new:
-                    differences.append(f"{name} was {old}, is {new}")
-        if rest["data"] != here["data"]:
-            differences.append("the data are other ones")
-        if differences:
-            raise ValueError(
-                f"{self.path} is of another run: {'; '.join(differences)}. Go on as it was, restart, or use another folder"
-            )
-
 
 def _save(path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str]) -> None:
     """Write whole tensors, gathered from all processes, to a file, by the first one."""
@@ -153,46 +195,16 @@ def _save(path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: dict[str,
         whole = parallel.full(tensor)
         if parallel.rank() == 0:
             found[name] = whole.cpu().contiguous()
+    problem = None
     if parallel.rank() == 0:
-        with temporary_sibling(path) as temporary:
-            save_file(found, temporary, metadata)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    parallel.wait()
-
-
-class Log:
-    """`log.jsonl` with a line for every step and every evaluation, and TensorBoard's files where asked for."""
-
-    def __init__(self, folder: Path, *, after: int, tensorboard: bool) -> None:
-        self._file: Any = None
-        self._board: Any = None
-        if parallel.rank() > 0:
-            return
-        path = folder / LOG
-        old = path.read_text(encoding="utf-8").splitlines() if after and path.is_file() else []
-        # Steps after the checkpoint are done again; the last line of a run that was killed may be half of one.
-        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= after]
-        write_atomically(path, "".join(line + "\n" for line in kept).encode())
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder), purge_step=after + 1)
-
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for opened in (self._file, self._board):
-            if opened is not None:
-                opened.close()
-
-    def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """Add a line {"step", "kind", …}."""
-        if self._file is not None:
-            self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        try:
+            with temporary_sibling(path) as folder:  # safetensors writes to a temporary file, too, and a kill leaves it
+                folder.mkdir()
+                save_file(found, folder / path.name, metadata)
+                with (folder / path.name).open("rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(folder / path.name, path)
+        except OSError as error:
+            problem = error
+    if problem := parallel.of_the_first(problem):
+        raise problem

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 from . import parallel
+from .interruption import Interrupted, Signals
+from .loading import Batch, Collate, count_steps, micro_batch_size, read, share
+from .lock import exclusive
+from .log import Log
 from .optimization import Weights, build_optimizers, freeze
+from .progress import Progress
 from .recipe import PRECISIONS, Recipe, learning_rate_factor
-from .state import Log, State
+from .state import State, run_identity
 
-Batch: TypeAlias = dict[str, Tensor]
+# What a process may ask of all processes between two steps; the largest number wins. A signal's number is added to _STOP.
+_SAVE, _STOP, _FAILED = 1, 1 << 8, 1 << 16
 
 
 def suffix_loss(model: nn.Module, batch: Batch, recipe: Recipe) -> Tensor:
@@ -60,6 +61,11 @@ class _Task(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         return self._loss(self.model, batch, self._recipe)
 
+    @property
+    def judged(self) -> bool:
+        """Whether there is anything to judge it by."""
+        return self._evaluate is not None
+
     @torch.no_grad()
     def evaluate(self) -> Mapping[str, float]:
         assert self._evaluate is not None
@@ -76,7 +82,7 @@ def train(
     folder: str | Path,
     *,
     save: Callable[[], None],
-    collate: Callable[[list[Any]], Batch] | None = None,
+    collate: Collate | None = None,
     loss: Callable[[nn.Module, Batch, Recipe], Tensor] = suffix_loss,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -106,93 +112,174 @@ def train(
     Raises:
         ValueError: the checkpoint is of another recipe or other data, or the recipe does not fit the model or the data.
         RuntimeError: a loss is no finite number; the last checkpoint is kept. Or a package or torch lacks what is asked for.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, or another run is writing to it.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint holds all steps. Only the main thread handles signals.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    steps = count_steps(data, recipe, whole_batches=collate is None)
-    micro_batch_size(recipe)
-    if recipe.patience is not None and evaluate is None:
-        raise ValueError("patience: needs data to evaluate on")
-    if recipe.compile and parallel.world() > 1:
-        raise ValueError("compile: not with several processes")
-    if tensorboard and find_spec("tensorboard") is None:
-        raise RuntimeError("TensorBoard's files need the package `tensorboard`")
-    freeze(model, recipe.frozen)
-    task = _Task(model, loss, recipe, evaluate).train()
-    dtype = PRECISIONS[recipe.precision]
-    parallel.shard_(task, layers(model), dtype, "evaluate")
-    weights = Weights(model, dtype)
-    optimizers = build_optimizers(model, weights, recipe)
-    recipe_and_data = {"recipe": asdict(recipe), "data": [len(data), getattr(data, "fingerprint", None)]}  # type: ignore[arg-type]
-    state = State(folder, {**recipe_and_data, "settings": settings or {}}, weights, optimizers, restart=restart)
-    compute = torch.compile(task, dynamic=True) if recipe.compile else task
-
-    with (
-        checkpointed_layers(model) if recipe.gradient_checkpointing else nullcontext(),
-        Log(folder, after=state.step, tensorboard=tensorboard) as log,
-        tqdm(
-            total=steps,
-            initial=state.step,
-            unit="step",
-            mininterval=1,
-            smoothing=0.05,
-            disable=None if parallel.rank() == 0 else True,
-        ) as bar,
-    ):
-
-        def judge() -> bool:
-            """Evaluate, and tell whether patience is at its end."""
-            metrics = parallel.of_the_first(dict(task.evaluate()))
-            parallel.reshard(task)
-            log.write(state.step, "evaluation", metrics)
+    with exclusive(folder):
+        steps = count_steps(data, recipe, whole_batches=collate is None)
+        micro_batch_size(recipe)
+        if recipe.patience is not None and evaluate is None:
+            raise ValueError("patience: needs data to evaluate on")
+        if recipe.compile and parallel.world() > 1:
+            raise ValueError("compile: not with several processes")
+        if tensorboard and find_spec("tensorboard") is None:
+            raise RuntimeError("TensorBoard's files need the package `tensorboard`")
+        freeze(model, recipe.frozen)
+        task = _Task(model, loss, recipe, evaluate).train()
+        dtype = PRECISIONS[recipe.precision]
+        parallel.shard_(task, layers(model), dtype, "evaluate")
+        weights = Weights(model, dtype)
+        optimizers = build_optimizers(model, weights, recipe)
+        state = State(folder, run_identity(data, recipe, settings or {}), weights, optimizers, restart=restart)
+        with (
+            Log(folder, state, tensorboard=tensorboard) as log,
+            Progress(state.step, steps) as progress,
+            Signals() as signals,
+        ):
+            run = _Run(task, recipe, state, steps, log, progress, signals)
+            with checkpointed_layers(model) if recipe.gradient_checkpointing else nullcontext():
+                run.train(read(data, recipe, collate, range(state.step, steps), weights.device))
+            if recipe.patience is not None:
+                state.load_best()
+            parallel.unshard_(task, dtype)
             if parallel.rank() == 0:
-                values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-                bar.write(f"step {state.step}: {values}", file=sys.stderr)
-            return recipe.patience is not None and state.judge(metrics["loss"], recipe.patience)
+                model.eval()
+                run.finish(save)
+        parallel.wait()
 
-        if evaluate is not None and state.step == 0:
-            judge()
-        average: float | None = None
-        started = time.perf_counter()
-        for batches in [] if state.stopped else read(data, recipe, collate, range(state.step, steps), weights.device):
-            rate = recipe.learning_rate * learning_rate_factor(state.step, steps, recipe)
-            mean, norm = _gradients(compute, batches, weights, recipe)
-            if not math.isfinite(mean + norm):
-                raise RuntimeError(
-                    f"step {state.step + 1}: the loss is {mean} and its gradient's norm {norm}; the weights are left as they "
-                    "were. A lower learning rate or a longer warm-up may help"
-                )
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-                optimizer.zero_grad()
-            weights.put()
-            state.step += 1
-            seconds = time.perf_counter() - started
-            measured = {"loss": mean, "learning_rate": rate, "gradient_norm": norm}
-            speed = {"examples_per_second": recipe.batch_size / seconds, "seconds": seconds}
-            log.write(state.step, "train", measured | speed)
-            average = mean if average is None else average + 0.02 * (mean - average)
-            bar.set_postfix(loss=f"{average:.4f}", lr=f"{rate:.2e}", refresh=False)
-            bar.update()
-            last = state.step == steps
-            if evaluate is not None and (last or recipe.eval_every and state.step % recipe.eval_every == 0):
-                last |= judge()
-            if last or state.step % recipe.save_every == 0:
-                state.save()
-            if last:
+
+class _Run:
+    """The steps of a run. Whatever stops it is looked at between two steps, where a checkpoint holds everything."""
+
+    def __init__(
+        self, task: _Task, recipe: Recipe, state: State, steps: int, log: Log, progress: Progress, signals: Signals
+    ) -> None:
+        self._task, self._recipe, self._state, self._steps = task, recipe, state, steps
+        self._log, self._progress, self._signals = log, progress, signals
+        self._compute = torch.compile(task, dynamic=True) if recipe.compile else task
+        self._saved_step, self._saved_time = state.step, time.monotonic()
+        self._reported: set[str] = set()
+
+    def train(self, data: Iterator[list[Batch]]) -> None:
+        """Take the steps that are left, with these micro batches of each, and evaluate in between."""
+        state = self._state
+        while True:
+            if self._evaluation_is_due():
+                self._judge()
+            if state.stopped or state.step == self._steps:
                 break
             started = time.perf_counter()
-    if recipe.patience is not None:
-        state.load_best()
-    parallel.unshard_(task, dtype)
-    if parallel.rank() == 0:
-        model.eval()
-        save()
-        state.remove()
-    parallel.wait()
+            try:
+                batches = next(data)
+            except Exception:
+                self._settle(failed=True)
+                raise
+            waited = time.perf_counter() - started
+            skipped = self._settle(skipped=self._report_skipped(batches))
+            self._step(batches, skipped, time.perf_counter() - waited)
+        state.save()
+        if state.skipped:
+            self._log.write(state.step, "skipped", {"examples": state.skipped})
+            self._progress.write(f"{state.skipped} examples were skipped: an image of theirs could not be read")
+
+    def finish(self, save: Callable[[], None]) -> None:
+        """Write the result, then remove the checkpoint."""
+        try:
+            with self._at_once():
+                save()
+        except Interrupted as interruption:
+            raise self._interrupted(interruption.signum) from None
+        self._state.remove()
+
+    def _step(self, batches: list[Batch], skipped: int, started: float) -> None:
+        state, recipe, weights = self._state, self._recipe, self._state.weights
+        rate = recipe.learning_rate * learning_rate_factor(state.step, self._steps, recipe)
+        mean, norm = _gradients(self._compute, batches, weights, recipe)
+        if not math.isfinite(mean + norm):
+            raise RuntimeError(
+                f"step {state.step + 1}: the loss is {mean} and its gradient's norm {norm}; the weights are left as they "
+                "were. A lower learning rate or a longer warm-up may help"
+            )
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.put()
+        state.step += 1
+        state.skipped += skipped
+        seconds = time.perf_counter() - started
+        values = {
+            "loss": mean,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "examples_per_second": recipe.batch_size / seconds,
+            "seconds": seconds,
+        }
+        self._log.write(state.step, "train", values | ({"skipped": skipped} if skipped else {}))
+        self._progress.update(state.step, mean, rate)
+
+    def _evaluation_is_due(self) -> bool:
+        step, every = self._state.step, self._recipe.eval_every
+        due = step in (0, self._steps) or every is not None and step % every == 0
+        return due and self._task.judged and self._state.evaluated != step
+
+    def _judge(self) -> None:
+        """Evaluate, and see whether patience is at its end."""
+        state, patience = self._state, self._recipe.patience
+        try:
+            with self._at_once():
+                metrics = dict(self._task.evaluate())
+        except Interrupted:
+            self._settle()
+            raise
+        except Exception:
+            self._settle(failed=True)
+            raise
+        metrics = parallel.of_the_first(metrics)
+        parallel.reshard(self._task)
+        self._log.write(state.step, "evaluation", metrics)
+        self._progress.write(f"step {state.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
+        state.evaluated = state.step
+        if patience is not None:
+            state.judge(metrics["loss"], patience)
+
+    def _at_once(self) -> AbstractContextManager[None]:
+        """Let a signal break off what leaves the weights as they are. Several processes would wait for each other."""
+        return self._signals.at_once() if parallel.world() == 1 else nullcontext()
+
+    def _settle(self, *, failed: bool = False, skipped: int = 0) -> int:
+        """Save as any process has reason to, stop unless this one failed itself, and give all processes' sum of `skipped`."""
+        state, recipe, signum = self._state, self._recipe, self._signals.received
+        wish = _FAILED if failed else _STOP + signum if signum else 0
+        if not wish and state.step != self._saved_step:
+            minutes = (time.monotonic() - self._saved_time) / 60
+            wish = _SAVE if state.step % recipe.save_every == 0 or minutes >= recipe.save_minutes else 0
+        wishes, counts = zip(*parallel.gather((wish, skipped), state.weights.device), strict=True)
+        wish = max(wishes)
+        if wish:
+            state.unreadable = wish == _FAILED
+            state.save()
+            self._saved_step, self._saved_time = state.step, time.monotonic()
+        if wish == _FAILED and not failed:
+            raise RuntimeError("another process could not go on; it says why")
+        if _STOP < wish < _FAILED:
+            raise self._interrupted(wish - _STOP)
+        return sum(counts)
+
+    def _interrupted(self, signum: int) -> Interrupted:
+        state = self._state
+        return Interrupted(signum, f": stopped after step {state.step} of {self._steps}, which {state.path} holds")
+
+    def _report_skipped(self, batches: list[Batch]) -> int:
+        """Take from batches what says which examples were skipped, print what was not printed before, give the count."""
+        found: list[str] = [problem for batch in batches for problem in batch.pop("skipped", ())]  # type: ignore[misc]
+        for problem in dict.fromkeys(found):
+            if problem not in self._reported:
+                self._reported.add(problem)
+                self._progress.write(f"skipped {problem}", every_process=True)
+        return len(found)
 
 
 def _gradients(
@@ -213,81 +300,6 @@ def _gradients(
     # Both at once, the only time in a step that the device is waited for.
     mean, length = torch.stack((torch.stack(losses).sum().float(), parallel.full(norm))).tolist()
     return parallel.total(mean, weights.device) / parallel.world(), length
-
-
-def micro_batch_size(recipe: Recipe) -> int:
-    """Give the examples of a process's forward pass; ValueError when they cannot be the same number for all."""
-    size = recipe.micro_batch or max(1, recipe.batch_size // parallel.world())
-    if recipe.batch_size % (size * parallel.world()):
-        raise ValueError(
-            f"batch_size: {recipe.batch_size} examples in micro batches of {size} are not for {parallel.world()} processes"
-        )
-    return size
-
-
-def count_steps(data: Dataset[Any], recipe: Recipe, *, whole_batches: bool = False) -> int:
-    """Give the steps of a run; ValueError when the data are empty, or read in order and not enough."""
-    examples = len(data) * (micro_batch_size(recipe) if whole_batches else 1)  # type: ignore[arg-type]
-    if examples == 0:
-        raise ValueError("data: there are no examples")
-    steps = recipe.steps if recipe.epochs is None else math.ceil(recipe.epochs * examples / recipe.batch_size)
-    assert steps is not None
-    if not getattr(data, "shuffle", True) and steps * recipe.batch_size > examples:
-        raise ValueError(
-            f"data: {steps} steps of {recipe.batch_size} examples are wanted, but there are {examples} to read once"
-        )
-    return steps
-
-
-def read(
-    data: Dataset[Any],
-    recipe: Recipe,
-    collate: Callable[[list[Any]], Batch] | None,
-    steps: range,
-    device: torch.device,
-) -> Iterator[list[Batch]]:
-    """Give this process's micro batches of each of these steps; what earlier steps took is skipped without being read."""
-    size = micro_batch_size(recipe)
-    count = recipe.batch_size // size
-    n, shuffle = len(data), getattr(data, "shuffle", True)  # type: ignore[arg-type]
-
-    def chunks() -> Iterator[Any]:
-        order = _order(n, recipe.seed, shuffle, steps.start * (count if collate is None else recipe.batch_size))
-        for index in range(count * len(steps)):
-            chunk = next(order) if collate is None else list(itertools.islice(order, size))
-            if index % parallel.world() == parallel.rank():
-                yield chunk
-
-    indices: Any = chunks()
-    loader = DataLoader(
-        data,
-        batch_size=None if collate is None else 1,
-        sampler=indices if collate is None else None,
-        batch_sampler=None if collate is None else indices,
-        collate_fn=collate,
-        num_workers=recipe.workers,
-        prefetch_factor=4 if recipe.workers else None,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator().manual_seed(recipe.seed),
-    )
-    batches = iter(loader)
-    for _ in steps:
-        yield list(itertools.islice(batches, count // parallel.world()))
-
-
-def _order(n: int, seed: int, shuffle: bool, first: int) -> Iterator[int]:
-    """All indices of the epochs one after another, from the `first`-th on."""
-    for epoch in itertools.count(first // n):
-        indices = np.random.default_rng((seed, epoch)).permutation(n).tolist() if shuffle else range(n)
-        yield from indices[first % n if epoch == first // n else 0 :]
-
-
-def share(batch: Batch, recipe: Recipe) -> int:
-    """What a micro batch counts: its examples with labels, or its labels; 1 where there are none to count."""
-    if "labels" not in batch:
-        return 1
-    counts = (batch["labels"][:, 1:] != -100).sum(1)
-    return int(counts.sum() if recipe.loss_reduction == "token" else (counts > 0).sum())
 
 
 def layers(model: nn.Module) -> list[nn.Module]:

@@ -13,60 +13,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from PIL import Image
 from safetensors.torch import load_file
+from tiny import COLOURS, FAST, write_lines
 
 from pg_kernels.integrations.peft import register
-from pg_kernels.model import EMBEDDED_CHECKPOINT, PaliGemma, PaliGemmaConfig, Processor, TextConfig, VisionConfig, cli
-from pg_kernels.model.tokenizer import Tokenizer
+from pg_kernels.model import PaliGemma, Processor, cli
 from pg_kernels.model.training.data import Collator, Example, JsonLines
 from pg_kernels.model.training.state import State
-
-COLOURS = ("red", "blue", "white")
-FAST = ("--workers", 0, "--learning-rate", 1e-2, "--batch-size", 6, "--warmup", 0.1)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = Tokenizer.from_pretrained(EMBEDDED_CHECKPOINT)
-    torch.manual_seed(0)
-    config = PaliGemmaConfig(
-        vision_config=VisionConfig(32, 48, 1, 2, image_size=28),
-        text_config=TextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            max_position_embeddings=64,
-        ),
-        image_token_id=tokenizer.image_token_id,
-    )
-    PaliGemma(config).save_pretrained(folder)
-    Processor(tokenizer, image_size=28, num_image_tokens=4).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for colour in COLOURS:
-        Image.new("RGB", (10, 10), colour).save(folder / f"{colour}.png")
-    lines = [
-        {"image": f"{colour}.png", "prefix": prefix, "suffix": [colour, colour.title()]}
-        for colour in COLOURS
-        for prefix in ("what", "which")
-    ]
-    write(folder / "data.jsonl", lines)
-    return folder / "data.jsonl"
-
-
-def write(path: Path, lines: list[Any]) -> Path:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return path
 
 
 def finetune(*arguments: object) -> int:
@@ -102,8 +55,12 @@ def test_an_output_folder_is_not_overwritten_by_mistake(
 ) -> None:
     common = ("--checkpoint", checkpoint, "--data", data, "--output", tmp_path / "out", "--steps", 1, *FAST)
     assert finetune(*common) == 0
-    assert finetune(*common) == 1
+    written = (tmp_path / "out/model.safetensors").stat().st_mtime_ns
+    assert finetune(*common, "--save-every", 3) == 0
+    assert "out holds the result of this run already" in capsys.readouterr().err
+    assert finetune(*common, "--seed", 3) == 1
     assert "out holds a model already (config.json); use another folder, or restart" in capsys.readouterr().err
+    assert (tmp_path / "out/model.safetensors").stat().st_mtime_ns == written
     assert finetune(*common, "--restart") == 0
     assert finetune(*common, "--restart", "--lora", 2) == 1
     assert "out holds a model of another kind (config.json)" in capsys.readouterr().err
@@ -244,7 +201,7 @@ GOOD = {"image": "red.png", "prefix": "what", "suffix": "red"}
     ],
 )
 def test_bad_lines_are_named(data: Path, tmp_path: Path, line: Any, message: str) -> None:
-    path = write(tmp_path / "data.jsonl", [GOOD, "", line])
+    path = write_lines(tmp_path / "data.jsonl", [GOOD, "", line])
     (tmp_path / "red.png").write_bytes((data.parent / "red.png").read_bytes())
     with pytest.raises((ValueError, OSError), match=message):
         JsonLines(path)
@@ -253,7 +210,7 @@ def test_bad_lines_are_named(data: Path, tmp_path: Path, line: Any, message: str
 def test_lines_too_long_and_files_missing_are_named(
     checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write(tmp_path / "data.jsonl", [GOOD, {**GOOD, "prefix": "what " * 70}])
+    path = write_lines(tmp_path / "data.jsonl", [GOOD, {**GOOD, "prefix": "what " * 70}])
     common = ("--checkpoint", checkpoint, "--images", data.parent, "--output", tmp_path / "out", "--steps", 1)
     for given, message in (
         (("--data", path), "line 2: prompts[0]: 4 image tokens"),
