@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pg_kernels.model import PaliGemma
+from pg_kernels.model.checkpoints.saving import head_is_embedding
 from pg_kernels.model.config import TextConfig
 from pg_kernels.model.files import temporary_sibling
 from pg_kernels.nn import RMSNorm
@@ -82,7 +83,7 @@ def write_gguf(model: PaliGemma, path: Path, *, progress: bool = True) -> None:
 
 def _check(model: PaliGemma) -> None:
     config = model.config.text_config
-    if not model.config.tie_word_embeddings:
+    if not (model.config.tie_word_embeddings and head_is_embedding(model)):
         raise ValueError("tie_word_embeddings: llama.cpp's Gemma has no output head of its own")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if (getattr(config, name) is None) != (config.model_type == "gemma"):

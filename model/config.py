@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
+
+from .files import read_json_object, shown
 
 IMAGE_TOKEN_ID = 257_152
 """Id of `<image>` in the released vocabulary: the first one after 256,000 text, 1,024 loc and 128 seg pieces."""
@@ -22,7 +26,7 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _require_positive(self)
+        _check_fields(self, "vision_config.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"vision_config: hidden_size {self.hidden_size} is not a multiple of "
@@ -62,8 +66,8 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         if self.model_type not in ("gemma", "gemma2"):
-            raise ValueError(f"text_config: model_type is {self.model_type!r}; supported are 'gemma' and 'gemma2'")
-        _require_positive(self)
+            raise ValueError(f"text_config.model_type is {shown(self.model_type)}; supported are 'gemma' and 'gemma2'")
+        _check_fields(self, "text_config.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"text_config: num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -86,8 +90,11 @@ class PaliGemmaConfig:
     image_token_id: int = IMAGE_TOKEN_ID
     pad_token_id: int = 0
     bos_token_id: int = 2
-    eos_token_id: int = 1
+    eos_token_id: int | tuple[int, ...] = 1
     tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        _check_fields(self, "", least=0)
 
     @classmethod
     def named(cls, name: str) -> PaliGemmaConfig:
@@ -102,48 +109,66 @@ class PaliGemmaConfig:
         return cls(vision_config=VisionConfig(image_size=int(resolution)), text_config=_RELEASED[family])
 
     @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> PaliGemmaConfig:
+    def from_file(cls, path: Path) -> PaliGemmaConfig:
+        """Read a Hugging Face `config.json`. ValueError naming the file and the field for what is no PaliGemma."""
+        content = read_json_object(path)
+        try:
+            return cls.from_dict(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> PaliGemmaConfig:
         """Read the content of a Hugging Face `config.json`, in any form from transformers 4.41 to 5.x.
 
         Fields that the file leaves out have Hugging Face's defaults. Raises ValueError naming the architecture or
         the field when the file describes something else than a PaliGemma.
         """
         if config.get("model_type") != "paligemma":
-            raise ValueError(f"config.json: model_type is {config.get('model_type')!r}, expected 'paligemma'")
-        text, vision = dict(config.get("text_config") or {}), dict(config.get("vision_config") or {})
+            raise ValueError(f"model_type is {shown(config.get('model_type'))}, expected 'paligemma'")
+        text, vision = _section(config, "text_config"), _section(config, "vision_config")
         for name, section in (("text_config", text), ("vision_config", vision)):
-            activation = section.get("hidden_activation") or section.get("hidden_act") or "gelu_pytorch_tanh"
+            activation = _first(section.get("hidden_activation"), section.get("hidden_act"), "gelu_pytorch_tanh")
             # Early Gemma files say "gelu"; transformers has always run them with the tanh form that Gemma was trained with.
             if activation not in ("gelu_pytorch_tanh", "gelu_fast") and not (
                 name == "text_config" and activation == "gelu"
             ):
-                raise ValueError(f"config.json: {name} has activation {activation!r}, expected 'gelu_pytorch_tanh'")
-        rope = text.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default" or text.get("rope_scaling"):
-            raise ValueError(f"config.json: text_config scales its rotary embeddings ({rope or text['rope_scaling']})")
+                raise ValueError(f"{name} has activation {shown(activation)}, expected 'gelu_pytorch_tanh'")
+        rope = text.get("rope_parameters")
+        if not isinstance(rope, dict | None):
+            raise ValueError(f"text_config.rope_parameters is {shown(rope)}, expected an object")
+        rope = rope or {}
+        scaling = text.get("rope_scaling") or rope.get("rope_type", "default") != "default"
+        if scaling or any(isinstance(value, dict) for value in rope.values()):
+            raise ValueError(f"text_config scales its rotary embeddings ({shown(rope or text['rope_scaling'])})")
         text.setdefault("model_type", "gemma")
         text.setdefault("vocab_size", config.get("vocab_size", TextConfig.vocab_size))
-        text.setdefault("rope_theta", rope.get("rope_theta", TextConfig.rope_theta))
+        text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta", TextConfig.rope_theta))
         if text["model_type"] == "gemma2":
             text = {**_HF_GEMMA2_DEFAULTS, **text}
             types = text.get("layer_types")
+            if types is not None and not isinstance(types, list):
+                raise ValueError(f"text_config.layer_types is {shown(types)}, expected a list")
             if types is not None and "sliding_attention" not in types:
                 text["sliding_window"] = None
             elif types is not None and text["sliding_window"] is not None:
                 expected = ["full_attention" if i % 2 else "sliding_attention" for i in range(len(types))]
                 if types != expected:
-                    raise ValueError("config.json: text_config.layer_types is not sliding, full, sliding, full, …")
+                    raise ValueError("text_config.layer_types is not sliding, full, sliding, full, …")
         else:
             text.update(sliding_window=None, attn_logit_softcapping=None, final_logit_softcapping=None)
             text["query_pre_attn_scalar"] = None
-        image_token_id = config.get("image_token_index", config.get("image_token_id", IMAGE_TOKEN_ID))
+        image_field = "image_token_index" if "image_token_index" in config else "image_token_id"
+        image_token_id = config.get(image_field, IMAGE_TOKEN_ID)
+        _check(image_field, image_token_id, "int", 0)
+        ends = _first(config.get("eos_token_id"), text.get("eos_token_id"), 1)
         return cls(
             vision_config=VisionConfig(**_known_fields(VisionConfig, vision)),
             text_config=TextConfig(**_known_fields(TextConfig, text)),
             image_token_id=image_token_id,
             pad_token_id=_first(config.get("pad_token_id"), text.get("pad_token_id"), 0),
             bos_token_id=_first(config.get("bos_token_id"), text.get("bos_token_id"), 2),
-            eos_token_id=_first(config.get("eos_token_id"), text.get("eos_token_id"), 1),
+            eos_token_id=tuple(ends) if isinstance(ends, list) else ends,
             tie_word_embeddings=config.get("tie_word_embeddings", True),
         )
 
@@ -198,11 +223,37 @@ def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
 
-def _require_positive(config: VisionConfig | TextConfig) -> None:
+def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A copy of a nested object, empty if the file leaves it out."""
+    section = config.get(name, {})
+    if not isinstance(section, dict):
+        raise ValueError(f"{name} is {shown(section)}, expected an object")
+    return dict(section)
+
+
+def _check_fields(config: VisionConfig | TextConfig | PaliGemmaConfig, path: str, *, least: int = 1) -> None:
+    """Raise ValueError naming a field that has another type, is not finite, or is out of range; integers start at `least`."""
     for f in fields(config):
-        value = getattr(config, f.name)
-        if isinstance(value, (int, float)) and value <= 0:
-            raise ValueError(f"{type(config).__name__}: {f.name} is {value}, expected a positive number")
+        _check(path + f.name, getattr(config, f.name), str(f.type), least)
+
+
+def _check(name: str, value: Any, kind: str, least: int) -> None:
+    if value is None and kind.endswith(" | None"):
+        return
+    if kind.startswith("int"):
+        several = isinstance(value, tuple) and kind.endswith("tuple[int, ...]") and value
+        # No tensor has a size beyond 64 bits.
+        valid = all(type(v) is int and least <= v < 2**63 for v in (value if several else [value]))
+        expected = f"an integer of at least {least}"
+    elif kind.startswith("float"):
+        valid = type(value) in (int, float) and 0 < value < 2**63  # NaN is not
+        expected = "a positive number"
+    elif kind == "bool":
+        valid, expected = type(value) is bool, "true or false"
+    else:
+        return
+    if not valid:
+        raise ValueError(f"{name} is {shown(value)}, expected {expected}")
 
 
 def _gemma2(**shape: Any) -> TextConfig:

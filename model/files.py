@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import reprlib
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -71,6 +72,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise unreadable(path, "a JSON object", error) from error
+    except RecursionError as error:
+        raise unreadable(path, "a JSON object", "it is nested too deeply") from error
     if not isinstance(content, dict):
         raise unreadable(path, "a JSON object", f"it holds a {type(content).__name__}")
     return content
@@ -81,4 +84,10 @@ def unreadable(path: Path, kind: str, reason: object) -> ValueError:
     with path.open("rb") as file:
         if file.read(24) == b"version https://git-lfs.":
             reason = "it is a Git LFS pointer; fetch the real file with `git lfs pull`"
-    return ValueError(f"{path} cannot be read as {kind}: {reason}")
+    return ValueError(f"{path} cannot be read as {kind}: {str(reason)[:300]}")
+
+
+def shown(value: object) -> str:
+    """Give a value of a file as an error message shows it: JSON's words, and only the beginning of what is long or deep."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else reprlib.repr(value)

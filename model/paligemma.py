@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class PaliGemma(nn.Module):
     def __init__(self, config: PaliGemmaConfig) -> None:
         super().__init__()
         self.config = config
+        self.generation_defaults: dict[str, Any] = {}
+        """The content of the checkpoint's generation_config.json, which `save_pretrained` writes again."""
         self.sessions: Sessions[Session] = Sessions()
         self.model = PaliGemmaModel(config)
         text = config.text_config
@@ -280,6 +283,21 @@ class PaliGemma(nn.Module):
             raise ValueError(
                 f"input_ids: ids must lie in [0, {vocabulary}), got {int(input_ids.min())} to {int(input_ids.max())}"
             )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Untie the head if `state_dict` has another one than the embedding, of which it would be loaded over the other."""
+        embedding: Any = self.model.language_model.embed_tokens
+        if getattr(self.lm_head, "weight", None) is getattr(embedding, "weight", None):
+            for leaf in ("weight", "weight_scale"):  # the scale of int8
+                head, table = (
+                    state_dict.get(f"{prefix}{owner}.{leaf}")
+                    for owner in ("lm_head", "model.language_model.embed_tokens")
+                )
+                if head is not None and table is not None and not torch.equal(head, table.to(head)):
+                    self.lm_head.weight = copy.deepcopy(self.lm_head.weight)
+                    self.config = replace(self.config, tie_word_embeddings=False)
+                    break
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _initialize(self) -> None:
         """Variance-preserving matrices, unit-variance scaled embeddings, norms that start as the identity, biases of zero."""

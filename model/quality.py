@@ -121,7 +121,7 @@ def _padded(answers: Tensor, length: int, model: PaliGemma) -> Tensor:
 
 def _with_answers(inputs: Mapping[str, Tensor], answers: Tensor, model: PaliGemma) -> dict[str, Tensor]:
     """Prompts with answers behind them, padded on the right where an answer is shorter."""
-    ended = (answers == model.config.eos_token_id).cumsum(1) > 0
+    ended = torch.isin(answers, answers.new_tensor(model.config.eos_token_id)).cumsum(1) > 0
     valid = ended.roll(1, 1).index_fill(1, torch.zeros(1, dtype=torch.int64, device=ended.device), False).logical_not()
     return {
         **inputs,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import lzma
 import math
 import os
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +19,7 @@ import torch
 
 from ..config import PaliGemmaConfig, TextConfig, VisionConfig
 from ..files import temporary_sibling, unreadable
-from .layout import TensorSpec, raw_bytes
+from .layout import TensorSpec, raw_bytes, widest
 
 # numpy has no bfloat16: JAX arrays of it are stored as two-byte voids.
 _DTYPES = {
@@ -34,10 +35,13 @@ _HF_PADDED_VOCABULARY = 257_216  # Hugging Face's files: <image> and random rows
 
 _IMAGE_BLOCK = "img/Transformer/encoderblock"
 _TEXT_BLOCK = "llm/layers"
-_BLOCK = re.compile(rf"({_IMAGE_BLOCK}|{_TEXT_BLOCK})(?:[_/](\d+))?/(.+)")
+_BLOCK = re.compile(rf"({_IMAGE_BLOCK}|{_TEXT_BLOCK})(?:[_/](\d{{1,6}}))?/(.+)")
 # Optimiser and clock of a training checkpoint, and SigLIP's pooling head, which PaliGemma does not use.
 _IGNORED = re.compile(r"(?:opt|chrono)(?:/|$)|img/MAPHead_0/")
 _CHUNK_BYTES = 1 << 20
+_MAX_LAYERS = 10_000  # a damaged header may say any number
+# What reading a damaged zip file or array raises: encrypted and unknown compression are the last two.
+_DAMAGE = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, RuntimeError)
 
 Split = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 Join = Callable[[tuple[torch.Tensor, ...], int], torch.Tensor]
@@ -201,12 +205,14 @@ _LAYER_PREFIXES = {_IMAGE_BLOCK: "model.vision_tower.encoder.layers", _TEXT_BLOC
 class _Member:
     """An array in the zip file; `array` is None where nothing in the model is called so.
 
-    `layers` is the range of layers it holds, None outside the stacks; `stacked` whether its first axis runs over them.
+    `data_bytes` is how much follows the header. `layers` is the range of layers it holds, None outside the stacks; `stacked`
+    whether its first axis runs over them.
     """
 
     member: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    data_bytes: int
     array: _Array | None
     block: str | None
     layers: range | None
@@ -220,12 +226,15 @@ class _Member:
         return tuple(f"{_LAYER_PREFIXES[self.block]}.{layer}.{name}" for name in self.array.names)
 
 
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, whether column-major, and dtype; leaves the file at the data."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)
     if version == (2, 0):
+        length = int.from_bytes(file.peek(4)[:4], "little")
+        if length > 1 << 16:  # numpy would read it all before it refuses
+            raise ValueError(f"its header has {length} bytes")
         return np.lib.format.read_array_header_2_0(file)
     raise ValueError(f"version {version} of the .npy format is not supported")
 
@@ -252,9 +261,12 @@ class BigVisionReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.quantization: dict[str, Any] | None = None
+        self.generation_defaults: dict[str, Any] = {}
+        self.prefix = ""
+        self.outside: dict[str, str] = {}
         try:
             self._zip = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, ValueError, RuntimeError, struct.error) as error:
             raise unreadable(path, ".npz", error) from error
         members = self._key_members()
         self._gemma2 = any(re.search(r"(?:^|/)post_(?:attention|ffw)_norm/", key) for key in members)
@@ -275,14 +287,16 @@ class BigVisionReader:
             self._add(key, member)
         if not self._members:
             raise ValueError(f"{path} holds no arrays")
-        self.dtype = reduce(torch.promote_types, (member.dtype for member in self._members))
+        self.dtype = widest(member.dtype for member in self._members)
 
     def _key_members(self) -> dict[str, str]:
         """Key, without `params/` and `.npy`, -> name in the zip file."""
-        keys = {}
+        keys: dict[str, str] = {}
         for member in self._zip.namelist():
             key = member.removesuffix(".npy").removeprefix("params/")
             if not _IGNORED.match(key) and not member.endswith("/"):
+                if key in keys:
+                    raise self._error(member, f"holds the same array as {keys[key].removesuffix('.npy')}")
                 keys[key] = member
         return keys
 
@@ -293,13 +307,16 @@ class BigVisionReader:
         try:
             with self._zip.open(member) as file:
                 shape, _, dtype = _read_header(file)
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                data_bytes = self._zip.getinfo(member).file_size - file.tell()
+        except Exception as error:  # numpy parses a header as Python source, which can raise nearly anything
             raise self._error(member, f"cannot be read as an array: {error}") from error
         if dtype.hasobject:
             raise self._error(member, "is an array of Python objects, which are never unpickled")
         if dtype not in _DTYPES:
             raise self._error(member, f"has dtype {dtype}, expected float32, float16, bfloat16 (|V2) or float64")
-        entry = self._match(key, member, shape, _DTYPES[dtype])
+        if any(size < 1 for size in shape) or math.prod(shape) >= 2**60:
+            raise self._error(member, f"has shape {list(shape)}, which no array of a model has")
+        entry = self._match(key, _Member(member, shape, _DTYPES[dtype], data_bytes, None, None, None, stacked=False))
         self._members.append(entry)
         self._by_key[key] = entry
         for layer in [None] if entry.layers is None else entry.layers:
@@ -309,10 +326,11 @@ class BigVisionReader:
                 self.shapes[name] = part
                 self._sources[name] = member.removesuffix(".npy")
 
-    def _match(self, key: str, member: str, shape: tuple[int, ...], dtype: torch.dtype) -> _Member:
+    def _match(self, key: str, entry: _Member) -> _Member:
+        """Say what the model calls an array of this key, if anything."""
         for array in _SINGLE_ARRAYS:
             if array.key == key:
-                return _Member(member, shape, dtype, array, None, None, stacked=False)
+                return replace(entry, array=array)
         match = _BLOCK.fullmatch(key)
         if match:
             block, layer, rest = match.groups()
@@ -320,11 +338,13 @@ class BigVisionReader:
             found = arrays.get(rest) or arrays.get(f"{rest}/w")
             if found is not None:
                 if layer is not None:
-                    return _Member(member, shape, dtype, found, block, range(int(layer), int(layer) + 1), stacked=False)
-                if not shape:
-                    raise self._error(member, "has no layer axis")
-                return _Member(member, shape, dtype, found, block, range(shape[0]), stacked=True)
-        return _Member(member, shape, dtype, None, None, None, stacked=False)
+                    return replace(entry, array=found, block=block, layers=range(int(layer), int(layer) + 1))
+                if not entry.shape:
+                    raise self._error(entry.member, "has no layer axis")
+                if entry.shape[0] > _MAX_LAYERS:
+                    raise self._error(entry.member, f"has shape {list(entry.shape)}, more layers than {_MAX_LAYERS}")
+                return replace(entry, array=found, block=block, layers=range(entry.shape[0]), stacked=True)
+        return entry
 
     def _part_shapes(self, entry: _Member) -> list[tuple[int, ...]]:
         """The shapes of one layer's parameters."""
@@ -352,7 +372,7 @@ class BigVisionReader:
                     if spelling in self._by_key:
                         entry = self._by_key[spelling]
                         return entry.shape[1:] if entry.stacked else entry.shape
-        raise ValueError(f"{self.path}: {' or '.join(keys)} is missing")
+        raise ValueError(f"{' or '.join(keys)} is missing")
 
     def _depth(self, block: str) -> int:
         return 1 + max(
@@ -365,11 +385,17 @@ class BigVisionReader:
         What no shape tells is as released: softcaps 50 and 30 with Gemma 2, the query scale head_dim^-1/2 (27B: 144^-1/2),
         no sliding window.
         """
+        try:
+            return self._infer_config()
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+    def _infer_config(self) -> PaliGemmaConfig:
         patch_size, _, _, width = self._shape("img/embedding/kernel")
         tokens = self._shape("img/pos_embedding")[1]
         side = math.isqrt(tokens)
         if side * side != tokens:
-            raise ValueError(f"{self.path}: img/pos_embedding has {tokens} positions, expected a square number")
+            raise ValueError(f"img/pos_embedding has {tokens} positions, expected a square number")
         vision = VisionConfig(
             hidden_size=width,
             intermediate_size=self._shape(f"{_IMAGE_BLOCK}/MlpBlock_0/Dense_0/kernel")[1],
@@ -416,16 +442,29 @@ class BigVisionReader:
         self, names: Iterable[str], dtype: torch.dtype, device: torch.device
     ) -> Iterator[tuple[str, torch.Tensor]]:
         wanted = set(names)
-        for entry in self._members:
-            if entry.array is None:
-                continue
+        members = [(entry, entry.array) for entry in self._members if entry.array is not None]
+        for entry, _ in members:  # before any memory is taken
+            self._check_size(entry)
+        for entry, array in members:
             layers: Iterable[int | None] = [None] if entry.layers is None else entry.layers
             for layer, source in zip(layers, self._layers(entry), strict=True):
-                parts = entry.array.split(source)
+                parts = array.split(source)
                 for name, part in zip(entry.names(layer), parts, strict=True):
                     if name in wanted:
                         # copy=True: the memory of `source` is used again for the next layer.
                         yield name, part.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def _check_size(self, entry: _Member) -> None:
+        """Raise ValueError for an array whose shape is not that of its data, or whose data cannot be in the file."""
+        expected = TensorSpec(entry.member, entry.shape, entry.dtype).nbytes
+        info = self._zip.getinfo(entry.member)
+        # Deflate makes at most 1032 bytes of one.
+        held = info.compress_size * (1 if info.compress_type == zipfile.ZIP_STORED else 1032)
+        if entry.data_bytes != expected or expected > held:
+            found = min(entry.data_bytes, held)
+            raise self._error(
+                entry.member, f"has {found} bytes of data, expected {expected} for shape {list(entry.shape)}"
+            )
 
     def _layers(self, entry: _Member) -> Iterator[torch.Tensor]:
         """Yields the array's layers one after the other, valid until the next one is asked for.
@@ -448,7 +487,7 @@ class BigVisionReader:
                 # Reading to the end makes zipfile compare the checksum.
                 if file.read(1):
                     raise ValueError("has more data than its shape says")
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except _DAMAGE as error:
             raise self._error(entry.member, f"cannot be read: {error}") from error
 
 

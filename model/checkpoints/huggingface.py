@@ -7,8 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import reduce
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..config import PaliGemmaConfig
-from ..files import json_bytes, read_json_object, temporary_sibling, unreadable
-from .layout import EMBEDDING, HEAD, SCALE, TensorSpec, raw_bytes
+from ..files import json_bytes, read_json_object, shown, temporary_sibling, unreadable
+from .layout import EMBEDDING, HEAD, SCALE, TensorSpec, raw_bytes, widest
 
 # File key -> parameter name, first match wins. The layouts: `language_model.model.` and `vision_tower.vision_model.`
 # (transformers up to 4.51), everything under `model.` (4.52), no `vision_model.` (5.x in memory), and the mixture of
@@ -44,7 +44,11 @@ _QUANTIZER = "pg_kernels"
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_GENERATION = "generation_config.json"
 _WEIGHTS = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index\.json)?")
+
+# A tensor that every PaliGemma has once, and by which a prefix of all names is known.
+_LANDMARK = "multi_modal_projector.linear.weight"
 
 # Pages of a mapped file count as resident while the file stays mapped, so it is mapped anew after this much.
 _MAPPED_BYTES = 1 << 26
@@ -73,20 +77,54 @@ def _weight_files(folder: Path) -> list[Path]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
-    names = sorted({str(name) for name in weight_map.values()})
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or not name:
+            raise ValueError(f"{index} lists {shown(name)}; shards must be files of the same folder")
+    names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"{index} lists {name!r}; shards must be files of the same folder")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} does not exist, but {index} lists it")
     return [folder / name for name in names]
 
 
-def _open(path: Path) -> Any:
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
     try:
-        return safe_open(path, framework="pt", device="cpu")
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            yield handle
     except SafetensorError as error:
         raise unreadable(path, "safetensors", error) from error
+
+
+def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each tensor that PaliGemma may have."""
+    header = {}
+    with _open(path) as handle:
+        keys: list[str] = list(handle.keys())  # a handle is no dict
+        for key in keys:
+            if not _IGNORED.search(key):
+                tensor = handle.get_slice(key)
+                header[key] = (tensor.get_dtype(), tuple(tensor.get_shape()))
+    return header
+
+
+def _prefix(keys: Collection[str]) -> str:
+    """What stands before every name of a model that was saved as a part of another module, such as `_orig_mod.`.
+
+    Raises ValueError for a file that holds several models under different prefixes, and none without.
+    """
+    found = set()
+    for key in keys:
+        if key.endswith(_LANDMARK):
+            prefix = key.removesuffix(_LANDMARK)
+            # From transformers 4.52 on the names themselves begin with `model.`, apart from the head's.
+            old = any(other.startswith(f"{prefix}language_model.model.") for other in keys)
+            found.add(prefix.removesuffix("model.") if prefix.endswith(".model.") and not old else prefix)
+    if not found or found & {"", "model."}:
+        return ""
+    if len(found) > 1:
+        raise ValueError(f"its tensors stand under several prefixes: {', '.join(map(repr, sorted(found)))}; keep one")
+    return found.pop()
 
 
 class HuggingFaceReader:
@@ -100,11 +138,20 @@ class HuggingFaceReader:
         self.path = folder
         self._config = self._read_config_json()
         self.quantization: dict[str, Any] | None = self._config.get("quantization_config") or None
+        generation = folder / _GENERATION
+        self.generation_defaults = read_json_object(generation) if generation.is_file() else {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._keys: dict[str, tuple[Path, str]] = {}
         self._file_dtypes: dict[str, torch.dtype] = {}
-        for file in _weight_files(folder):
-            self._read_header(file)
+        headers = {file: _read_header(file) for file in _weight_files(folder)}
+        try:
+            self.prefix = _prefix([key for header in headers.values() for key in header])
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+        self.outside: dict[str, str] = {}
+        for file, header in headers.items():
+            for key, (code, shape) in header.items():
+                self._add(file, key, code, shape)
         self.dtype = self._own_dtype()
 
     def _read_config_json(self) -> dict[str, Any]:
@@ -117,59 +164,71 @@ class HuggingFaceReader:
             raise FileNotFoundError(f"{path} does not exist")
         config = read_json_object(path)
         if config.get("model_type") != "paligemma":
-            raise ValueError(f"{path}: model_type is {config.get('model_type')!r}, expected 'paligemma'")
+            raise ValueError(f"{path}: model_type is {shown(config.get('model_type'))}, expected 'paligemma'")
         quantization = config.get("quantization_config")
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        if quantization is not None and not isinstance(quantization, dict):
+            raise ValueError(f"{path}: quantization_config is {shown(quantization)}, expected an object")
+        method = (quantization or {}).get("quant_method", "unknown")
         if quantization and method != _QUANTIZER:
+            method = method if isinstance(method, str) else shown(method)
             raise ValueError(f"{path}: the weights are quantised ({method}); load the unquantised checkpoint instead")
         return config
 
-    def _read_header(self, file: Path) -> None:
-        with _open(file) as handle:
-            keys: list[str] = list(handle.keys())  # a handle is no dict
-            for key in keys:
-                if _IGNORED.search(key):
-                    continue
-                name = _rename(key, _FILE_TO_MODEL)
-                if name in self._keys:
-                    raise ValueError(f"{file}: {key} holds the same parameter as {self.describe(name)}")
-                tensor = handle.get_slice(key)
-                code = tensor.get_dtype()
-                known = _DTYPES if self.quantization is None else _DTYPES | {"I8": torch.int8}
-                if code not in known:
-                    raise ValueError(f"{file}: {key} has dtype {code}, expected one of {', '.join(known)}")
-                self.shapes[name] = tuple(tensor.get_shape())
-                self._file_dtypes[name] = known[code]
-                self._keys[name] = (file, key)
+    def _add(self, file: Path, key: str, code: str, shape: tuple[int, ...]) -> None:
+        if not key.startswith(self.prefix):
+            self.outside[_rename(key, _FILE_TO_MODEL)] = f"{file}: {key}"
+            return
+        name = _rename(key.removeprefix(self.prefix), _FILE_TO_MODEL)
+        if name in self._keys:
+            raise ValueError(f"{file}: {key} holds the same parameter as {self.describe(name)}")
+        known = _DTYPES if self.quantization is None else _DTYPES | {"I8": torch.int8}
+        if code not in known:
+            raise ValueError(f"{file}: {key} has dtype {code}, expected one of {', '.join(known)}")
+        self.shapes[name] = shape
+        self._file_dtypes[name] = known[code]
+        self._keys[name] = (file, key)
 
     def _own_dtype(self) -> torch.dtype:
-        declared = self._config.get("dtype") or self._config.get("torch_dtype")
-        dtype = getattr(torch, str(declared).removeprefix("torch."), None)
-        if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-            return dtype
-        return _common_dtype(self._file_dtypes)
+        field = "dtype" if self._config.get("dtype") is not None else "torch_dtype"
+        declared = self._config.get(field)
+        if declared is None:
+            return _common_dtype(self._file_dtypes)
+        for dtype in _DTYPES.values():
+            if isinstance(declared, str) and declared.removeprefix("torch.") == str(dtype).removeprefix("torch."):
+                return widest([dtype])
+        raise ValueError(
+            f"{self.path / 'config.json'}: {field} is {shown(declared)}, expected 'float32', 'float16' or 'bfloat16'"
+        )
 
     def read_config(self) -> PaliGemmaConfig:
         try:
             return PaliGemmaConfig.from_dict(self._config)
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{self.path / 'config.json'}: {error}") from error
 
     def head_differs(self) -> bool:
-        if EMBEDDING not in self._keys or HEAD not in self._keys:
+        # int8 levels can agree while the scales do not.
+        return any(self._differ(EMBEDDING + suffix, HEAD + suffix) for suffix in ("", SCALE))
+
+    def _differ(self, first: str, second: str) -> bool:
+        """Whether two tensors have different values; of a missing head there is nothing to compare."""
+        if HEAD not in self._keys or EMBEDDING not in self._keys or not self._keys.keys() & {first, second}:
             return False
-        if self.shapes[EMBEDDING] != self.shapes[HEAD]:
+        if first not in self._keys or second not in self._keys or self.shapes[first] != self.shapes[second]:
             return True
-        (file, key), (head_file, head_key) = self._keys[EMBEDDING], self._keys[HEAD]
-        with _open(file) as handle, _open(head_file) as head_handle:
-            embedding, head = handle.get_slice(key), head_handle.get_slice(head_key)
-            rows = self.shapes[EMBEDDING][0]
-            step = 4096
-            return any(not torch.equal(embedding[i : i + step], head[i : i + step]) for i in range(0, rows, step))
+        dtype = torch.promote_types(self._file_dtypes[first], self._file_dtypes[second])
+        (file, key), (other_file, other_key) = self._keys[first], self._keys[second]
+        with _open(file) as handle, _open(other_file) as other_handle:
+            ours, theirs = handle.get_slice(key), other_handle.get_slice(other_key)
+            rows, step = (self.shapes[first] or (0,))[0], 4096
+            return any(
+                not torch.equal(ours[i : i + step].to(dtype), theirs[i : i + step].to(dtype))
+                for i in range(0, rows, step)
+            )
 
     def describe(self, name: str) -> str:
         if name not in self._keys:
-            return f"{self.path}: {_rename(name, _MODEL_TO_FILE)}"
+            return f"{self.path}: {self.prefix}{_rename(name, _MODEL_TO_FILE)}"
         file, key = self._keys[name]
         return f"{file}: {key}"
 
@@ -248,12 +307,14 @@ def write_huggingface(
     max_shard_bytes: float = 5e9,
     copied_files: Mapping[str, Path] | None = None,
     activations: str | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a Hugging Face folder from a stream of tensors that come in the order of `specs`.
 
     Everything is written beside `folder` first and then moved: a new folder appears at once, in an existing one each file
     is replaced by a complete one, weight files of another sharding are removed and all others kept. `copied_files` maps
-    names in the folder to files copied there; `activations` says what int8 layers do to theirs, if there are any. Raises
+    names in the folder to files copied there; `activations` says what int8 layers do to theirs, if there are any; `generation`
+    is the content of generation_config.json, by default the ids that generating needs, where there is no such file yet. Raises
     OSError naming `folder` if it cannot be written, ValueError for a shard limit that is not positive.
     """
     if max_shard_bytes <= 0:
@@ -277,8 +338,9 @@ def write_huggingface(
         if activations is not None:
             content["quantization_config"] = {"quant_method": _QUANTIZER, "bits": 8, "activations": activations}
         (temporary / "config.json").write_bytes(json_bytes(content))
-        ids = {f"{kind}_token_id": getattr(config, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-        (temporary / "generation_config.json").write_bytes(json_bytes(ids))
+        if generation or not (folder / _GENERATION).exists():
+            ids = {f"{kind}_token_id": getattr(config, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+            (temporary / _GENERATION).write_bytes(json_bytes({**ids, **(generation or {})}))
         for name, file in (copied_files or {}).items():
             shutil.copyfile(file, temporary / name)
         _move_into(temporary, folder)
@@ -287,7 +349,7 @@ def write_huggingface(
 def _common_dtype(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
     """The widest of a checkpoint's tensors, int8 weights and their scales aside."""
     floats = [dtype for name, dtype in dtypes.items() if dtype != torch.int8 and not name.endswith(SCALE)]
-    return reduce(torch.promote_types, floats or [torch.bfloat16])
+    return widest(floats or [torch.bfloat16])
 
 
 def _move_into(source: Path, folder: Path) -> None:
