@@ -633,7 +633,11 @@ def _convert(options: argparse.Namespace) -> None:
     if options.tokenizer is not None:
         Tokenizer.from_file(options.tokenizer)  # fails before anything is written
     convert(options.source, options.target, dtype=DTYPES.get(options.dtype), tokenizer=options.tokenizer)
-    if (options.target / "tokenizer.model").is_file():
+    images = [
+        name for name in ("preprocessor_config.json", "processor_config.json") if (options.target / name).is_file()
+    ]
+    # The files of a source folder are copied as they are; a processor knows only its own fields.
+    if (options.target / "tokenizer.model").is_file() and (options.tokenizer is not None or not images):
         Processor.from_pretrained(options.target).save_pretrained(options.target)
     _note(f"wrote {options.target}")
 

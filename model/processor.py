@@ -23,6 +23,9 @@ ImageInput: TypeAlias = "Image.Image | np.ndarray | torch.Tensor | str | os.Path
 MAX_IMAGE_PIXELS = 178_956_970
 """Largest image taken, in pixels (0.5 GB as RGB): the size from which Pillow refuses to open a file."""
 
+MASK_DECODER = "vae-oid.npz"
+"""A checkpoint folder's mask decoder."""
+
 RESIZE_MODES = ("hf", "big_vision", "big_vision_no_antialias")
 IGNORE_INDEX = -100
 
@@ -105,7 +108,7 @@ class Processor:
         config_path = folder / "config.json"
         if not config_path.is_file():
             raise FileNotFoundError(f"{config_path}: missing; it says the image size and the image token")
-        config = PaliGemmaConfig.from_dict(read_json_object(config_path))
+        config = PaliGemmaConfig.from_file(config_path)
         tokenizer = Tokenizer.from_pretrained(folder, image_token_id=config.image_token_id)
         image_path, image_config = _read_image_config(folder)
         size = config.vision_config.image_size
@@ -115,8 +118,8 @@ class Processor:
         for step in ("do_resize", "do_rescale", "do_normalize"):
             if image_config.get(step) is False:
                 raise ValueError(f"{image_path}: {step} is false; images are always resized and normalized here")
-        if mask_decoder is None and (folder / "vae-oid.npz").is_file():
-            mask_decoder = folder / "vae-oid.npz"
+        if mask_decoder is None and (folder / MASK_DECODER).is_file():
+            mask_decoder = folder / MASK_DECODER
         if mask_decoder is not None and not isinstance(mask_decoder, MaskVQVAE):
             mask_decoder = MaskVQVAE.from_file(mask_decoder)
         return cls(
@@ -135,7 +138,8 @@ class Processor:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``tokenizer.model``, ``tokenizer_config.json`` and ``preprocessor_config.json``.
 
-        Beside the model's ``config.json``, both this class and transformers' ``AutoProcessor`` read them.
+        Beside the model's ``config.json``, both this class and transformers' ``AutoProcessor`` read them. The mask decoder,
+        if there is one, goes into ``vae-oid.npz``.
         """
         self.tokenizer.save_pretrained(folder)
         content = {
@@ -153,6 +157,8 @@ class Processor:
             "image_std": list(self.image_std),
         }
         write_atomically(Path(folder) / "preprocessor_config.json", json_bytes(content))
+        if self.mask_decoder is not None:
+            self.mask_decoder.save(Path(folder) / MASK_DECODER)
 
     def __call__(
         self,

@@ -6,12 +6,15 @@ import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+
+from .files import temporary_sibling
 
 CODES_PER_MASK = 16
 MASK_SIZE = 64
@@ -86,6 +89,14 @@ class MaskVQVAE(nn.Module):
             except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
                 raise ValueError(f"{path}: not an .npz file of arrays ({error})") from error
         return cls(tensors, name=str(path))
+
+    def save(self, path: Path) -> None:
+        """Writes ``vae-oid.npz``; OSError naming ``path`` if it cannot be written."""
+        state = {CODEBOOK if name == "codebook" else name: tensor for name, tensor in self.state_dict().items()}
+        arrays: dict[str, Any] = {name: tensor.float().cpu().numpy() for name, tensor in state.items()}
+        with temporary_sibling(path) as temporary:
+            np.savez_compressed(temporary, **arrays)
+            os.replace(temporary, path)
 
     @torch.inference_mode()
     def decode(self, codes: torch.Tensor | np.ndarray) -> torch.Tensor:

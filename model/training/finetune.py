@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from pg_kernels.nn import Int8Linear
 
+from ..checkpoints.conversion import copy_heritage
 from ..files import json_bytes, read_json_object, temporary_sibling, write_atomically
 from ..paligemma import PaliGemma
 from ..processor import Processor
@@ -136,6 +137,7 @@ def finetune(
         else:
             _merged(trained, merge(), output).save_pretrained(output)
         processor.save_pretrained(output)
+        copy_heritage(Path(checkpoint), output)
         write_atomically(output / _RECORD, json_bytes(identity))
 
     with exclusive(output):
