@@ -19,6 +19,15 @@ import torch
 
 from ..config import PaliGemmaConfig, TextConfig, VisionConfig
 from ..files import temporary_sibling, unreadable
+from .big_vision_arrays import (
+    IMAGE_BLOCK,
+    LAYER_PREFIXES,
+    SINGLE_ARRAYS,
+    TEXT_BLOCK,
+    Array,
+    image_block,
+    text_block,
+)
 from .layout import TensorSpec, raw_bytes, widest
 
 # numpy has no bfloat16: JAX arrays of it are stored as two-byte voids.
@@ -33,172 +42,13 @@ _DESCRIPTORS = {torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "|V2
 _VOCABULARY = 257_152  # 256,000 pieces, 1,024 <loc>, 128 <seg>
 _HF_PADDED_VOCABULARY = 257_216  # Hugging Face's files: <image> and random rows behind it
 
-_IMAGE_BLOCK = "img/Transformer/encoderblock"
-_TEXT_BLOCK = "llm/layers"
-_BLOCK = re.compile(rf"({_IMAGE_BLOCK}|{_TEXT_BLOCK})(?:[_/](\d{{1,6}}))?/(.+)")
+_BLOCK = re.compile(rf"({IMAGE_BLOCK}|{TEXT_BLOCK})(?:[_/](\d{{1,6}}))?/(.+)")
 # Optimiser and clock of a training checkpoint, and SigLIP's pooling head, which PaliGemma does not use.
 _IGNORED = re.compile(r"(?:opt|chrono)(?:/|$)|img/MAPHead_0/")
 _CHUNK_BYTES = 1 << 20
 _MAX_LAYERS = 10_000  # a damaged header may say any number
 # What reading a damaged zip file or array raises: encrypted and unknown compression are the last two.
 _DAMAGE = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, RuntimeError)
-
-Split = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-Join = Callable[[tuple[torch.Tensor, ...], int], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class _Array:
-    """One array of one layer (or of no layer): its key, the parameters it holds and the way there and back.
-
-    `split` makes the torch parameters of an array with `ndim` dimensions; `join(parameters, head_dim)` is its inverse.
-    """
-
-    key: str
-    names: tuple[str, ...]
-    ndim: int
-    split: Split
-    join: Join
-
-
-def _as_is(key: str, name: str, ndim: int = 1) -> _Array:
-    return _Array(key, (name,), ndim, lambda a: (a,), lambda t, _: t[0])
-
-
-def _transposed(key: str, name: str) -> _Array:
-    return _Array(key, (name,), 2, lambda a: (a.T,), lambda t, _: t[0].T)
-
-
-def _projection(weight: torch.Tensor) -> torch.Tensor:
-    """[heads, D, hd] -> [heads * hd, D]"""
-    return weight.transpose(-1, -2).flatten(0, 1)
-
-
-def _per_head(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """[heads * hd, D] -> [heads, D, hd]"""
-    return weight.unflatten(0, (-1, head_dim)).transpose(-1, -2)
-
-
-def _fused(key: str, names: tuple[str, ...]) -> _Array:
-    return _Array(
-        key,
-        names,
-        4,
-        lambda a: tuple(_projection(part) for part in a.unbind()),
-        lambda t, head_dim: torch.stack([_per_head(weight, head_dim) for weight in t]),
-    )
-
-
-def _image_block() -> list[_Array]:
-    arrays = []
-    for i in (0, 1):
-        arrays += [
-            _as_is(f"LayerNorm_{i}/scale", f"layer_norm{i + 1}.weight"),
-            _as_is(f"LayerNorm_{i}/bias", f"layer_norm{i + 1}.bias"),
-            _transposed(f"MlpBlock_0/Dense_{i}/kernel", f"mlp.fc{i + 1}.weight"),
-            _as_is(f"MlpBlock_0/Dense_{i}/bias", f"mlp.fc{i + 1}.bias"),
-        ]
-    for long, short in (("query", "q"), ("key", "k"), ("value", "v")):
-        key, name = f"MultiHeadDotProductAttention_0/{long}", f"self_attn.{short}_proj"
-        arrays += [
-            _Array(
-                f"{key}/kernel",
-                (f"{name}.weight",),
-                3,
-                lambda a: (a.flatten(1).T,),
-                lambda t, head_dim: t[0].T.unflatten(1, (-1, head_dim)),
-            ),
-            _Array(
-                f"{key}/bias",
-                (f"{name}.bias",),
-                2,
-                lambda a: (a.flatten(),),
-                lambda t, head_dim: t[0].unflatten(0, (-1, head_dim)),
-            ),
-        ]
-    key, name = "MultiHeadDotProductAttention_0/out", "self_attn.out_proj"
-    arrays += [
-        _Array(
-            f"{key}/kernel",
-            (f"{name}.weight",),
-            3,
-            lambda a: (a.flatten(0, 1).T,),
-            lambda t, head_dim: t[0].T.unflatten(0, (-1, head_dim)),
-        ),
-        _as_is(f"{key}/bias", f"{name}.bias"),
-    ]
-    return arrays
-
-
-def _text_block(*, gemma2: bool, fused_qkv: bool) -> list[_Array]:
-    q, k, v = (f"self_attn.{name}_proj.weight" for name in "qkv")
-    if fused_qkv:
-        arrays = [_fused("attn/qkv_einsum/w", (q, k, v))]
-    else:
-        arrays = [
-            _Array(
-                "attn/q_einsum/w",
-                (q,),
-                3,
-                lambda a: (_projection(a),),
-                lambda t, head_dim: _per_head(t[0], head_dim),
-            ),
-            _fused("attn/kv_einsum/w", (k, v)),
-        ]
-    arrays += [
-        _Array(
-            "attn/attn_vec_einsum/w",
-            ("self_attn.o_proj.weight",),
-            3,
-            lambda a: (a.flatten(0, 1).T,),
-            lambda t, head_dim: t[0].T.unflatten(0, (-1, head_dim)),
-        ),
-        _Array(
-            "mlp/gating_einsum",
-            ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-            3,
-            lambda a: tuple(part.T for part in a.unbind()),
-            lambda t, _: torch.stack([weight.T for weight in t]),
-        ),
-        _transposed("mlp/linear", "mlp.down_proj.weight"),
-        _as_is("pre_attention_norm/scale", "input_layernorm.weight"),
-    ]
-    if gemma2:
-        arrays += [
-            _as_is("post_attention_norm/scale", "post_attention_layernorm.weight"),
-            _as_is("pre_ffw_norm/scale", "pre_feedforward_layernorm.weight"),
-            _as_is("post_ffw_norm/scale", "post_feedforward_layernorm.weight"),
-        ]
-    else:
-        # Hugging Face's name in Gemma 1 for the norm before the MLP.
-        arrays += [_as_is("pre_ffw_norm/scale", "post_attention_layernorm.weight")]
-    return arrays
-
-
-_SINGLE_ARRAYS = [
-    _Array(
-        "img/embedding/kernel",
-        ("model.vision_tower.embeddings.patch_embedding.weight",),
-        4,
-        lambda a: (a.permute(3, 2, 0, 1),),
-        lambda t, _: t[0].permute(2, 3, 1, 0),
-    ),
-    _as_is("img/embedding/bias", "model.vision_tower.embeddings.patch_embedding.bias"),
-    _Array(
-        "img/pos_embedding",
-        ("model.vision_tower.embeddings.position_embedding.weight",),
-        3,
-        lambda a: (a.flatten(0, 1),),
-        lambda t, _: t[0][None],
-    ),
-    _as_is("img/Transformer/encoder_norm/scale", "model.vision_tower.post_layernorm.weight"),
-    _as_is("img/Transformer/encoder_norm/bias", "model.vision_tower.post_layernorm.bias"),
-    _transposed("img/head/kernel", "model.multi_modal_projector.linear.weight"),
-    _as_is("img/head/bias", "model.multi_modal_projector.linear.bias"),
-    _as_is("llm/embedder/input_embedding", "model.language_model.embed_tokens.weight", ndim=2),
-    _as_is("llm/final_norm/scale", "model.language_model.norm.weight"),
-]
-_LAYER_PREFIXES = {_IMAGE_BLOCK: "model.vision_tower.encoder.layers", _TEXT_BLOCK: "model.language_model.layers"}
 
 
 @dataclass(frozen=True)
@@ -213,7 +63,7 @@ class _Member:
     shape: tuple[int, ...]
     dtype: torch.dtype
     data_bytes: int
-    array: _Array | None
+    array: Array | None
     block: str | None
     layers: range | None
     stacked: bool
@@ -223,7 +73,7 @@ class _Member:
             return (self.member.removesuffix(".npy"),)
         if self.block is None or layer is None:
             return self.array.names
-        return tuple(f"{_LAYER_PREFIXES[self.block]}.{layer}.{name}" for name in self.array.names)
+        return tuple(f"{LAYER_PREFIXES[self.block]}.{layer}.{name}" for name in self.array.names)
 
 
 def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -272,11 +122,11 @@ class BigVisionReader:
         self._gemma2 = any(re.search(r"(?:^|/)post_(?:attention|ffw)_norm/", key) for key in members)
         # Either form of the attention weights may come; a file that mixes them shows up as duplicates or gaps.
         self._arrays = {
-            _IMAGE_BLOCK: {array.key: array for array in _image_block()},
-            _TEXT_BLOCK: {
+            IMAGE_BLOCK: {array.key: array for array in image_block()},
+            TEXT_BLOCK: {
                 array.key: array
                 for fused in (True, False)
-                for array in _text_block(gemma2=self._gemma2, fused_qkv=fused)
+                for array in text_block(gemma2=self._gemma2, fused_qkv=fused)
             },
         }
         self._members: list[_Member] = []
@@ -314,7 +164,7 @@ class BigVisionReader:
             raise self._error(member, "is an array of Python objects, which are never unpickled")
         if dtype not in _DTYPES:
             raise self._error(member, f"has dtype {dtype}, expected float32, float16, bfloat16 (|V2) or float64")
-        if any(size < 1 for size in shape) or math.prod(shape) >= 2**60:
+        if any(type(size) is not int or size < 1 for size in shape) or math.prod(shape) >= 2**60:
             raise self._error(member, f"has shape {list(shape)}, which no array of a model has")
         entry = self._match(key, _Member(member, shape, _DTYPES[dtype], data_bytes, None, None, None, stacked=False))
         self._members.append(entry)
@@ -328,7 +178,7 @@ class BigVisionReader:
 
     def _match(self, key: str, entry: _Member) -> _Member:
         """Say what the model calls an array of this key, if anything."""
-        for array in _SINGLE_ARRAYS:
+        for array in SINGLE_ARRAYS:
             if array.key == key:
                 return replace(entry, array=array)
         match = _BLOCK.fullmatch(key)
@@ -365,7 +215,7 @@ class BigVisionReader:
     def _shape(self, *keys: str) -> tuple[int, ...]:
         """One layer's shape of the first of these arrays that is there."""
         for key in keys:
-            block = next((block for block in _LAYER_PREFIXES if key.startswith(block)), None)
+            block = next((block for block in LAYER_PREFIXES if key.startswith(block)), None)
             unstacked = [key] if block is None else [key.replace(block, f"{block}{mark}0") for mark in "_/"]
             for candidate in (key, *unstacked):
                 for spelling in (candidate, candidate.removesuffix("/w")):
@@ -398,23 +248,23 @@ class BigVisionReader:
             raise ValueError(f"img/pos_embedding has {tokens} positions, expected a square number")
         vision = VisionConfig(
             hidden_size=width,
-            intermediate_size=self._shape(f"{_IMAGE_BLOCK}/MlpBlock_0/Dense_0/kernel")[1],
-            num_hidden_layers=self._depth(_IMAGE_BLOCK),
-            num_attention_heads=self._shape(f"{_IMAGE_BLOCK}/MultiHeadDotProductAttention_0/query/kernel")[1],
+            intermediate_size=self._shape(f"{IMAGE_BLOCK}/MlpBlock_0/Dense_0/kernel")[1],
+            num_hidden_layers=self._depth(IMAGE_BLOCK),
+            num_attention_heads=self._shape(f"{IMAGE_BLOCK}/MultiHeadDotProductAttention_0/query/kernel")[1],
             image_size=side * patch_size,
             patch_size=patch_size,
         )
-        heads, hidden, head_dim = self._shape(f"{_TEXT_BLOCK}/attn/q_einsum/w", f"{_TEXT_BLOCK}/attn/qkv_einsum/w")[-3:]
+        heads, hidden, head_dim = self._shape(f"{TEXT_BLOCK}/attn/q_einsum/w", f"{TEXT_BLOCK}/attn/qkv_einsum/w")[-3:]
         vocabulary = self._shape("llm/embedder/input_embedding")[0]
         is_27b = (hidden, heads) == (4608, 32)
         text = TextConfig(
             model_type="gemma2" if self._gemma2 else "gemma",
             vocab_size=vocabulary,
             hidden_size=hidden,
-            intermediate_size=self._shape(f"{_TEXT_BLOCK}/mlp/linear")[0],
-            num_hidden_layers=self._depth(_TEXT_BLOCK),
+            intermediate_size=self._shape(f"{TEXT_BLOCK}/mlp/linear")[0],
+            num_hidden_layers=self._depth(TEXT_BLOCK),
             num_attention_heads=heads,
-            num_key_value_heads=self._shape(f"{_TEXT_BLOCK}/attn/kv_einsum/w", f"{_TEXT_BLOCK}/attn/qkv_einsum/w")[-3],
+            num_key_value_heads=self._shape(f"{TEXT_BLOCK}/attn/kv_einsum/w", f"{TEXT_BLOCK}/attn/qkv_einsum/w")[-3],
             head_dim=head_dim,
             query_pre_attn_scalar=hidden / heads if is_27b else None,
             attn_logit_softcapping=50.0 if self._gemma2 else None,
@@ -428,10 +278,10 @@ class BigVisionReader:
     def describe(self, name: str) -> str:
         if name in self._sources:
             return f"{self.path}: {self._sources[name]}"
-        for array in _SINGLE_ARRAYS:
+        for array in SINGLE_ARRAYS:
             if name in array.names:
                 return f"{self.path}: {array.key}"
-        for block, prefix in _LAYER_PREFIXES.items():
+        for block, prefix in LAYER_PREFIXES.items():
             layer, _, rest = name.removeprefix(f"{prefix}.").partition(".")
             for array in self._arrays[block].values():
                 if name.startswith(prefix) and rest in array.names and "qkv" not in array.key:
@@ -504,24 +354,24 @@ def write_big_vision(
         raise ValueError(f"{path}: big_vision's format has no place for an output head that is not the embedding")
     text, vision = config.text_config, config.vision_config
     fused = text.num_attention_heads == text.num_key_value_heads
-    text_arrays = _text_block(gemma2=text.model_type == "gemma2", fused_qkv=fused)
+    text_arrays = text_block(gemma2=text.model_type == "gemma2", fused_qkv=fused)
     vision_head_dim = vision.hidden_size // vision.num_attention_heads
 
     with temporary_sibling(path) as temporary:
         with zipfile.ZipFile(temporary, "w") as archive:
-            for array in _SINGLE_ARRAYS:
+            for array in SINGLE_ARRAYS:
                 tensor = array.join(tuple(parameter(name) for name in array.names), 0)
                 if array.key == "llm/embedder/input_embedding" and len(tensor) == _HF_PADDED_VOCABULARY:
                     tensor = tensor[:_VOCABULARY]
                 _write_array(archive, array.key, iter([tensor]), None, dtype)
             for block, arrays, layers, head_dim in (
-                (_IMAGE_BLOCK, _image_block(), vision.num_hidden_layers, vision_head_dim),
-                (_TEXT_BLOCK, text_arrays, text.num_hidden_layers, text.head_dim),
+                (IMAGE_BLOCK, image_block(), vision.num_hidden_layers, vision_head_dim),
+                (TEXT_BLOCK, text_arrays, text.num_hidden_layers, text.head_dim),
             ):
                 for array in arrays:
                     stream = (
                         array.join(
-                            tuple(parameter(f"{_LAYER_PREFIXES[block]}.{i}.{name}") for name in array.names), head_dim
+                            tuple(parameter(f"{LAYER_PREFIXES[block]}.{i}.{name}") for name in array.names), head_dim
                         )
                         for i in range(layers)
                     )
