@@ -293,10 +293,11 @@ class PaliGemma(nn.Module):
                     state_dict.get(f"{prefix}{owner}.{leaf}")
                     for owner in ("lm_head", "model.language_model.embed_tokens")
                 )
-                if head is not None and table is not None and not torch.equal(head, table.to(head)):
-                    self.lm_head.weight = copy.deepcopy(self.lm_head.weight)
-                    self.config = replace(self.config, tie_word_embeddings=False)
-                    break
+                if head is None or table is None or head.is_meta or table.is_meta or torch.equal(head, table.to(head)):
+                    continue
+                self.lm_head.weight = copy.deepcopy(self.lm_head.weight)
+                self.config = replace(self.config, tie_word_embeddings=False)
+                break
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _initialize(self) -> None:

@@ -78,7 +78,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
     for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name or not name:
+        if not isinstance(name, str) or Path(name).name != name or not 0 < len(name) < 256:
             raise ValueError(f"{index} lists {shown(name)}; shards must be files of the same folder")
     names = sorted(set(weight_map.values()))
     for name in names:

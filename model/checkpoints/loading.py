@@ -33,13 +33,14 @@ def load(
 ) -> PaliGemma:
     """Loads a PaliGemma from a Hugging Face folder or a big_vision .npz file, whichever `path` is.
 
-    `dtype` None keeps the checkpoint's own (config.json's, else the widest of its tensors); `device` None is the CPU.
-    `config` replaces the folder's config.json, or what is inferred from the .npz file's shapes; the tensors' shapes must
-    still agree with it. `quantize` makes the linear layers int8 as `pg_kernels.quantize_` does, "int8" or "int8-dynamic";
-    for a checkpoint that is int8 already it only says what becomes of activations. Tensors are read one at a time straight
-    to their dtype and device, or into int8, so peak memory is the model and little more; none of them stays tied to the
-    file. With `progress`, a bar appears on stderr, if that is a terminal, once loading has taken a second. The model is
-    returned in evaluation mode.
+    `dtype` None keeps the checkpoint's own (config.json's, else the widest of its tensors; float64 becomes float32); `device`
+    None is the CPU. `config` replaces the folder's config.json, or what is inferred from the .npz file's shapes; the tensors'
+    shapes must still agree with it. `quantize` makes the linear layers int8 as `pg_kernels.quantize_` does, "int8" or
+    "int8-dynamic"; for a checkpoint that is int8 already it only says what becomes of activations. Names that all begin with
+    one prefix, such as `_orig_mod.`, are read without it, and tensors beside them, another model's, are left out; a warning
+    says so. Tensors are read one at a time straight to their dtype and device, or into int8, so peak memory is the model and
+    little more; none of them stays tied to the file. With `progress`, a bar appears on stderr, if that is a terminal, once
+    loading has taken a second. The model is returned in evaluation mode.
 
     Raises FileNotFoundError for a path, config.json or shard that does not exist; ValueError naming file and tensor for
     unreadable files, other architectures, and missing, unexpected or wrongly shaped tensors, or an unknown `quantize`; TypeError

@@ -194,7 +194,7 @@ def test_damaged_headers(folder: Path, change: Callable[[dict[str, Any]], Any]) 
 @pytest.mark.parametrize(
     "weight_map",
     [None, [], {}, "model.safetensors", {"a": 3}, {"a": None}, {"a": "../hf/model.safetensors"}, {"a": "/etc/passwd"}]
-    + [{"a": name} for name in ("", ".", "..", "sub/model.safetensors", "\0")],
+    + [{"a": name} for name in ("", ".", "..", "sub/model.safetensors", "\0", "a" * 10_000)],
 )
 def test_an_index_of_other_types_or_places(folder: Path, weight_map: object) -> None:
     index = folder / "model.safetensors.index.json"
