@@ -202,7 +202,7 @@ class BigVisionReader:
         if entry.array is None:
             return [shape]
         parts: tuple[torch.Tensor, ...] = ()
-        if len(shape) == entry.array.ndim:
+        if len(shape) == entry.array.ndim and len(entry.array.names) in (1, shape[0]):
             parts = entry.array.split(torch.empty(shape, device="meta"))
         if len(parts) != len(entry.array.names):
             layers = "layers, then " if entry.stacked else ""
