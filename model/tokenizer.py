@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import sentencepiece
 
-from .files import json_bytes, read_json_object, write_atomically
+from .added_tokens import LOC_TOKENS, SEG_TOKENS, AddedToken, Splitter, lone_surrogate
+from .files import json_bytes, write_atomically
+from .token_files import read_token_files
 
 IMAGE_TOKEN = "<image>"
-LOC_TOKENS = tuple(f"<loc{n:04d}>" for n in range(1024))
-SEG_TOKENS = tuple(f"<seg{n:03d}>" for n in range(128))
 
-# One alternative per family: an alternation of all 1152 names would make every "<" in the text cost 1152 comparisons.
-_LOC_OR_SEG = r"<loc(?:0[0-9]{3}|10[01][0-9]|102[0-3])>|<seg(?:0[0-9]{2}|1[01][0-9]|12[0-7])>"
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A token that text is split around; decoding leaves it out when it is special."""
-
-    token_id: int
-    special: bool
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class StreamDecoder:
@@ -42,7 +34,7 @@ class StreamDecoder:
 
     def push(self, token_id: int) -> str:
         """Returns the text that one more token completes; "" from the end token on."""
-        token_id = int(token_id)
+        token_id = as_id(token_id)
         if token_id == self._tokenizer.eos_id:
             text = self.finish()
             self._ended = True
@@ -74,23 +66,24 @@ class Tokenizer:
 
     Args:
         model_proto: content of a sentencepiece ``tokenizer.model``.
-        added_tokens: tokens beyond the sentencepiece model, or pieces of it that text must be split around.
+        folder: checkpoint folder whose files add tokens to the model, or name pieces that text must be split around.
         image_token_id: id of ``<image>``, where the checkpoint's configuration fixes it.
         name: what errors call the model (its path).
 
-    ``<locNNNN>``, ``<segNNN>`` and ``<image>`` keep the ids they have in the model or in ``added_tokens``. Missing ones
-    are appended: locations, segmentation codes, image, as in the released vocabulary (256000, 257024, 257152); when
+    ``<locNNNN>``, ``<segNNN>`` and ``<image>`` keep the ids they have in the model or in the folder. Missing ones are
+    appended: locations, segmentation codes, image, as in the released vocabulary (256000, 257024, 257152); when
     ``image_token_id`` lies where those would go, locations and codes follow it, as transformers adds them.
 
     Raises:
-        ValueError: the bytes are no sentencepiece model, a control piece is missing, or two tokens have one id.
+        ValueError: the bytes are no sentencepiece model, a control piece is missing, two tokens have one id, or a file of
+            ``folder`` cannot be understood or contradicts another.
     """
 
     def __init__(
         self,
         model_proto: bytes,
         *,
-        added_tokens: Mapping[str, AddedToken] | None = None,
+        folder: Path | None = None,
         image_token_id: int | None = None,
         name: str = "tokenizer.model",
     ) -> None:
@@ -103,19 +96,23 @@ class Tokenizer:
         if not loaded:
             raise ValueError(f"{name}: not a sentencepiece model")
         self._num_pieces = self._model.get_piece_size()
-        self.pad_id = self._control_id("<pad>", self._model.pad_id(), name)
-        self.eos_id = self._control_id("<eos>", self._model.eos_id(), name)
-        self.bos_id = self._control_id("<bos>", self._model.bos_id(), name)
         self.unk_id = self._model.unk_id()
 
-        self.added_tokens: dict[str, AddedToken] = dict(added_tokens or {})
+        self.added_tokens: dict[str, AddedToken] = {}
+        roles: dict[str, str] = {}
+        if folder is not None:
+            pieces = self._model.id_to_piece(list(range(self._num_pieces)))
+            image = {} if image_token_id is None else {IMAGE_TOKEN: image_token_id}
+            self.added_tokens, roles = read_token_files(folder, pieces, image)
+        self.pad_id = self._control_id("<pad>", roles.get("pad_token"), self._model.pad_id(), name)
+        self.eos_id = self._control_id("<eos>", roles.get("eos_token"), self._model.eos_id(), name)
+        self.bos_id = self._control_id("<bos>", roles.get("bos_token"), self._model.bos_id(), name)
         self._add_control_pieces()
         self._add_paligemma_tokens(image_token_id)
         self.image_token_id = self.added_tokens[IMAGE_TOKEN].token_id
         self._added_text = self._invert_added_tokens(name)
         self._special_ids = {token.token_id for token in self.added_tokens.values() if token.special}
-        rest = sorted(set(self.added_tokens) - set(LOC_TOKENS) - set(SEG_TOKENS), key=len, reverse=True)
-        self._splitter = re.compile("|".join([*map(re.escape, rest), _LOC_OR_SEG]))
+        self._splitter = Splitter(self.added_tokens)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], *, image_token_id: int | None = None) -> Tokenizer:
@@ -132,11 +129,14 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], *, image_token_id: int | None = None) -> Tokenizer:
-        """Reads ``tokenizer.model`` and, where they are there, ``tokenizer_config.json`` and ``added_tokens.json``.
+        """Reads ``tokenizer.model`` and the files beside it in which transformers keeps added tokens.
+
+        These are ``tokenizer_config.json``, ``tokenizer.json``, ``added_tokens.json`` and ``special_tokens_map.json``, as
+        far as they are there.
 
         Raises:
             FileNotFoundError: the folder has no ``tokenizer.model``.
-            ValueError: a file cannot be understood.
+            ValueError: a file cannot be understood, or two of them disagree.
         """
         folder = Path(folder)
         path = folder / "tokenizer.model"
@@ -145,12 +145,7 @@ class Tokenizer:
             raise FileNotFoundError(
                 f"{folder}: tokenizer.model is missing{found}; copy the original checkpoint's sentencepiece file there"
             )
-        return cls(
-            path.read_bytes(),
-            added_tokens=_read_added_tokens(folder),
-            image_token_id=image_token_id,
-            name=str(path),
-        )
+        return cls(path.read_bytes(), folder=folder, image_token_id=image_token_id, name=str(path))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``tokenizer.model`` and a ``tokenizer_config.json`` that transformers reads too."""
@@ -158,27 +153,20 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "tokenizer.model", self.model_proto)
         added = sorted(self.added_tokens.items(), key=lambda item: item[1].token_id)
+        flags = {
+            text: {name: value for name, value in asdict(token).items() if name != "token_id"} for text, token in added
+        }
         config = {
             "tokenizer_class": "GemmaTokenizer",
             "processor_class": "PaliGemmaProcessor",
-            "bos_token": self._model.id_to_piece(self.bos_id),
-            "eos_token": self._model.id_to_piece(self.eos_id),
-            "pad_token": self._model.id_to_piece(self.pad_id),
-            "unk_token": self._model.id_to_piece(self.unk_id),
+            "bos_token": self._text(self.bos_id),
+            "eos_token": self._text(self.eos_id),
+            "pad_token": self._text(self.pad_id),
+            "unk_token": self._text(self.unk_id),
             "add_bos_token": False,
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
-            "added_tokens_decoder": {
-                str(token.token_id): {
-                    "content": text,
-                    "lstrip": False,
-                    "normalized": False,
-                    "rstrip": False,
-                    "single_word": False,
-                    "special": token.special,
-                }
-                for text, token in added
-            },
+            "added_tokens_decoder": {str(token.token_id): {"content": text, **flags[text]} for text, token in added},
         }
         write_atomically(folder / "tokenizer_config.json", json_bytes(config))
 
@@ -187,25 +175,31 @@ class Tokenizer:
         return max(self._num_pieces, max(self._added_text) + 1)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of ``text``, without BOS or EOS; each added token in it is exactly one id."""
+        """Returns the ids of ``text``, without BOS or EOS; each added token in it is exactly one id.
+
+        Raises:
+            ValueError: the text holds half of a surrogate pair, which UTF-8 cannot write.
+        """
+        if surrogate := lone_surrogate(text):
+            raise ValueError(f"text: it holds {surrogate}, half of a surrogate pair, which is no character")
         ids: list[int] = []
-        end = 0
-        for match in self._splitter.finditer(text):
-            ids += self._encode_plain(text[end : match.start()])
-            ids.append(self.added_tokens[match.group()].token_id)
-            end = match.end()
-        return ids + self._encode_plain(text[end:])
+        for part in self._splitter.split(text):
+            ids += self._model.encode(part) if isinstance(part, str) else [part.token_id]
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text before the first EOS; special tokens and ids outside the vocabulary are left out.
 
         White space is kept, and bytes that are not UTF-8 give one replacement character each, as in transformers'
         ``decode(skip_special_tokens=True)``.
+
+        Raises:
+            TypeError: an id is no integer.
         """
         parts: list[str] = []
         pending = b""
         for token_id in ids:
-            token_id = int(token_id)
+            token_id = as_id(token_id)
             if token_id == self.eos_id:
                 break
             piece = self.piece(token_id)
@@ -222,25 +216,21 @@ class Tokenizer:
 
     def piece(self, token_id: int) -> str | bytes | None:
         """Returns what one id adds to decoded text: text, one byte of UTF-8, or None for nothing."""
-        if token_id in self._special_ids:
+        if token_id in self._special_ids or (token_id not in self._added_text and not 0 <= token_id < self._num_pieces):
             return None
-        if token_id in self._added_text:
-            return self._added_text[token_id].replace("▁", " ")
-        if not 0 <= token_id < self._num_pieces:
-            return None
-        piece = self._model.id_to_piece(token_id)
-        if self._model.is_byte(token_id):
-            return bytes([int(piece[3:-1], 16)])
-        return piece.replace("▁", " ")
-
-    def _encode_plain(self, text: str) -> list[int]:
-        return self._model.encode(text) if text else []
+        text = self._text(token_id)
+        return bytes([int(text[3:-1], 16)]) if _BYTE.fullmatch(text) else text.replace("▁", " ")
 
     def _piece_id(self, piece: str) -> int | None:
         token_id = self._model.piece_to_id(piece)
         return token_id if self._model.id_to_piece(token_id) == piece else None
 
-    def _control_id(self, piece: str, declared: int, name: str) -> int:
+    def _text(self, token_id: int) -> str:
+        return self._added_text.get(token_id) or self._model.id_to_piece(token_id)
+
+    def _control_id(self, piece: str, named: str | None, declared: int, name: str) -> int:
+        if named is not None:
+            return self.added_tokens[named].token_id
         token_id = declared if declared >= 0 else self._piece_id(piece)
         if token_id is None:
             raise ValueError(f"{name}: the sentencepiece model has no {piece} piece")
@@ -272,10 +262,11 @@ class Tokenizer:
         if image_token_id is not None and first <= image_token_id < first + len(missing):
             first = image_token_id + 1
         for offset, text in enumerate(missing):
-            self.added_tokens[text] = AddedToken(first + offset, special=False)
+            self.added_tokens[text] = AddedToken(first + offset, special=False, normalized=True)
         if image_token_id is None:
             image_token_id = first + len(missing)
-        self.added_tokens[IMAGE_TOKEN] = AddedToken(image_token_id, special=True)
+        known = self.added_tokens.get(IMAGE_TOKEN, AddedToken(image_token_id, special=True))
+        self.added_tokens[IMAGE_TOKEN] = replace(known, token_id=image_token_id, special=True)
 
     def _invert_added_tokens(self, name: str) -> dict[int, str]:
         by_id: dict[int, str] = {}
@@ -286,17 +277,12 @@ class Tokenizer:
         return by_id
 
 
-def _read_added_tokens(folder: Path) -> dict[str, AddedToken]:
-    added: dict[str, AddedToken] = {}
-    path = folder / "added_tokens.json"
-    if path.is_file():
-        for text, token_id in read_json_object(path).items():
-            added[text] = AddedToken(int(token_id), special=False)
-    path = folder / "tokenizer_config.json"
-    if path.is_file():
-        for token_id, entry in read_json_object(path).get("added_tokens_decoder", {}).items():
-            added[entry["content"]] = AddedToken(int(token_id), special=bool(entry.get("special", False)))
-    return added
+def as_id(value: object) -> int:
+    """Return a token id as an int; TypeError for what is no integer."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TypeError(f"ids: integers are expected, got {value!r:.80}") from error
 
 
 def _complete_utf8_length(data: bytes) -> int:

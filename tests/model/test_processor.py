@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 import torch
 from PIL import Image
-from transformers import AutoProcessor, PaliGemmaConfig, PaliGemmaProcessor
+from transformers import AddedToken, AutoProcessor, PaliGemmaConfig, PaliGemmaProcessor
 
 from pg_kernels.model import processor as processor_module
 from pg_kernels.model.processor import MAX_IMAGE_PIXELS, Processor, load_image
@@ -335,6 +335,189 @@ def test_added_tokens_of_the_folder_are_honoured(tmp_path: Path) -> None:
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<seg000>": 3000, "<image>": 3000}))
     with pytest.raises(ValueError, match="3000 belongs to both"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+ADDED = [
+    "<my>",
+    "two words",
+    "<0x41>",
+    "<loc0001>x",
+    "<lo",
+    AddedToken("<left>", lstrip=True),
+    AddedToken("<right>", rstrip=True, normalized=False),
+    AddedToken("both", lstrip=True, rstrip=True, normalized=False),
+    AddedToken("\t", lstrip=True, rstrip=True, normalized=False),
+    AddedToken("word", single_word=True),
+    AddedToken("WORD", single_word=True, normalized=False),
+    AddedToken("cat", normalized=False),
+    AddedToken("<hidden>", special=True),
+]
+
+
+def add_tokens(folder: Path, target: Path, **attributes: str) -> PaliGemmaProcessor:
+    """Adds tokens with transformers, saves them as it does, and puts `tokenizer.model` beside."""
+    processor = PaliGemmaProcessor.from_pretrained(folder)
+    processor.tokenizer.add_tokens(ADDED)
+    for name, value in attributes.items():
+        setattr(processor.tokenizer, name, value)
+    processor.save_pretrained(target)
+    for name in ("config.json", "tokenizer.model"):
+        (target / name).write_bytes((folder / name).read_bytes())
+    return AutoProcessor.from_pretrained(target)
+
+
+def test_tokens_added_with_transformers(folder: Path, tmp_path: Path) -> None:
+    theirs = add_tokens(folder, tmp_path, eos_token="<my>")
+    assert not (tmp_path / "added_tokens.json").exists()
+    assert "added_tokens_decoder" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+    ours = Processor.from_pretrained(tmp_path)
+    ours.save_pretrained(tmp_path / "again")
+    again = Tokenizer.from_pretrained(tmp_path / "again")
+    assert len(ours.tokenizer) == len(again) == len(theirs.tokenizer)
+    assert ours.tokenizer.eos_id == again.eos_id == theirs.tokenizer.eos_token_id == ours.tokenizer.encode("<my>")[0]
+    texts = [str(token) for token in ADDED]
+    rng = random.Random(0)
+    parts = [*texts, *texts, *WORDS[:8], " ", "  ", "\n", "\n\n", "_", "²", "\u0301", "\x1c", "<", ">", "<loc0003>"]
+    parts += ["<seg001>", "<image>", "<bos>", "é"]
+    for _ in range(400):
+        text = "".join(rng.choices(parts, k=rng.randint(1, 12)))
+        expected = theirs.tokenizer(text, add_special_tokens=False).input_ids
+        assert ours.tokenizer.encode(text) == again.encode(text) == expected, repr(text)
+        ids = [token_id for token_id in expected if token_id != ours.tokenizer.eos_id]
+        decoded = theirs.tokenizer.decode(ids, skip_special_tokens=True)
+        assert ours.tokenizer.decode(ids) == again.decode(ids) == "".join(ours.stream(ids)) == decoded, repr(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "added"),
+    [
+        ({"added_tokens.json": {"<image>": 0, "<my>": 1, "<its>": 2}}, {"<my>": 1, "<its>": 2}),
+        (
+            {
+                "added_tokens.json": {"<image>": 0, "<my>": 1},
+                "special_tokens_map.json": {"extra_special_tokens": ["<my>"]},
+            },
+            {"<my>": 1},
+        ),
+        ({"tokenizer_config.json": {"extra_special_tokens": ["<image>", "<new>"]}}, {"<new>": 1}),
+        ({"tokenizer_config.json": {"extra_special_tokens": {"a": "<image>", "b": "<new>"}}}, {"<new>": 1}),
+        ({"special_tokens_map.json": {"eos_token": {"content": "<e>", "lstrip": True}}}, {"<e>": 0, "<image>": 1}),
+    ],
+)
+def test_tokens_of_other_files(folder: Path, tmp_path: Path, changes: dict, added: dict[str, int]) -> None:
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    write_folder(tmp_path, image_token_id=pieces + added.get("<image>", 0))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizer"}')
+    for name, content in changes.items():
+        if name == "added_tokens.json":
+            content = {text: pieces + offset for text, offset in content.items()}
+        elif name == "tokenizer_config.json":
+            content = {"tokenizer_class": "GemmaTokenizer", **content}
+        (tmp_path / name).write_text(json.dumps(content))
+    theirs, ours = AutoProcessor.from_pretrained(tmp_path).tokenizer, Processor.from_pretrained(tmp_path).tokenizer
+    text = f"a{''.join(added)} <image>b <loc0007>"
+    expected = theirs(text, add_special_tokens=False).input_ids
+    assert all(pieces + offset in expected for offset in added.values())
+    assert ours.encode(text) == expected and ours.eos_id == theirs.eos_token_id
+    kept = [token_id for token_id in expected if token_id != ours.eos_id]
+    assert ours.decode(kept) == theirs.decode(kept, skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with added tokens as transformers saves it, and its `tokenizer.model`."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("saved")
+    (source / "tokenizer.model").write_bytes(train_tokenizer([]))
+    write_folder(source, sentencepiece.SentencePieceProcessor(str(source / "tokenizer.model")).get_piece_size())
+    add_tokens(source, target)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "added_tokens.json",
+            {"<my>": 9000},
+            r"'<my>' has the id \d+ in .*tokenizer.json, but 9000 in .*added_tokens.json",
+        ),
+        ("added_tokens.json", {"<x>": -1}, r"added_tokens.json: '<x>': id: expected an integer from 0 to .*, got -1"),
+        ("added_tokens.json", {"<x>": None}, r"added_tokens.json: '<x>': id: expected an integer .*, got None"),
+        ("added_tokens.json", {"<x>": 2**70}, r"added_tokens.json: '<x>': id: expected an integer"),
+        (
+            "added_tokens.json",
+            {"<x>": 1450},
+            r"id 1450 belongs to both '.*' \(in .*tokenizer.(?:json|model)\) and '<x>'",
+        ),
+        ("added_tokens.json", {"a": 2000}, r"'a' has the id 2000 in .*added_tokens.json, but \d+ in .*tokenizer.model"),
+        ("added_tokens.json", {"\ud800": 2000}, r"added_tokens.json: .*: content: expected a text"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": None},
+            r"_config.json: added_tokens_decoder: expected an ob",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"x": {"content": "y"}}},
+            r"\['x'\]: id: expected an integer",
+        ),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9000": "y"}}, r"\['9000'\]: expected an object, got 'y'"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"9000": {}}},
+            r"\['9000'\]: content: expected a text, got No",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"9000": {"content": "y", "lstrip": "no"}}},
+            r"\['9000'\]: lstrip: expected true or false, got 'no'",
+        ),
+        (
+            "tokenizer_config.json",
+            {"eos_token": 1},
+            r"tokenizer_config.json: eos_token: content: expected a text, got 1",
+        ),
+        (
+            "tokenizer_config.json",
+            {"extra_special_tokens": 1},
+            r"extra_special_tokens: expected a list of tokens, got 1",
+        ),
+        ("special_tokens_map.json", {"eos_token": "<my>"}, r"eos_token is '<eos>' in .*, but '<my>' in .*_map.json"),
+        ("tokenizer.json", {"added_tokens": {}}, r"tokenizer.json: added_tokens: expected a list, got \{\}"),
+        ("tokenizer.json", {"added_tokens": [3]}, r"tokenizer.json: added_tokens\[0\]: expected an object, got 3"),
+        ("tokenizer.json", {"model": []}, r"tokenizer.json: model: expected an object, got \[\]"),
+        (
+            "tokenizer.json",
+            {"model": {"type": "BPE", "vocab": {"a": []}}},
+            r"'a' has the id \[\] in .*tokenizer.json, but",
+        ),
+        ("config.json", {"image_token_index": 9000}, r"'<image>' has the id \d+ in .*, but 9000 in .*config.json"),
+    ],
+)
+def test_token_files_that_contradict(saved: Path, tmp_path: Path, name: str, change: dict, message: str) -> None:
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / name
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | change))
+    with pytest.raises(ValueError, match=message):
+        Processor.from_pretrained(tmp_path)
+
+
+def test_the_tokenizer_model_of_another_tokenizer(saved: Path, tmp_path: Path) -> None:
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "tokenizer.model").write_bytes(train_tokenizer(["<one_more>"]))
+    with pytest.raises(
+        ValueError, match="id .*tokenizer.* and .*tokenizer.json|id .*tokenizer.json, but .*tokenizer.model"
+    ):
+        Processor.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    with pytest.raises(
+        FileNotFoundError, match="tokenizer.model is missing .tokenizer.json is there, but cannot stand in"
+    ):
+        Processor.from_pretrained(tmp_path)
 
 
 def test_save_and_load(ours: Processor, folder: Path, images: list[Image.Image], tmp_path: Path) -> None:
