@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import re
+import string
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +20,17 @@ Box = tuple[float, float, float, float]
 Colour = tuple[int, int, int]
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
-_OBJECT = re.compile(
-    rf"\s*(?P<locations>(?:<loc[0-9]{{4}}>){{4}})(?P<codes>(?:<seg[0-9]{{3}}>){{{CODES_PER_MASK}}})?(?P<label>[^<>]*)"
+# Tokens in a row, in which white space may stand before <seg>; and the label behind them.
+_RUN = re.compile(
+    r"(?P<tokens><(?:loc[0-9]{4}|seg[0-9]{3})>(?:\s*<seg[0-9]{3}>|<loc[0-9]{4}>)*)[\s,]*(?P<label>[^<>;]*)"
 )
+_OBJECT = re.compile(
+    rf"(?P<locations>(?:<loc[0-9]{{4}}>){{4}})(?:\s*(?P<codes>(?:<seg[0-9]{{3}}>){{{CODES_PER_MASK}}}))?"
+)
+_OBJECTS = re.compile(f"(?:{_OBJECT.pattern})+".replace("?P<locations>", "?:").replace("?P<codes>", "?:"))
 _NUM_LOCATIONS = 1024
 _NUM_CODES = 128
+_LARGEST_SIDE = 2**31
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart too, less black and yellow.
 _PALETTE = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0))
@@ -43,38 +52,67 @@ def parse(
     """Reads the objects of an answer to "detect …" or "segment …".
 
     Args:
-        text: objects joined by " ; ", each four ``<loc>`` (y1, x1, y2, x2), sixteen ``<seg>`` or none, and a label.
+        text: objects anywhere in it, each four ``<loc>`` (y1, x1, y2, x2), sixteen ``<seg>`` or none, and a label, which
+            ends at the next token or ";"; white space and commas around it are left out.
         size: width and height of the image in pixels.
         scale: the location that means the far edge: 1023 as in training, 1024 as in the public demo.
         mask_decoder: turns codes into masks; without it masks are None.
 
     Returns:
-        The objects in the order of the text. Malformed ones are left out, and so are boxes without area.
+        The objects in the order of the text. Tokens in a row that are not such objects from end to end are left out, and so
+        are boxes without area.
 
     Raises:
+        TypeError: ``text`` is no string, or ``size`` no pair of integers.
         ValueError: ``size`` or ``scale`` is not positive.
     """
-    width, height = size
-    if width <= 0 or height <= 0:
-        raise ValueError(f"size: {size}; width and height must be positive")
-    if scale <= 0:
+    return [detection for _, detection in parse_places(text, size, scale=scale, mask_decoder=mask_decoder)]
+
+
+def parse_places(
+    text: str, size: tuple[int, int], *, scale: float = 1023, mask_decoder: MaskVQVAE | None = None
+) -> Iterator[tuple[int, Detection]]:
+    """Yields what ``parse`` returns, each object with the place in the text where it begins."""
+    if not isinstance(text, str):
+        raise TypeError(f"text: a string is expected, got {type(text).__name__}")
+    width, height = check_size(size)
+    _check_scale(scale)
+    for run in _RUN.finditer(text):
+        if _OBJECTS.fullmatch(run["tokens"]) is None:
+            continue
+        for found in _OBJECT.finditer(text, run.start("tokens"), run.end("tokens")):
+            y1, x1, y2, x2 = locations = _numbers(found["locations"])
+            codes = _numbers(found["codes"] or "")
+            if max(locations) >= _NUM_LOCATIONS or max(codes, default=0) >= _NUM_CODES or y2 <= y1 or x2 <= x1:
+                continue
+            box = (x1 / scale * width, y1 / scale * height, x2 / scale * width, y2 / scale * height)
+            mask = None
+            if codes and mask_decoder is not None:
+                mask = paste(mask_decoder.decode(np.array([codes]))[0], box, (width, height))
+            label = run["label"].rstrip(f",{string.whitespace}").strip() if found.end() == run.end("tokens") else ""
+            yield found.start(), Detection(label, box, mask)
+
+
+def _check_scale(scale: float) -> None:
+    if not 0 < scale < math.inf:
         raise ValueError(f"scale: {scale}; it must be positive")
-    objects = []
-    for part in text.split(";"):
-        match = _OBJECT.fullmatch(part)
-        if match is None:
-            continue
-        locations = _numbers(match["locations"])
-        codes = _numbers(match["codes"] or "")
-        y1, x1, y2, x2 = locations
-        if max(locations) >= _NUM_LOCATIONS or max(codes, default=0) >= _NUM_CODES or y2 <= y1 or x2 <= x1:
-            continue
-        box = (x1 / scale * width, y1 / scale * height, x2 / scale * width, y2 / scale * height)
-        mask = None
-        if codes and mask_decoder is not None:
-            mask = paste(mask_decoder.decode(np.array([codes]))[0], box, size)
-        objects.append(Detection(match["label"].strip(), box, mask))
-    return objects
+
+
+def _check_box(name: str, box: Box) -> Box:
+    if len(box) != 4 or not all(-math.inf < edge < math.inf for edge in box):
+        raise ValueError(f"{name}: box {box} is not four finite numbers")
+    return box
+
+
+def check_size(size: object) -> tuple[int, int]:
+    """Returns an image's width and height; TypeError or ValueError if they are not two positive integers."""
+    try:
+        width, height = (operator.index(side) for side in size)  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"size: width and height as integers are expected, got {size!r:.80}") from error
+    if not 0 < width < _LARGEST_SIDE or not 0 < height < _LARGEST_SIDE:
+        raise ValueError(f"size: {size!r:.80}; width and height must be positive, and below {_LARGEST_SIDE}")
+    return width, height
 
 
 def format_boxes(
@@ -87,20 +125,24 @@ def format_boxes(
     """Writes the answer that ``parse`` reads, for training data.
 
     Args:
-        objects: boxes in pixels, cut off at the image's edges; labels without "<", ">" or ";".
+        objects: boxes in pixels, cut off at the image's edges; labels without "<", ">" or ";", and no comma at either end.
         size: width and height of the image in pixels.
         scale: as in ``parse``.
         mask_encoder: turns masks into codes; without it masks are not written.
 
     Raises:
-        ValueError: a label would not be read back, or a box has no area at this resolution.
+        ValueError: a label would not be read back, a box has no area at this resolution or an edge that is no finite number,
+            or ``size`` or ``scale`` is not positive.
     """
-    width, height = size
+    width, height = check_size(size)
+    _check_scale(scale)
     parts = []
     for index, detection in enumerate(objects):
-        if re.search("[<>;\n]", detection.label):
-            raise ValueError(f"objects[{index}]: label {detection.label!r} holds one of < > ; or a line break")
-        x1, y1, x2, y2 = detection.box
+        if re.search("[<>;\n]|^\\s*,|,\\s*$", detection.label):
+            raise ValueError(
+                f"objects[{index}]: label {detection.label!r} holds one of < > ; or a line break, or a comma at an end"
+            )
+        x1, y1, x2, y2 = _check_box(f"objects[{index}]", detection.box)
         edges = (y1 / height, x1 / width, y2 / height, x2 / width)
         locations = [min(max(round(edge * scale), 0), _NUM_LOCATIONS - 1) for edge in edges]
         if locations[2] <= locations[0] or locations[3] <= locations[1]:
@@ -117,8 +159,10 @@ def draw(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
     """Returns an RGB copy of the image with masks, outlines and labels, a colour per label.
 
     Raises:
-        ValueError: a mask is not of the image's size.
+        ValueError: a mask is not of the image's size, or a box is not four finite numbers.
     """
+    for index, detection in enumerate(detections):
+        _check_box(f"detections[{index}]", detection.box)
     width, height = image.size
     line = max(1, round(min(width, height) / 150))
     pixels = np.array(image.convert("RGB"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..locations import Detection, parse
+from ..locations import Detection, parse, parse_places
 from ..processor import Processor
 from . import formats, metrics
 from .formats import Options, Question, Region, decode_masks
@@ -90,12 +90,11 @@ def _score_detections(questions: Sequence[Question], answers: Sequence[Answer], 
 
 def _found(answer: Answer, size: tuple[int, int]) -> Iterator[tuple[Detection, float]]:
     """The objects of an answer, and as each one's score the mean probability of its four location tokens."""
-    probabilities, used = answer.location_probabilities or (), 0
-    for part in answer.text.split(";"):
-        for thing in parse(part, size):
-            score = float(np.mean(probabilities[used : used + 4])) if probabilities[used : used + 4] else 0.0
-            yield Detection(thing.label.lower(), thing.box), score
-        used += len(re.findall("<loc[0-9]{4}>", part))
+    probabilities = answer.location_probabilities or ()
+    for place, thing in parse_places(answer.text, size):
+        first = len(re.findall("<loc[0-9]{4}>", answer.text[:place]))
+        score = float(np.mean(probabilities[first : first + 4])) if probabilities[first : first + 4] else 0.0
+        yield Detection(thing.label.lower(), thing.box), score
 
 
 def _score_segmentations(

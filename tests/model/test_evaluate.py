@@ -355,7 +355,9 @@ def test_the_surer_of_two_boxes_counts_first(coco: Path, checkpoints: Callable[[
     # The first is malformed, and its five probabilities belong to no box.
     text = f"<loc0001><loc0002><loc0003><loc0004><loc0005> fox ; <loc0000><loc0000><loc0050><loc0050> fox ; {DETECT}"
     for probabilities, ap in (((0.9,) * 5 + (0.4,) * 4 + (0.6,) * 4, 1.0), ((0.9,) * 5 + (0.6,) * 4 + (0.4,) * 4, 0.5)):
-        assert evaluation.score([Answer(text, probabilities)], processor)["coco.json"]["ap50"] == pytest.approx(ap)
+        for separated in (text, text.replace(" ; ", "\n"), f"detect fox\n{text.replace(' ; ', ', ')}"):
+            answer = Answer(separated, probabilities)
+            assert evaluation.score([answer], processor)["coco.json"]["ap50"] == pytest.approx(ap)
 
 
 def test_referring_expressions(run: Run, checkpoints: Callable[[str], Path], coco: Path) -> None:

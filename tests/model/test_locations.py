@@ -52,6 +52,26 @@ def test_malformed_objects_are_left_out(text: str) -> None:
         assert [detection.label for detection in parse(joined, (10, 10))] == ["good"]
 
 
+CAT, DOG, OWL = ("".join(f"<loc{n:04d}>" for n in box) for box in ((0, 0, 9, 9), (1, 2, 30, 40), (5, 6, 7, 1023)))
+
+
+@pytest.mark.parametrize(
+    "before", ["", "detect cat ; dog\n", "segment cat\n", "Here, the cat: ", "<loc0001> is no box "]
+)
+@pytest.mark.parametrize("separator", [" ; ", ";", "\n", ", ", ",", "", " ", " ,\n", ";\n\n"])
+@pytest.mark.parametrize("codes", ["", SEG, f" {SEG}"])
+def test_every_object_is_found(before: str, separator: str, codes: str) -> None:
+    """Where big_vision's demo or the supervision package finds it, too."""
+    text = before + separator.join((f"{CAT}{codes} cat", f"{DOG} brown dog", f"{OWL}{codes} t-shirt"))
+    found = [(thing.label, thing.box) for thing in parse(text, (1023, 1023))]
+    assert found == [("cat", (0, 0, 9, 9)), ("brown dog", (2, 1, 40, 30)), ("t-shirt", (6, 5, 1023, 7))]
+
+
+def test_objects_without_labels_in_a_row() -> None:
+    found = parse(f"{CAT}{DOG}{SEG}{OWL} t-shirt, black, ", (1023, 1023))
+    assert [(thing.label, thing.box[0]) for thing in found] == [("", 0), ("", 2), ("t-shirt, black", 6)]
+
+
 def test_labels_may_be_absent_or_repeated() -> None:
     box = "<loc0000><loc0000><loc1023><loc1023>"
     assert [d.label for d in parse(f"{box} ; {box} a ; {box} a", (4, 4))] == ["", "a", "a"]
@@ -95,15 +115,28 @@ def test_format_writes_masks_only_with_an_encoder() -> None:
 
 
 def test_what_would_not_be_read_back_is_refused() -> None:
-    for label in ("a ; b", "a<b", "a\nb"):
+    for label in ("a ; b", "a<b", "a\nb", "a,", ", a"):
         with pytest.raises(ValueError, match=r"objects\[0\]: label"):
             format_boxes([Detection(label, (0, 0, 1, 1))], (4, 4))
     for box in ((2, 0, 2, 4), (0, 3, 4, 1), (5, 0, 9, 4)):
         with pytest.raises(ValueError, match="no area"):
             format_boxes([Detection("a", box)], (4, 4))
-    for size, scale in (((0, 5), 1023), ((5, 5), 0)):
+    for size, scale in (((0, 5), 1023), ((5, 5), 0), ((5, 5), float("nan")), ((5, 10**400), 1023)):
         with pytest.raises(ValueError, match="positive"):
             parse("", size, scale=scale)
+        with pytest.raises(ValueError, match="positive"):
+            format_boxes([], size, scale=scale)
+    for size in ((5.5, 5), (5,), 5, ("5", 5)):
+        with pytest.raises(TypeError, match="size: width and height"):
+            parse("", size)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="text: a string"):
+        parse(None, (5, 5))  # type: ignore[arg-type]
+    for edge in (float("nan"), float("inf"), -float("inf")):
+        detection = Detection("a", (0, 0, edge, 4))
+        with pytest.raises(ValueError, match=r"objects\[0\]: box .* is not four finite numbers"):
+            format_boxes([detection], (5, 5))
+        with pytest.raises(ValueError, match=r"detections\[0\]: box .* is not four finite numbers"):
+            draw(Image.new("RGB", (5, 5)), [detection])
 
 
 def test_draw_box_mask_and_label() -> None:
