@@ -301,7 +301,7 @@ def _run(options: argparse.Namespace) -> None:
     checkpoint = options.checkpoint or EMBEDDED_CHECKPOINT
     model = load(checkpoint, dtype=DTYPES.get(options.dtype), device=device, quantize=options.quantize)
     processor = _processor(checkpoint, model.config, options)
-    inputs = {name: tensor.to(device) for name, tensor in processor([images], [options.prompt]).items()}
+    inputs = processor([images], [options.prompt]).to(device)
     kind = f" as {options.quantize}" if options.quantize else ""
     _note(f"loaded {checkpoint}{kind} on {device} in {time.perf_counter() - started:.1f} s")
 

@@ -83,7 +83,10 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class PaliGemmaConfig:
-    """A whole PaliGemma: image encoder, decoder and the ids that the two meet at."""
+    """A whole PaliGemma: image encoder, decoder and the ids that the two meet at.
+
+    `eos_token_id` is the token that ends an answer, or all of them if there are several.
+    """
 
     vision_config: VisionConfig = field(default_factory=VisionConfig)
     text_config: TextConfig = field(default_factory=TextConfig)
@@ -168,7 +171,7 @@ class PaliGemmaConfig:
             image_token_id=image_token_id,
             pad_token_id=_first(config.get("pad_token_id"), text.get("pad_token_id"), 0),
             bos_token_id=_first(config.get("bos_token_id"), text.get("bos_token_id"), 2),
-            eos_token_id=tuple(ends) if isinstance(ends, list) else ends,
+            eos_token_id=end_ids(ends, "eos_token_id"),
             tie_word_embeddings=config.get("tie_word_embeddings", True),
         )
 
@@ -213,6 +216,14 @@ class PaliGemmaConfig:
     def with_image_size(self, image_size: int) -> PaliGemmaConfig:
         """Give the same model for square images of another size in pixels."""
         return replace(self, vision_config=replace(self.vision_config, image_size=image_size))
+
+
+def end_ids(value: object, where: str) -> int | tuple[int, ...]:
+    """Read a file's `eos_token_id`, an id or a list of ids; ValueError that begins with `where` for anything else."""
+    ids: list[Any] = value if isinstance(value, list) else [value]
+    if not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise ValueError(f"{where}: expected a token id or a list of them, got {value!r:.80}")
+    return ids[0] if len(ids) == 1 else tuple(ids)
 
 
 def _known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from pg_kernels.nn import merge_projections_
 from pg_kernels.ops.launch import on_device_of
 
+from .arguments import check_prompt, integer, number, token_ids
 from .gemma import Visibility
 from .graphs import Recorder, Replayed, Shelf, obstacle
 
@@ -46,7 +47,9 @@ def generate(
         input_ids, pixel_values, attention_mask, token_type_ids, image_features: as for the model's forward; padding on either
             side.
         max_new_tokens: at most so many tokens for each prompt.
-        eos_token_id: one id or several that end an answer; default: the configuration's.
+        eos_token_id: one id or several that end an answer; default: the configuration's, which a checkpoint's
+            generation_config.json may say, too. Nothing else of that file is read: neither lengths, temperature and beams, which
+            are arguments here, nor penalties, forced and suppressed tokens, which there are none of.
         temperature: 0 takes the likeliest token; above it, tokens are drawn from softmax(logits / temperature).
         top_k: draw from the k likeliest tokens only.
         top_p: draw from the likeliest tokens that together reach this probability.
@@ -63,9 +66,27 @@ def generate(
         int64 [B, ≤ max_new_tokens]: new tokens only, the end token included, the configuration's pad after it.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: options out of range or that exclude each other, no graph where `cuda_graph` is True, and whatever the forward
             refuses.
     """
+    others = {
+        "pixel_values": pixel_values,
+        "attention_mask": attention_mask,
+        "token_type_ids": token_type_ids,
+        "image_features": image_features,
+    }
+    prompt = {"input_ids": input_ids, **{name: tensor for name, tensor in others.items() if tensor is not None}}
+    check_prompt(prompt)
+    max_new_tokens, num_beams = integer("max_new_tokens", max_new_tokens), integer("num_beams", num_beams)
+    top_k = None if top_k is None else integer("top_k", top_k)
+    top_p = None if top_p is None else number("top_p", top_p)
+    temperature = number("temperature", temperature)
+    ends = token_ids("eos_token_id", model.config.eos_token_id if eos_token_id is None else eos_token_id)
+    if generator is not None and not isinstance(getattr(generator, "device", None), torch.device):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+    if stream is not None and not callable(stream):
+        raise TypeError(f"stream: expected a function or None, got {type(stream).__name__}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     if not temperature >= 0:
@@ -81,12 +102,12 @@ def generate(
     if temperature == 0 and (top_k is not None or top_p is not None):
         raise ValueError("top_k and top_p: they need a temperature above 0")
     limit = model.config.text_config.max_position_embeddings
-    if input_ids.dim() == 2 and input_ids.shape[1] + max_new_tokens > limit:
+    if input_ids.shape[1] + max_new_tokens > limit:
         raise ValueError(
             f"max_new_tokens: {input_ids.shape[1]} prompt tokens and {max_new_tokens} new ones are more than the "
             f"model's {limit} positions"
         )
-    if cuda_graph not in ("auto", True, False):
+    if not isinstance(cuda_graph, bool) and cuda_graph != "auto":
         raise ValueError(f"cuda_graph: expected 'auto', True or False, got {cuda_graph!r}")
     device = input_ids.device
     if generator is not None and generator.device.type != device.type:
@@ -94,21 +115,15 @@ def generate(
     why_not = "beam search reorders its cache" if num_beams > 1 else obstacle(model, device)
     if cuda_graph is True and why_not is not None:
         raise ValueError(f"cuda_graph: there can be none here: {why_not}")
-    end_ids = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    ends = (end_ids,) if isinstance(end_ids, int) else tuple(end_ids)
-    given = {
-        "input_ids": input_ids,
-        "pixel_values": pixel_values,
-        "attention_mask": attention_mask,
-        "token_type_ids": token_type_ids,
-        "image_features": image_features,
-    }
-    prompt = {name: tensor for name, tensor in given.items() if tensor is not None}
     batch, capacity = len(input_ids), input_ids.shape[-1] + max_new_tokens
     with on_device_of(input_ids):
         if num_beams > 1:
+            vocabulary = model.config.text_config.vocab_size
+            known = torch.tensor([end for end in ends if 0 <= end < vocabulary], device=device)
+            if not len(known):
+                raise ValueError(f"eos_token_id: beam search needs one in [0, {vocabulary}), got {ends}")
             decoder = Decoder(model, batch, capacity)
-            return _beam_search(model, decoder, prompt, max_new_tokens, torch.tensor(ends, device=device), num_beams)
+            return _beam_search(model, decoder, prompt, max_new_tokens, known, num_beams)
         choice = Choice(ends, temperature, top_k, top_p, generator is not None)
         rest = (generator, max_new_tokens, stream)
         if why_not is not None or cuda_graph is False:

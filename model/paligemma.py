@@ -181,8 +181,8 @@ class PaliGemma(nn.Module):
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
         """Embed tokens [B, S] to [B, S, D], image features in the places of their placeholders."""
-        if input_ids.dim() != 2:
-            raise ValueError(f"input_ids: expected shape [B, S], got {list(input_ids.shape)}")
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise ValueError(f"input_ids: expected shape [B, S] with at least one token, got {list(input_ids.shape)}")
         limit = self.config.text_config.max_position_embeddings
         if input_ids.shape[1] > limit:
             raise ValueError(f"input_ids: {input_ids.shape[1]} tokens are more than the model's {limit} positions")

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .config import PaliGemmaConfig
 from .files import json_bytes, read_json_object, write_atomically
+from .inputs import Inputs
 from .locations import Detection, draw, parse
 from .segmentation import MaskVQVAE
 from .tokenizer import IMAGE_TOKEN, StreamDecoder, Tokenizer
@@ -167,7 +168,7 @@ class Processor:
         suffixes: str | Sequence[str] | None = None,
         *,
         padding_side: str = "left",
-    ) -> dict[str, torch.Tensor]:
+    ) -> Inputs:
         """Makes the inputs of a model: ``<image>`` placeholders, BOS, prompt, newline, and for training suffix, EOS.
 
         Args:
@@ -180,7 +181,8 @@ class Processor:
 
         Returns:
             ``input_ids``, ``attention_mask``, ``token_type_ids`` (1 on the suffix), each int64 [B, S];
-            ``pixel_values`` fp32 [images, 3, H, W]; with suffixes ``labels`` int64 [B, S], -100 off the suffix.
+            ``pixel_values`` fp32 [images, 3, H, W]; with suffixes ``labels`` int64 [B, S], -100 off the suffix. They are a
+            dict, whose ``to`` moves them to a device.
 
         Raises:
             ValueError: counts of images, prompts or suffixes differ, a sequence is too long, or an image is too large.
@@ -202,7 +204,7 @@ class Processor:
         suffixes: str | Sequence[str] | None = None,
         *,
         padding_side: str = "left",
-    ) -> dict[str, torch.Tensor]:
+    ) -> Inputs:
         """Makes a model's inputs without ``pixel_values``: those of ``__call__`` for so many images of each prompt.
 
         Raises:
@@ -291,7 +293,7 @@ class Processor:
                 f"the model takes at most {self.max_position_embeddings}"
             )
 
-    def _pad(self, prefixes: list[list[int]], answers: list[list[int]], side: str) -> dict[str, torch.Tensor]:
+    def _pad(self, prefixes: list[list[int]], answers: list[list[int]], side: str) -> Inputs:
         lengths = [len(prefix) + len(answer) for prefix, answer in zip(prefixes, answers)]
         shape = (len(prefixes), max(lengths))
         input_ids = torch.full(shape, self.tokenizer.pad_id, dtype=torch.int64)
@@ -303,7 +305,7 @@ class Processor:
             input_ids[row, start:end] = torch.tensor(prefix + answer)
             attention_mask[row, start:end] = 1
             token_type_ids[row, start + len(prefix) : end] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        return Inputs(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
 
     def _preprocess(self, image: Image.Image) -> torch.Tensor:
         size = (self.image_size, self.image_size)

@@ -61,7 +61,7 @@ def compare(
     starts = range(0, len(tasks), batch_size)
     for start in tqdm(starts, desc="comparing", unit="batch", delay=1.0, disable=None):
         images, prompts = zip(*tasks[start : start + batch_size], strict=True)
-        inputs = {name: tensor.to(device) for name, tensor in processor(list(images), list(prompts)).items()}
+        inputs = processor(list(images), list(prompts)).to(device)
         answers, others = (
             _padded(model.generate(**inputs, max_new_tokens=max_new_tokens), max_new_tokens, original)
             for model in (original, quantised)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import re
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from pathlib import Path
 import sentencepiece
 
 from .added_tokens import LOC_TOKENS, SEG_TOKENS, AddedToken, Splitter, lone_surrogate
+from .arguments import integer
 from .files import json_bytes, write_atomically
 from .token_files import read_token_files
 
@@ -34,7 +34,7 @@ class StreamDecoder:
 
     def push(self, token_id: int) -> str:
         """Returns the text that one more token completes; "" from the end token on."""
-        token_id = as_id(token_id)
+        token_id = integer("ids", token_id)
         if token_id == self._tokenizer.eos_id:
             text = self.finish()
             self._ended = True
@@ -199,7 +199,7 @@ class Tokenizer:
         parts: list[str] = []
         pending = b""
         for token_id in ids:
-            token_id = as_id(token_id)
+            token_id = integer("ids", token_id)
             if token_id == self.eos_id:
                 break
             piece = self.piece(token_id)
@@ -275,14 +275,6 @@ class Tokenizer:
             if other != text:
                 raise ValueError(f"{name}: id {token.token_id} belongs to both {other!r} and {text!r}")
         return by_id
-
-
-def as_id(value: object) -> int:
-    """Return a token id as an int; TypeError for what is no integer."""
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise TypeError(f"ids: integers are expected, got {value!r:.80}") from error
 
 
 def _complete_utf8_length(data: bytes) -> int:

@@ -9,13 +9,14 @@ import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..config import PaliGemmaConfig
+from ..config import PaliGemmaConfig, end_ids
 from ..files import json_bytes, read_json_object, shown, temporary_sibling, unreadable
 from .layout import EMBEDDING, HEAD, SCALE, TensorSpec, raw_bytes, widest
 
@@ -202,9 +203,13 @@ class HuggingFaceReader:
 
     def read_config(self) -> PaliGemmaConfig:
         try:
-            return PaliGemmaConfig.from_dict(self._config)
+            config = PaliGemmaConfig.from_dict(self._config)
         except ValueError as error:
             raise ValueError(f"{self.path / 'config.json'}: {error}") from error
+        ends = self.generation_defaults.get("eos_token_id")
+        if ends is None:
+            return config
+        return replace(config, eos_token_id=end_ids(ends, f"{self.path / _GENERATION}: eos_token_id"))
 
     def head_differs(self) -> bool:
         # int8 levels can agree while the scales do not.

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..files import write_atomically
+from ..inputs import Inputs
 from ..paligemma import PaliGemma
 from ..processor import Processor, load_image
 from ..tokenizer import LOC_TOKENS
@@ -255,7 +256,7 @@ def last_written(checkpoint: Path) -> int:
     return max((file.stat().st_mtime_ns for file in files), default=0)
 
 
-def _inputs(evaluation: Evaluation, processor: Processor, batch: Sequence[Question]) -> dict[str, Tensor]:
+def _inputs(evaluation: Evaluation, processor: Processor, batch: Sequence[Question]) -> Inputs:
     """A batch for the model, each different image once; `image_index` says which stands where."""
     paths = [path for question in batch for path in question.images]
     once = list(dict.fromkeys(paths))
@@ -272,12 +273,12 @@ def _answer(
     task: Task,
     model: PaliGemma,
     processor: Processor,
-    inputs: dict[str, Tensor],
+    inputs: Inputs,
     max_new_tokens: int | None,
     num_beams: int,
 ) -> list[Answer]:
     device = next(model.parameters()).device
-    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    inputs = inputs.to(device)
     features = model.get_image_features(inputs.pop("pixel_values"))[inputs.pop("image_index")]
     if max_new_tokens is None:
         room = model.config.text_config.max_position_embeddings - inputs["input_ids"].shape[1]

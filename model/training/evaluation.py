@@ -93,8 +93,9 @@ def held_out_rng(seed: int, *place: object) -> random.Random:
 def answer(model: PaliGemma, processor: Processor, examples: Sequence[Example]) -> list[str]:
     """Give the model's greedy answers to examples of as many images each."""
     device = next(model.parameters()).device
-    inputs = processor([list(example.images) for example in examples], [example.prefix for example in examples])
-    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    inputs = processor([list(example.images) for example in examples], [example.prefix for example in examples]).to(
+        device
+    )
     return processor.decode(model.generate(**inputs, max_new_tokens=_MAX_NEW_TOKENS))
 
 

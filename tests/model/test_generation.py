@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -170,8 +174,105 @@ def test_beams_of_a_batch_are_those_of_its_rows(model: PaliGemma) -> None:
         ({"top_p": 0.9}, "temperature above 0"),
         ({"num_beams": 0}, "num_beams"),
         ({"num_beams": 2, "temperature": 1.0}, "num_beams"),
+        ({"temperature": float("nan")}, "temperature: expected 0 or more, got nan"),
+        ({"temperature": 10**400}, "temperature: .* is too large"),
+        ({"temperature": 1.0, "top_p": float("nan")}, "top_p"),
+        ({"eos_token_id": []}, "eos_token_id: expected one token id or several"),
+        ({"eos_token_id": 2**70}, "eos_token_id: expected one token id or several"),
+        (
+            {"eos_token_id": [-1, 64], "num_beams": 2},
+            r"eos_token_id: beam search needs one in \[0, 64\), got \(-1, 64\)",
+        ),
+        ({"cuda_graph": 1}, "cuda_graph"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.int64)}, r"input_ids: .* at least one token, got \[2, 0\]"),
+        ({"input_ids": torch.zeros(0, 5, dtype=torch.int64)}, r"input_ids: .* at least one token, got \[0, 5\]"),
+        ({"input_ids": torch.zeros(5, dtype=torch.int64)}, r"input_ids: .* got \[5\]"),
     ],
 )
 def test_bad_options_are_refused(model: PaliGemma, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        model.generate(**prompts(), **options)
+        model.generate(**prompts() | options)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("max_new_tokens", [None, 3.0, "3", True, [3]]),
+        ("num_beams", [None, 2.0, True]),
+        ("temperature", [None, "1", True, 1j]),
+        ("top_k", [3.5, "3", True]),
+        ("top_p", ["1", True, [0.5]]),
+        ("eos_token_id", ["1", 1.5, True, [1, None], {1}, [[1]], {"a": 1}]),
+        ("stream", [3, "print"]),
+        ("generator", [0, "cpu"]),
+        ("input_ids", [None, [[1, 2]], torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool)]),
+        ("pixel_values", [3, torch.zeros(3, 3, 28, 28, dtype=torch.uint8)]),
+        ("attention_mask", [[[1]]]),
+        ("token_type_ids", ["0"]),
+        ("image_features", [3]),
+    ],
+)
+def test_wrong_types_are_named(model: PaliGemma, name: str, values: list) -> None:
+    for value in values:
+        options: dict[str, Any] = {"temperature": 1.0} if name in ("top_k", "top_p") else {}
+        with pytest.raises(TypeError, match=f"^{name}: expected"):
+            model.generate(**prompts() | options | {name: value})
+
+
+def test_integers_of_any_library(model: PaliGemma) -> None:
+    expected = model.generate(**prompts(), max_new_tokens=4, eos_token_id=[5, 9])
+    for ends in (torch.tensor([5, 9]), torch.tensor([5, 9]).numpy(), (5, torch.tensor(9))):
+        assert torch.equal(model.generate(**prompts(), max_new_tokens=torch.tensor(4), eos_token_id=ends), expected)
+
+
+def test_an_empty_batch_is_refused_by_the_forward(model: PaliGemma) -> None:
+    for shape in ((2, 0), (0, 5)):
+        with pytest.raises(ValueError, match="input_ids: .* at least one token"):
+            model(torch.zeros(shape, dtype=torch.int64))
+
+
+def test_a_beam_cannot_end_outside_the_vocabulary(model: PaliGemma) -> None:
+    expected = model.generate(**prompts(), max_new_tokens=6, eos_token_id=5, num_beams=3)
+    assert torch.equal(model.generate(**prompts(), max_new_tokens=6, eos_token_id=[-1, 5, 64], num_beams=3), expected)
+
+
+def test_answers_end_where_generation_config_says(model: PaliGemma, tmp_path: Path) -> None:
+    """As in transformers, also after saving again; where the file names no token, the one of config.json ends an answer."""
+    from transformers import PaliGemmaForConditionalGeneration
+
+    torch.manual_seed(3)
+    own = PaliGemma(PaliGemmaConfig(VISION, TEXT, image_token_id=63, tie_word_embeddings=False)).eval()
+    inputs = row(prompts(), 1)
+    inputs["input_ids"][inputs["input_ids"] == IMAGE] = 63
+    free = own.generate(**inputs, max_new_tokens=12, eos_token_id=-1)
+    first, later = int(free[0, 0]), next(int(token) for token in free[0, 1:] if token != free[0, 0])
+    stop = free[0].tolist().index(later) + 1
+    own.save_pretrained(tmp_path)
+    path, again = tmp_path / "generation_config.json", tmp_path / "again"
+    for ends, length in (([1, later], stop), (later, stop), ([later, first], 1), (None, 12), (1, 12)):
+        path.write_text(json.dumps({"eos_token_id": ends, "pad_token_id": 0}))
+        loaded = PaliGemma.from_pretrained(tmp_path)
+        loaded.save_pretrained(again)
+        for folder, ours in ((tmp_path, loaded), (again, PaliGemma.from_pretrained(again))):
+            theirs = PaliGemmaForConditionalGeneration.from_pretrained(folder, attn_implementation="eager")
+            types = torch.zeros_like(inputs["input_ids"])
+            tokens = theirs.generate(**inputs, token_type_ids=types, max_new_tokens=12, do_sample=False)
+            assert torch.equal(ours.generate(**inputs, max_new_tokens=12), tokens[:, types.shape[1] :])
+            assert torch.equal(tokens[:, types.shape[1] :], free[:, :length])
+        assert json.loads((again / "generation_config.json").read_text())["eos_token_id"] == (ends or 1)
+    path.write_text("{}")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": [1, later]}))
+    assert torch.equal(PaliGemma.from_pretrained(tmp_path).generate(**inputs, max_new_tokens=12), free[:, :stop])
+
+
+@pytest.mark.parametrize("value", ["1", 1.0, True, [], [1, None], [[1]], {}, -1, 2**40, float("nan")])
+def test_other_end_tokens_are_refused(model: PaliGemma, tmp_path: Path, value: object) -> None:
+    model.save_pretrained(tmp_path)
+    for name in ("generation_config.json", "config.json"):
+        path = tmp_path / name
+        before = path.read_text()
+        path.write_text(json.dumps(json.loads(before) | {"eos_token_id": value}))
+        with pytest.raises(ValueError, match=f"{name}: .*eos_token_id: expected a token id or a list of them"):
+            PaliGemma.from_pretrained(tmp_path)
+        path.write_text(before)

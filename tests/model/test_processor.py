@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
+import pickle
 import random
 import warnings
 from pathlib import Path
@@ -227,6 +229,34 @@ def test_random_text_equals_transformers(ours: Processor, theirs: PaliGemmaProce
     for _ in range(500):
         text = "".join(rng.choices(parts, k=rng.randint(1, 15)))
         assert ours.tokenizer.encode(text) == theirs.tokenizer(text, add_special_tokens=False).input_ids, repr(text)
+
+
+def test_inputs_move_together(ours: Processor, theirs: PaliGemmaProcessor, images: list[Image.Image]) -> None:
+    inputs = ours(images[0], "a", suffixes="b")
+    reference = theirs(images=images[0], text="a", suffix="b", return_tensors="pt")
+    assert isinstance(inputs, dict) and inputs.input_ids is inputs["input_ids"]
+    for arguments in ((torch.bfloat16,), ("cpu",), ("cpu", torch.float16), (torch.device("cpu"), torch.float32)):
+        assert inputs.to(*arguments) is inputs
+        reference.to(*arguments)
+        assert {name: tensor.dtype for name, tensor in inputs.items()} == {
+            name: tensor.dtype for name, tensor in reference.items()
+        }
+    assert torch.equal(inputs.pixel_values, reference["pixel_values"])
+    assert {tensor.device.type for tensor in ours(images[0], "a").to(device="meta", dtype=torch.float64).values()} == {
+        "meta"
+    }
+    for same in (pickle.loads(pickle.dumps(inputs)), copy.deepcopy(inputs), copy.copy(inputs)):
+        assert type(same) is type(inputs) and same.keys() == inputs.keys()
+        assert torch.equal(same.to("cpu").input_ids, inputs.input_ids)
+    (batch,) = torch.utils.data.DataLoader([inputs, inputs], batch_size=2, num_workers=1)
+    assert torch.equal(batch.to("cpu").input_ids, torch.stack([inputs.input_ids] * 2))
+    (batch,) = torch.utils.data.DataLoader(["a"], collate_fn=lambda texts: ours(images[0], texts))
+    assert batch.to(torch.bfloat16).pixel_values.dtype == torch.bfloat16
+    with pytest.raises(AttributeError, match="no 'other' among input_ids, attention_mask"):
+        _ = inputs.other
+    for dtype in (torch.int64, "float32"):
+        with pytest.raises(TypeError, match="dtype: expected a floating-point dtype"):
+            inputs.to(dtype=dtype)
 
 
 def test_several_images_per_prompt(ours: Processor, theirs: PaliGemmaProcessor, images: list[Image.Image]) -> None:
