@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+IMAGE_TOKEN = "<image>"
 LOC_TOKENS = tuple(f"<loc{n:04d}>" for n in range(1024))
 SEG_TOKENS = tuple(f"<seg{n:03d}>" for n in range(128))
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .added_tokens import AddedToken, lone_surrogate
+from .added_tokens import IMAGE_TOKEN, AddedToken, lone_surrogate
 from .files import read_json_object
 
 ROLES = ("bos_token", "eos_token", "pad_token")
@@ -16,7 +16,7 @@ _LARGEST_ID = 2**31 - 1
 
 
 def read_token_files(
-    folder: Path, pieces: Sequence[str], image: Mapping[str, int]
+    folder: Path, pieces: Sequence[str], image_token_id: int | None
 ) -> tuple[dict[str, AddedToken], dict[str, str]]:
     """Read the added tokens of a checkpoint folder, from those of transformers' files that are there.
 
@@ -27,7 +27,7 @@ def read_token_files(
     Args:
         folder: where the files are.
         pieces: those of the folder's tokenizer.model, by their ids.
-        image: the image token's text and id, if config.json has it.
+        image_token_id: what config.json says, which may be another id than that of a piece <image>.
 
     Returns:
         Tokens by their text, and the texts of `ROLES` as far as they are named.
@@ -54,9 +54,11 @@ def read_token_files(
     for path, field, text, entry in named:
         if text not in tokens.by_text:
             following = max([len(pieces), *(token_id + 1 for token_id in tokens.texts)])
-            tokens.add(entry, image.get(text, ids.get(text, following)), path, field)
-    for text, token_id in image.items():
-        tokens.add({"content": text, "special": True}, token_id, folder / "config.json", "image_token_index")
+            token_id = ids.get(text, following) if image_token_id is None or text != IMAGE_TOKEN else image_token_id
+            tokens.add(entry, token_id, path, field)
+    if image_token_id is not None:
+        image = {"content": IMAGE_TOKEN, "special": True}
+        tokens.add(image, image_token_id, folder / "config.json", "image_token_index")
     _check_pieces(tokens, _field(*tokenizer, "model", dict), tokenizer[0], ids, pieces, folder / "tokenizer.model")
     roles = {field: text for _, field, text, _ in named if field in ROLES}
     for text in roles.values():
@@ -148,7 +150,7 @@ def _check_pieces(
     """
     for text, token in tokens.by_text.items():
         known, piece = ids.get(text), pieces[token.token_id] if token.token_id < len(pieces) else text
-        if known not in (None, token.token_id):
+        if known not in (None, token.token_id) and text != IMAGE_TOKEN:
             raise ValueError(
                 f"{text!r} has the id {token.token_id} in {tokens.paths[text]}, but {known} in {model_path}"
             )

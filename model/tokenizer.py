@@ -10,12 +10,10 @@ from pathlib import Path
 
 import sentencepiece
 
-from .added_tokens import LOC_TOKENS, SEG_TOKENS, AddedToken, Splitter, lone_surrogate
+from .added_tokens import IMAGE_TOKEN, LOC_TOKENS, SEG_TOKENS, AddedToken, Splitter, lone_surrogate
 from .arguments import integer
 from .files import json_bytes, write_atomically
 from .token_files import read_token_files
-
-IMAGE_TOKEN = "<image>"
 
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
@@ -102,8 +100,7 @@ class Tokenizer:
         roles: dict[str, str] = {}
         if folder is not None:
             pieces = self._model.id_to_piece(list(range(self._num_pieces)))
-            image = {} if image_token_id is None else {IMAGE_TOKEN: image_token_id}
-            self.added_tokens, roles = read_token_files(folder, pieces, image)
+            self.added_tokens, roles = read_token_files(folder, pieces, image_token_id)
         self.pad_id = self._control_id("<pad>", roles.get("pad_token"), self._model.pad_id(), name)
         self.eos_id = self._control_id("<eos>", roles.get("eos_token"), self._model.eos_id(), name)
         self.bos_id = self._control_id("<bos>", roles.get("bos_token"), self._model.bos_id(), name)
