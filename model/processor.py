@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from .added_tokens import lone_surrogate
+from .arguments import integer
 from .config import PaliGemmaConfig
 from .files import json_bytes, read_json_object, write_atomically
 from .inputs import Inputs
@@ -69,7 +73,7 @@ class Processor:
         if resize not in RESIZE_MODES:
             raise ValueError(f"resize: {resize!r}; allowed are {', '.join(map(repr, RESIZE_MODES))}")
         for argument, value in (("image_size", image_size), ("num_image_tokens", num_image_tokens)):
-            if value < 1:
+            if integer(argument, value) < 1:
                 raise ValueError(f"{argument}: {value}; it must be at least 1")
         if len(image_mean) != 3 or len(image_std) != 3:
             raise ValueError(f"image_mean and image_std: 3 numbers each, got {image_mean} and {image_std}")
@@ -116,9 +120,6 @@ class Processor:
         declared = image_config.get("size", size)
         if declared not in (size, {"height": size, "width": size}):
             raise ValueError(f"{image_path}: size {declared}, but {config_path} has image_size {size}")
-        for step in ("do_resize", "do_rescale", "do_normalize"):
-            if image_config.get(step) is False:
-                raise ValueError(f"{image_path}: {step} is false; images are always resized and normalized here")
         if mask_decoder is None and (folder / MASK_DECODER).is_file():
             mask_decoder = folder / MASK_DECODER
         if mask_decoder is not None and not isinstance(mask_decoder, MaskVQVAE):
@@ -131,8 +132,8 @@ class Processor:
             max_position_embeddings=config.text_config.max_position_embeddings,
             resize=resize,
             resample=image_config.get("resample", Image.Resampling.BICUBIC),
-            image_mean=_per_channel(image_config.get("image_mean", 0.5)),
-            image_std=_per_channel(image_config.get("image_std", 0.5)),
+            image_mean=image_config.get("image_mean", (0.5, 0.5, 0.5)),
+            image_std=image_config.get("image_std", (0.5, 0.5, 0.5)),
             mask_decoder=mask_decoder,
         )
 
@@ -242,8 +243,14 @@ class Processor:
         """Returns the text of each row of ids [B, T] (or of the one row [T]), up to its first EOS.
 
         Special tokens are left out, ``<loc>`` and ``<seg>`` are kept, and so is white space, as in transformers'
-        ``batch_decode(skip_special_tokens=True)``.
+        ``batch_decode(skip_special_tokens=True)``. Other tokens that end an answer (``generate``'s ``eos_token_id``) are text
+        unless they are special, as there.
+
+        Raises:
+            TypeError: ids that are no integers, or no rows of them.
         """
+        if not isinstance(ids, (torch.Tensor, np.ndarray, Sequence)):
+            raise TypeError(f"ids: rows of token ids are expected, got {type(ids).__name__}")
         rows: list = ids.tolist() if isinstance(ids, (torch.Tensor, np.ndarray)) else list(ids)
         if not rows or not isinstance(rows[0], (list, tuple, torch.Tensor, np.ndarray)):
             rows = [rows]
@@ -342,13 +349,19 @@ def load_image(image: ImageInput) -> Image.Image:
     if isinstance(image, (str, os.PathLike)):
         return _load_file(Path(image))
     if isinstance(image, Image.Image):
-        name = getattr(image, "filename", "") or "image"
-        _check_pixels(str(name), image.size)
+        name = str(getattr(image, "filename", "") or "image")
+        _check_pixels(name, image.size)
         try:
-            return _to_rgb(image)
-        except OSError as error:
-            raise OSError(f"{name}: cannot read the image ({error})") from error
+            return _to_rgb(image, name)
+        except _UnfitImage:
+            raise
+        except Exception as error:  # Pillow's readers raise anything on damaged files, which they may read only now
+            raise _unreadable(name, error) from error
     if isinstance(image, torch.Tensor):
+        if image.layout != torch.strided or image.is_meta or image.is_quantized:
+            raise TypeError(
+                f"images: a dense tensor is expected, got {image.layout} of {image.dtype} on {image.device}"
+            )
         array = image.detach().cpu()
         return _array_to_rgb((array.float() if array.is_floating_point() else array).numpy(), channels_first=True)
     if isinstance(image, np.ndarray):
@@ -356,7 +369,26 @@ def load_image(image: ImageInput) -> Image.Image:
     raise TypeError(f"images: a PIL image, array, tensor or path is expected, got {type(image).__name__}")
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """Returns width and height of an image file as ``load_image`` gives it, from its header alone where that can be.
+
+    Raises:
+        As ``load_image``.
+    """
+    with _opened(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        size = image.size
+    return load_image(path).size if turned else size
+
+
 def _load_file(path: Path) -> Image.Image:
+    with _opened(path) as image:
+        return _to_rgb(ImageOps.exif_transpose(image), str(path))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open an image file; whatever goes wrong in the block comes out naming it."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image file")
     try:
@@ -365,27 +397,38 @@ def _load_file(path: Path) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 _check_pixels(str(path), image.size)
-                return _to_rgb(ImageOps.exif_transpose(image))
+                yield image
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: too large ({error}); at most {MAX_IMAGE_PIXELS} pixels are taken") from error
     except UnidentifiedImageError as error:
         raise OSError(f"{path}: not an image, or of a format Pillow cannot read") from error
-    except (OSError, SyntaxError) as error:
-        raise OSError(f"{path}: cannot read the image, it may be truncated ({error})") from error
+    except _UnfitImage:
+        raise
+    except Exception as error:  # Pillow's readers raise anything on damaged files
+        raise _unreadable(str(path), error) from error
+
+
+class _UnfitImage(ValueError):
+    """An image that could be read, and is not taken."""
+
+
+def _unreadable(name: str, error: Exception) -> OSError:
+    reason = error if isinstance(error, (OSError, SyntaxError)) else f"{type(error).__name__}: {error}"
+    return OSError(f"{name}: cannot read the image, it may be truncated or damaged ({reason})")
 
 
 def _check_pixels(name: str, size: tuple[int, int]) -> None:
     width, height = size
     if width * height == 0:
-        raise ValueError(f"{name}: the image is empty ({width}×{height})")
+        raise _UnfitImage(f"{name}: the image is empty ({width}×{height})")
     if width * height > MAX_IMAGE_PIXELS:
         pixels = width * height
-        raise ValueError(
+        raise _UnfitImage(
             f"{name}: {width}×{height} is {pixels} pixels; at most {MAX_IMAGE_PIXELS} are taken, reduce it"
         )
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
@@ -393,7 +436,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # Pillow clips 16-bit grey to 8 bits, which turns most of it white.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ValueError(f"images: Pillow mode {image.mode!r} has no fixed range; convert it to 'L' or 'RGB' first")
+        raise _UnfitImage(f"{name}: Pillow mode {image.mode!r} has no fixed range; convert it to 'L' or 'RGB' first")
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -419,7 +462,7 @@ def _array_to_rgb(array: np.ndarray, *, channels_first: bool) -> Image.Image:
         array = array.astype(np.uint8) * 255
     elif array.dtype != np.uint8:
         raise ValueError(f"images: dtype uint8 or float is expected, got {array.dtype}")
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array)))
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array)), "images")
 
 
 def _normalization_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -429,10 +472,14 @@ def _normalization_table(mean: Sequence[float], std: Sequence[float]) -> np.ndar
 
 
 def _as_texts(argument: str, texts: str | Sequence[str]) -> list[str]:
-    if isinstance(texts, str):
-        return [texts]
+    texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"{argument}: a string or a list of strings is expected, got {type(texts).__name__}")
+    for index, text in enumerate(texts):
+        if surrogate := lone_surrogate(text):
+            raise ValueError(
+                f"{argument}[{index}]: it holds {surrogate}, half of a surrogate pair, which is no character"
+            )
     return list(texts)
 
 
@@ -469,15 +516,37 @@ def _images_per_prompt(
     return flat, counts
 
 
-def _read_image_config(folder: Path) -> tuple[Path, dict]:
+def _read_image_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Read the image processor's file and check the fields that decide what a model sees."""
     path = folder / "preprocessor_config.json"
+    config = {}
     if path.is_file():
-        return path, read_json_object(path)
-    path = folder / "processor_config.json"
-    if path.is_file():
-        return path, read_json_object(path).get("image_processor", {})
-    return path, {}
+        config = read_json_object(path)
+    elif (path := folder / "processor_config.json").is_file():
+        config = read_json_object(path).get("image_processor", {})
+        if not isinstance(config, dict):
+            raise ValueError(f"{path}: image_processor: expected an object, got {config!r:.80}")
+    config = {name: value for name, value in config.items() if value is not None}
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        if config.get(step, True) is not True:
+            raise ValueError(f"{path}: {step} is {config[step]!r:.80}; images are always resized and normalized here")
+    factor = config.get("rescale_factor", 1 / 255)
+    if not _is_finite(factor) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise ValueError(f"{path}: rescale_factor: expected 1/255, got {factor!r:.80}")
+    resample = config.get("resample", Image.Resampling.BICUBIC)
+    if (
+        type(resample) is not int
+        and not isinstance(resample, Image.Resampling)
+        or resample not in list(Image.Resampling)
+    ):
+        raise ValueError(f"{path}: resample: expected one of Pillow's numbers, 0 to 5, got {resample!r:.80}")
+    for name in ("image_mean", "image_std"):
+        values = config.get(name, 0.5)
+        config[name] = values = values if isinstance(values, list) else [values] * 3
+        if len(values) != 3 or not all(map(_is_finite, values)) or (name == "image_std" and min(values) <= 0):
+            raise ValueError(f"{path}: {name}: expected a number or three of them, got {config[name]!r:.80}")
+    return path, config
 
 
-def _per_channel(value: float | Sequence[float]) -> Sequence[float]:
-    return [value] * 3 if isinstance(value, (int, float)) else value
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +80,13 @@ class MaskVQVAE(nn.Module):
         if path.suffix == ".safetensors":
             try:
                 tensors = {key: value.float() for key, value in load_file(path).items()}
-            except SafetensorError as error:
+            except (SafetensorError, RuntimeError) as error:
                 raise ValueError(f"{path}: not a safetensors file ({error})") from error
         else:
             try:
                 with np.load(path, allow_pickle=False) as file:
                     tensors = {key: torch.from_numpy(file[key].astype(np.float32)) for key in file.files}
-            except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+            except Exception as error:  # numpy, zipfile and zlib raise anything on damaged files
                 raise ValueError(f"{path}: not an .npz file of arrays ({error})") from error
         return cls(tensors, name=str(path))
 
@@ -109,9 +109,13 @@ class MaskVQVAE(nn.Module):
             fp32 [n, 64, 64], about -1 outside and 1 inside.
 
         Raises:
+            TypeError: codes that are no integers.
             ValueError: another shape, or a code outside the codebook.
         """
-        codes = torch.as_tensor(codes, device=self.codebook.device).long()
+        codes = torch.as_tensor(codes, device=self.codebook.device)
+        if codes.is_floating_point() or codes.is_complex():
+            raise TypeError(f"codes: integers are expected, got {codes.dtype}")
+        codes = codes.long()
         if codes.ndim != 2 or codes.shape[1] != CODES_PER_MASK:
             raise ValueError(f"codes: [n, {CODES_PER_MASK}] is expected, got {list(codes.shape)}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < len(self.codebook):
@@ -139,7 +143,7 @@ class MaskVQVAE(nn.Module):
         if values.ndim != 2:
             raise ValueError(f"mask: [H, W] is expected, got {list(values.shape)}")
         height, width = values.shape
-        x1, y1, x2, y2 = (round(edge) for edge in box)
+        x1, y1, x2, y2 = (round(edge) for edge in _finite(box))
         x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
         if x1 >= x2 or y1 >= y2:
             raise ValueError(f"box: {box} holds no pixel of a mask of {width}×{height}")
@@ -174,14 +178,14 @@ def paste(mask: torch.Tensor | np.ndarray, box: tuple[float, float, float, float
         bool [height, width].
 
     Raises:
-        ValueError: the mask is not two-dimensional.
+        ValueError: the mask is not two-dimensional, or the box is not of four finite numbers.
     """
     values = torch.as_tensor(mask, dtype=torch.float32)
     if values.ndim != 2:
         raise ValueError(f"mask: [h, w] is expected, got {list(values.shape)}")
     width, height = size
     # Towards zero, as big_vision's evaluator does; its making of training targets rounds instead.
-    x1, y1, x2, y2 = (int(edge) for edge in box)
+    x1, y1, x2, y2 = (int(edge) for edge in _finite(box))
     canvas = np.zeros((height, width), dtype=bool)
     if x1 >= x2 or y1 >= y2:
         return canvas
@@ -193,6 +197,12 @@ def paste(mask: torch.Tensor | np.ndarray, box: tuple[float, float, float, float
         visible = resized[top - y1 : bottom - y1, left - x1 : right - x1]
         canvas[top:bottom, left:right] = (visible > 0).cpu().numpy()
     return canvas
+
+
+def _finite(box: Sequence[float]) -> Sequence[float]:
+    if len(box) != 4 or not all(-math.inf < edge < math.inf for edge in box):
+        raise ValueError(f"box: four finite numbers are expected, got {box!r:.80}")
+    return box
 
 
 class _Shapes:

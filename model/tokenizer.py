@@ -89,18 +89,20 @@ class Tokenizer:
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             loaded = self._model.LoadFromSerializedProto(model_proto)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise ValueError(f"{name}: not a sentencepiece model ({error})") from error
         if not loaded:
             raise ValueError(f"{name}: not a sentencepiece model")
-        self._num_pieces = self._model.get_piece_size()
+        try:
+            self._pieces: list[str] = self._model.id_to_piece(list(range(self._model.get_piece_size())))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}: not a sentencepiece model; a piece is no text ({error})") from error
         self.unk_id = self._model.unk_id()
 
         self.added_tokens: dict[str, AddedToken] = {}
         roles: dict[str, str] = {}
         if folder is not None:
-            pieces = self._model.id_to_piece(list(range(self._num_pieces)))
-            self.added_tokens, roles = read_token_files(folder, pieces, image_token_id)
+            self.added_tokens, roles = read_token_files(folder, self._pieces, image_token_id)
         self.pad_id = self._control_id("<pad>", roles.get("pad_token"), self._model.pad_id(), name)
         self.eos_id = self._control_id("<eos>", roles.get("eos_token"), self._model.eos_id(), name)
         self.bos_id = self._control_id("<bos>", roles.get("bos_token"), self._model.bos_id(), name)
@@ -169,7 +171,7 @@ class Tokenizer:
 
     def __len__(self) -> int:
         """One more than the largest id."""
-        return max(self._num_pieces, max(self._added_text) + 1)
+        return max(len(self._pieces), max(self._added_text) + 1)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of ``text``, without BOS or EOS; each added token in it is exactly one id.
@@ -191,8 +193,10 @@ class Tokenizer:
         ``decode(skip_special_tokens=True)``.
 
         Raises:
-            TypeError: an id is no integer.
+            TypeError: ids that are no integers, or no row of them.
         """
+        if not isinstance(ids, Iterable) or isinstance(ids, str):
+            raise TypeError(f"ids: a row of token ids is expected, got {type(ids).__name__}")
         parts: list[str] = []
         pending = b""
         for token_id in ids:
@@ -213,17 +217,19 @@ class Tokenizer:
 
     def piece(self, token_id: int) -> str | bytes | None:
         """Returns what one id adds to decoded text: text, one byte of UTF-8, or None for nothing."""
-        if token_id in self._special_ids or (token_id not in self._added_text and not 0 <= token_id < self._num_pieces):
+        if token_id in self._special_ids or (
+            token_id not in self._added_text and not 0 <= token_id < len(self._pieces)
+        ):
             return None
         text = self._text(token_id)
         return bytes([int(text[3:-1], 16)]) if _BYTE.fullmatch(text) else text.replace("▁", " ")
 
     def _piece_id(self, piece: str) -> int | None:
         token_id = self._model.piece_to_id(piece)
-        return token_id if self._model.id_to_piece(token_id) == piece else None
+        return token_id if self._pieces[token_id] == piece else None
 
     def _text(self, token_id: int) -> str:
-        return self._added_text.get(token_id) or self._model.id_to_piece(token_id)
+        return self._added_text.get(token_id) or self._pieces[token_id]
 
     def _control_id(self, piece: str, named: str | None, declared: int, name: str) -> int:
         if named is not None:
@@ -235,9 +241,9 @@ class Tokenizer:
 
     def _add_control_pieces(self) -> None:
         # transformers splits text around control pieces; sentencepiece alone would spell "<bos>" out.
-        for token_id in range(self._num_pieces):
+        for token_id in range(len(self._pieces)):
             if self._model.is_control(token_id) or self._model.is_unknown(token_id):
-                self.added_tokens.setdefault(self._model.id_to_piece(token_id), AddedToken(token_id, special=True))
+                self.added_tokens.setdefault(self._pieces[token_id], AddedToken(token_id, special=True))
         mask_id = self._piece_id("<mask>")
         if mask_id is not None:
             self.added_tokens.setdefault("<mask>", AddedToken(mask_id, special=True))
@@ -255,7 +261,7 @@ class Tokenizer:
         if image_token_id is None and IMAGE_TOKEN in self.added_tokens:
             image_token_id = self.added_tokens[IMAGE_TOKEN].token_id
         taken = {token.token_id for token in self.added_tokens.values()}
-        first = max([self._num_pieces, *(token_id + 1 for token_id in taken)])
+        first = max([len(self._pieces), *(token_id + 1 for token_id in taken)])
         if image_token_id is not None and first <= image_token_id < first + len(missing):
             first = image_token_id + 1
         for offset, text in enumerate(missing):

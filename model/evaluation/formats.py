@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from ..added_tokens import lone_surrogate
 from ..files import read_json_object, unreadable
 from ..locations import Box, Detection
+from ..processor import image_size
 
 Segmentation = list[list[float]] | dict[str, Any]
 """A mask as COCO writes it: polygons [x1, y1, x2, y2, …] in pixels, or run lengths with their size."""
@@ -63,6 +65,8 @@ class Question:
     reference: Any
     kind: str = ""
     """A group that is also scored by itself (VQAv2's answer types, a category); "" for none."""
+    where: str = ""
+    """The file's entry that says how large the image is, for errors; "" for none."""
 
 
 Read = list[tuple[Question, Sequence[Sequence[str]]]]
@@ -72,7 +76,8 @@ Read = list[tuple[Question, Sequence[Sequence[str]]]]
 def find_images(questions: Read, folder: Path) -> list[Question]:
     """Give questions their images: of each one's possible names the first that is there.
 
-    Raises FileNotFoundError naming the first image that is not, and how many more.
+    Raises FileNotFoundError naming the first image that is not, and how many more; OSError or ValueError for an image whose size
+    is not its entry's, or cannot be read where there is one.
     """
     found: dict[tuple[str, ...], Path | None] = {}
     missing: list[Path] = []
@@ -81,7 +86,7 @@ def find_images(questions: Read, folder: Path) -> list[Question]:
         paths = []
         for names in map(tuple, images):
             if names not in found:
-                found[names] = next((path for name in names if (path := folder / name).is_file()), None)
+                found[names] = next((path for name in names if _is_file(path := folder / name)), None)
                 if found[names] is None:
                     missing.append(folder / names[0])
             paths.append(found[names] or folder / names[0])
@@ -89,7 +94,29 @@ def find_images(questions: Read, folder: Path) -> list[Question]:
     if missing:
         more = f" (and {len(missing) - 1} more are missing)" if len(missing) > 1 else ""
         raise FileNotFoundError(f"{missing[0]}: no such image file{more}; --images says where they are")
+    for question in complete:
+        if isinstance(question.reference, (Objects, Region)):
+            _check_size(question)
     return complete
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds what no name can
+        return False
+
+
+def _check_size(question: Question) -> None:
+    """Raise ValueError if boxes and masks are of another image than the one that a model sees."""
+    for path in question.images:
+        loaded, declared = image_size(path), question.reference.size
+        if loaded != declared:
+            turned = "; its EXIF orientation turns it" if loaded == declared[::-1] else ""
+            raise ValueError(
+                f"{question.where}: width and height are {declared[0]} and {declared[1]}, but {path} is of "
+                f"{loaded[0]}×{loaded[1]} pixels{turned}"
+            )
 
 
 class _Entry:
@@ -111,7 +138,7 @@ class _Entry:
         value = self.content.get(key)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return str(value)
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not value.strip() or lone_surrogate(value):
             raise self.error(key, "a text")
         return value.strip()
 
@@ -120,7 +147,10 @@ class _Entry:
         value = [value] if isinstance(value, (str, int, float)) else value
         if not isinstance(value, list) or not value or not all(isinstance(text, (str, int, float)) for text in value):
             raise self.error(key, "a text or a list of texts")
-        return tuple(str(text) for text in value)
+        texts = tuple(str(text) for text in value)
+        if any(lone_surrogate(text) for text in texts):
+            raise self.error(key, "a text or a list of texts")
+        return texts
 
     def number(self, key: str) -> int:
         value = self.content.get(key)
@@ -134,13 +164,14 @@ class _Entry:
             raise self.error(key, "a list of objects that is not empty")
         return [_Entry(content, f"{self.where}: {key}[{i}]") for i, content in enumerate(value)]
 
-    def box(self) -> Box:
-        """COCO's `bbox`, [x, y, width, height] in pixels, as corners."""
+    def box(self, size: tuple[int, int]) -> Box:
+        """COCO's `bbox`, [x, y, width, height] in pixels, as corners; it lies in an image of `size`."""
         value = self.content.get("bbox")
-        if not isinstance(value, list) or len(value) != 4 or not all(isinstance(n, (int, float)) for n in value):
-            raise self.error("bbox", "[x, y, width, height]")
-        x, y, width, height = value
-        return x, y, x + width, y + height
+        if isinstance(value, list) and len(value) == 4 and all(map(_is_number, value)):
+            x, y, width, height = value
+            if width >= 0 and height >= 0 and _are_inside([x, y, x + width, y + height], size):
+                return x, y, x + width, y + height
+        raise self.error("bbox", f"[x, y, width, height] within {size[0]}×{size[1]} pixels")
 
     def size(self) -> tuple[int, int]:
         width, height = self.number("width"), self.number("height")
@@ -154,9 +185,9 @@ class _Entry:
             self._check_run_lengths(value, size)
             return value
         # Far beyond the image pycocotools would crash; so it would on what is not a number.
-        bounds = ((-size[0], 2 * size[0]), (-size[1], 2 * size[1]))
-        if not isinstance(value, list) or not value or not all(_is_polygon(polygon, bounds) for polygon in value):
-            raise self.error("segmentation", "polygons [x1, y1, x2, y2, x3, y3, …] or run lengths with their size")
+        if not isinstance(value, list) or not value or not all(_is_polygon(polygon, size) for polygon in value):
+            expected = f"polygons [x1, y1, x2, y2, x3, y3, …] within {size[0]}×{size[1]} pixels"
+            raise self.error("segmentation", f"{expected}, or run lengths with their size")
         return value
 
     def _check_run_lengths(self, value: dict[str, Any], size: tuple[int, int]) -> None:
@@ -170,11 +201,13 @@ class _Entry:
 
 
 def _run_lengths(text: str) -> list[int] | None:
-    """Read COCO's compressed run lengths: differences from the last but one, in digits of 5 bits, lowest first; None if cut."""
+    """Read COCO's compressed run lengths: differences from the last but one, in digits of 5 bits, lowest first. None: damaged."""
     lengths: list[int] = []
     value = shift = 0
     for letter in text:
         digit = ord(letter) - 48
+        if not 0 <= digit < 64 or shift > 60:
+            return None
         value |= (digit & 31) << shift
         shift += 5
         if digit & 32:
@@ -186,13 +219,24 @@ def _run_lengths(text: str) -> list[int] | None:
     return None if shift else lengths
 
 
-def _is_polygon(value: Any, bounds: Sequence[tuple[int, int]]) -> bool:
+def _is_polygon(value: Any, size: tuple[int, int]) -> bool:
     return (
         isinstance(value, list)
         and len(value) >= 6
         and len(value) % 2 == 0
-        and all(isinstance(n, (int, float)) and bounds[i % 2][0] <= n <= bounds[i % 2][1] for i, n in enumerate(value))
+        and all(map(_is_number, value))
+        and _are_inside(value, size)
     )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _are_inside(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
+    """Return whether x, y, x, y, … lie in an image; COCO's own may be beyond its edges by a rounding."""
+    slack = [1 + side / 100 for side in size]
+    return all(-slack[i % 2] <= n <= size[i % 2] + slack[i % 2] for i, n in enumerate(coordinates))
 
 
 def decode_masks(parts: Sequence[Segmentation], size: tuple[int, int]) -> np.ndarray:
@@ -268,7 +312,8 @@ def read_vqa(path: Path, annotations: Path | None) -> Read:
     answers = {}
     for entry in _read_object(annotations).entries("annotations"):
         people = tuple(answer.texts("answer")[0] for answer in entry.entries("answers"))
-        answers[entry.number("question_id")] = people, str(entry.content.get("answer_type", ""))
+        kind = entry.text("answer_type") if "answer_type" in entry.content else ""
+        answers[entry.number("question_id")] = people, kind
     subset = top.content.get("data_subtype")
     questions: Read = []
     for entry in top.entries("questions"):
@@ -286,6 +331,8 @@ def read_gqa(path: Path) -> Read:
     questions: Read = []
     for number, content in read_json_object(path).items():
         entry = _Entry(content, f"{path}: {number}")
+        if lone_surrogate(number):
+            raise ValueError(f"{path}: {number!r}: expected a question's number")
         question = Question(number, (), {"question": entry.text("question")}, (entry.text("answer"),))
         questions.append((question, [[f"{entry.text('imageId')}.jpg"]]))
     return _not_empty(questions, path)
@@ -384,11 +431,12 @@ def read_detection(path: Path) -> Read:
     questions: Read = []
     for number, entries in annotations.items():
         labels = [names[_known(entry, "category_id", names)] for entry in entries]
-        objects = tuple(Detection(label, entry.box()) for label, entry in zip(labels, entries))
+        size = images[number].size()
+        objects = tuple(Detection(label, entry.box(size)) for label, entry in zip(labels, entries))
         crowds = tuple(bool(entry.content.get("iscrowd", 0)) for entry in entries)
         asked = [label for label in names.values() if label in labels]
-        reference = Objects(images[number].size(), objects, crowds)
-        question = Question(str(number), (), {"categories": " ; ".join(asked)}, reference)
+        fields = {"categories": " ; ".join(asked)}
+        question = Question(str(number), (), fields, Objects(size, objects, crowds), where=images[number].where)
         questions.append((question, [_coco_names(images[number], number)]))
     return questions
 
@@ -407,7 +455,8 @@ def read_segmentation(path: Path) -> Read:
         for category, parts in masks.items():
             region = Region(size, None, tuple(parts), tuple(ignored[category]))
             fields = {"category": names[category]}
-            question = Question(f"{number}/{names[category]}", (), fields, region, names[category])
+            label = names[category]
+            question = Question(f"{number}/{label}", (), fields, region, label, images[number].where)
             questions.append((question, [_coco_names(images[number], number)]))
     return _not_empty(questions, path)
 
@@ -430,9 +479,9 @@ def read_referring(path: Path) -> Read:
         asked.add(number)
         image = images[number]
         size = image.size()
-        region = Region(size, entry.box(), (entry.segmentation(size),) if masks else ())
+        region = Region(size, entry.box(size), (entry.segmentation(size),) if masks else ())
         fields = {"verb": "segment" if masks else "detect", "expression": image.text("caption")}
-        question = Question(str(number), (), fields, region)
+        question = Question(str(number), (), fields, region, where=image.where)
         questions.append((question, [_coco_names(image, number)]))
     return questions
 
@@ -471,7 +520,7 @@ def _read_object(path: Path) -> _Entry:
 def _read_list(path: Path) -> list[_Entry]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise unreadable(path, "a JSON list", error) from error
     return _Entry({"entries": content}, str(path)).entries("entries")
 
@@ -482,7 +531,7 @@ def _read_lines(path: Path) -> list[_Entry]:
         if line.strip():
             try:
                 content = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise unreadable(path, "JSON lines", f"line {number}: {error}") from error
             entries.append(_Entry(content, f"{path}, line {number}"))
     if not entries:

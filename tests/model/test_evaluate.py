@@ -414,6 +414,39 @@ def test_compressed_run_lengths(coco: Path) -> None:
         assert np.array_equal(decode_masks(region.masks, region.size), pixels)
 
 
+@pytest.mark.parametrize("task", ["detect", "segment", "refer"])
+def test_entries_of_the_stored_pixels_of_a_turned_photo(run: Run, coco: Path, tmp_path: Path, task: str) -> None:
+    """EXIF turns the picture upright: what was measured in the file's rows and columns is of another image."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    Image.new("RGB", SIZE, "green").save(tmp_path / "seven.jpg", exif=exif)
+    annotation = {"image_id": 7, "category_id": 3, "bbox": BOX, "segmentation": [[60, 0, 90, 0, 90, 40]]}
+    content = instances(annotation)
+
+    def error() -> str:
+        write(coco, content)
+        return run("--task", task, "--data", coco, "--checkpoint", tmp_path / "missing").error
+
+    entry = f"{coco}: images[0]: width and height are 100 and 50"
+    assert error() == f"{entry}, but {tmp_path / 'seven.jpg'} is of 50×100 pixels; its EXIF orientation turns it"
+    content["images"][0].update(width=50, height=100)
+    if task == "segment":
+        assert "annotations[0]: 'segmentation': expected polygons [x1, y1, x2, y2, x3, y3, …] within 50×100" in error()
+        content["annotations"][0]["segmentation"] = {"size": [50, 100], "counts": [2500, 2500]}
+        assert "annotations[0]: 'segmentation': expected run lengths of size [100, 50], as its image is" in error()
+        content["annotations"][0]["segmentation"] = {"size": [100, 50], "counts": [2500, 2500]}
+    else:
+        content["annotations"][0]["bbox"] = [60, 0, 30, 40]
+        assert "annotations[0]: 'bbox': expected [x, y, width, height] within 50×100 pixels, got [60, " in error()
+        content["annotations"][0].update(bbox=[0, 60, 50.4, 40], segmentation=[[0, 60, 50.4, 60, 50, 100]])
+    assert error().startswith(f"{tmp_path / 'missing'} does not exist")  # all is well but the checkpoint
+    content["images"][0].update(width=49)
+    assert error().endswith("is of 50×100 pixels") or "'segmentation'" in error()
+    (tmp_path / "seven.jpg").write_bytes(b"no picture")
+    content["images"][0].update(width=50)
+    assert error() == f"{tmp_path / 'seven.jpg'}: not an image, or of a format Pillow cannot read"
+
+
 # Answering
 
 
@@ -657,6 +690,56 @@ POLYGON = [[0, 0, 10, 0, 10, 10]]
             r"m\.csv: expected an even number of rows, two for each pair, got 1",
         ),
         ("mmvp", "m.csv", "Index\n", r"m\.csv: it holds no question"),
+        ("caption", "c.json", "[" * 100_000, r"c\.json cannot be read as a JSON object: maximum recursion depth"),
+        ("jsonl", "l.jsonl", "[" * 100_000, r"l\.jsonl cannot be read as JSON lines: line 1: maximum recursion depth"),
+        (
+            "jsonl",
+            "l.jsonl",
+            [{"image": "\ud800.png", "prefix": "a", "suffix": "b"}],
+            r"line 1: 'image': expected a text",
+        ),
+        (
+            "jsonl",
+            "l.jsonl",
+            [{"image": "x.png", "prefix": "\udc80", "suffix": "b"}],
+            r"line 1: 'prefix': expected a text",
+        ),
+        (
+            "jsonl",
+            "l.jsonl",
+            [{"image": "\0", "prefix": "a", "suffix": "b"}],
+            r"no such image file; --images says where",
+        ),
+        (
+            "jsonl",
+            "l.jsonl",
+            [{"image": "x" * 999, "prefix": "a", "suffix": "b"}],
+            r"no such image file; --images says",
+        ),
+        (
+            "gqa",
+            "g.json",
+            {"\ud800": {"question": "?", "imageId": "0", "answer": "a"}},
+            r"g\.json: '.*': expected a quest",
+        ),
+        *(
+            (
+                "detect",
+                "i.json",
+                instances({"image_id": 7, "category_id": 3, "bbox": box}),
+                r"'bbox': expected \[x, y, wid",
+            )
+            for box in ([0, 0, float("nan"), 5], [0, 0, float("inf"), 5], [0, 0, 10**400, 5], [0, 0, -1, 5], [True] * 4)
+        ),
+        *(
+            (
+                "segment",
+                "i.json",
+                instances({"image_id": 7, "category_id": 3, "segmentation": {"size": [50, 100], "counts": counts}}),
+                r"'segmentation': expected run lengths of size",
+            )
+            for counts in ("é" * 9, "0" * 5000, "_" * 5000 + "0", "\ud800", " ", [2500, 2500.0], [2500, -1, 2501], None)
+        ),
         ("detect", "i.json", instances({"image_id": 7, "category_id": 3}), r"annotations\[0\]: 'bbox' is missing; exp"),
         (
             "detect",

@@ -606,6 +606,126 @@ def test_missing_and_broken_files(folder: Path, tmp_path: Path) -> None:
         Processor.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": []}, r"size \[\], but .* has image_size 28"),
+        ({"do_normalize": "no"}, "do_normalize is 'no'"),
+        ({"do_resize": False}, "do_resize is False"),
+        ({"rescale_factor": 1.0}, "rescale_factor: expected 1/255, got 1.0"),
+        ({"rescale_factor": "x"}, "rescale_factor: expected 1/255, got 'x'"),
+        ({"resample": 9}, "resample: expected one of Pillow's numbers, 0 to 5, got 9"),
+        ({"resample": [3]}, "resample: expected one of Pillow's numbers"),
+        ({"image_mean": [0.5]}, r"image_mean: expected a number or three of them, got \[0.5\]"),
+        ({"image_mean": "x"}, "image_mean: expected"),
+        ({"image_mean": [0.5, None, 0.5]}, "image_mean: expected"),
+        ({"image_std": [0.5, float("nan"), 0.5]}, "image_std: expected"),
+        ({"image_std": 0}, "image_std: expected"),
+        ({"image_std": 10**400}, "image_std: expected"),
+    ],
+)
+def test_odd_image_configs_are_named(saved: Path, tmp_path: Path, name: str, change: dict, message: str) -> None:
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    nested = json.loads((tmp_path / "processor_config.json").read_text())
+    content = nested["image_processor"] | change
+    if name == "processor_config.json":
+        content = {**nested, "image_processor": content}
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        Processor.from_pretrained(tmp_path)
+
+
+def test_a_null_is_as_if_it_were_not_there(saved: Path, tmp_path: Path) -> None:
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    fields = ("size", "resample", "image_mean", "image_std", "do_resize", "rescale_factor")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(dict.fromkeys(fields)))
+    assert Processor.from_pretrained(tmp_path).image_mean == (0.5, 0.5, 0.5)
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text('{"image_processor": [1]}')
+    with pytest.raises(ValueError, match=r"processor_config.json: image_processor: expected an object, got \[1\]"):
+        Processor.from_pretrained(tmp_path)
+
+
+def test_half_of_a_surrogate_pair_is_no_text(ours: Processor, images: list[Image.Image]) -> None:
+    with pytest.raises(ValueError, match=r"prompts\[1\]: it holds U\+D83D, half of a surrogate pair"):
+        ours(images[:2], ["a", "b\ud83d"])
+    with pytest.raises(ValueError, match=r"suffixes\[0\]: it holds U\+DC80"):
+        ours(images[0], "a", "\udc80")
+    with pytest.raises(ValueError, match=r"text: it holds U\+D83D"):
+        ours.tokenizer.encode("\ud83d")
+
+
+@pytest.mark.parametrize("ids", [None, 3, "12", [1.5], [[1], None], [[1], ["a"]], [float("inf")], torch.zeros(2)])
+def test_ids_are_integers(ours: Processor, ids: object) -> None:
+    with pytest.raises(TypeError, match="^ids: "):
+        ours.decode(ids)  # type: ignore[arg-type]
+    assert ours.decode([2**70, -(2**70)]) == [""]
+
+
+def test_damaged_tokenizer_models_are_named(folder: Path, tmp_path: Path) -> None:
+    content = (folder / "tokenizer.model").read_bytes()
+    rng = random.Random(0)
+    path = tmp_path / "tokenizer.model"
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(content)
+        for _ in range(3):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            Tokenizer.from_file(path).encode("a cat")
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ")
+            refused += 1
+    assert refused > 10
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "error", "message"),
+    [
+        ("F", "float.tiff", ValueError, "float.tiff: Pillow mode 'F' has no fixed range"),
+        ("I", "int.tiff", ValueError, "int.tiff: Pillow mode 'I' has no fixed range"),
+        ("RGB", "cut.png", OSError, "cut.png: cannot read the image, it may be truncated or damaged"),
+        ("RGB", "cut.webp", OSError, "cut.webp: "),
+        ("RGB", "cut.gif", OSError, "cut.gif: cannot read the image, it may be truncated or damaged"),
+    ],
+)
+def test_images_that_cannot_be_read(mode: str, name: str, error: type[Exception], message: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    (image.convert("L").convert(mode) if mode in "IF" else image).save(tmp_path / name)
+    if name.startswith("cut"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-400])
+    with pytest.raises(error, match=message):
+        load_image(tmp_path / name)
+
+
+def test_a_reader_that_fails_in_its_own_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (3, 3)).save(path)
+
+    def fail(*_: object) -> None:
+        raise KeyError("zTXt")
+
+    monkeypatch.setattr(Image.Image, "load", fail)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(OSError, match="a.png: cannot read the image, .*KeyError: 'zTXt'"):
+        load_image(path)
+    with Image.open(path) as image, pytest.raises(OSError, match="a.png: cannot read the image, .*KeyError"):
+        load_image(image)
+
+
+def test_the_first_picture_of_an_animation(ours: Processor, theirs: PaliGemmaProcessor, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (9, 7), colour) for colour in ("red", "blue")]
+    for name in ("a.gif", "a.webp", "a.png"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        expected = theirs(images=str(tmp_path / name), text="<image>a", return_tensors="pt")["pixel_values"]
+        assert torch.equal(ours(tmp_path / name, "a").pixel_values, expected)
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK"])
 def test_image_modes_equal_transformers(mode: str, ours: Processor, theirs: PaliGemmaProcessor) -> None:
     rng = np.random.default_rng(3)
@@ -658,6 +778,9 @@ def test_bad_arrays_are_refused(ours: Processor, image: object, message: str) ->
         ours.preprocess_images([image])  # type: ignore[list-item]
     with pytest.raises(TypeError, match="got int"):
         ours.preprocess_images([3])  # type: ignore[list-item]
+    for tensor in (torch.zeros(3, 4, 4, device="meta"), torch.zeros(4, 4).to_sparse()):
+        with pytest.raises(TypeError, match="images: a dense tensor is expected"):
+            ours.preprocess_images([tensor])
 
 
 def test_sixteen_bit_grey_keeps_its_range() -> None:

@@ -185,6 +185,12 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "half.npz").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="half.npz: not an .npz"):
         MaskVQVAE.from_file(tmp_path / "half.npz")
+    np.savez_compressed(tmp_path / "deflated.npz", a=np.arange(1000.0))
+    content = bytearray((tmp_path / "deflated.npz").read_bytes())
+    content[60:90] = bytes(30)
+    (tmp_path / "deflated.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="deflated.npz: not an .npz"):
+        MaskVQVAE.from_file(tmp_path / "deflated.npz")
 
 
 def test_bad_arguments(tensors: dict[str, np.ndarray]) -> None:
@@ -194,6 +200,13 @@ def test_bad_arguments(tensors: dict[str, np.ndarray]) -> None:
     for code in (-1, 128):
         with pytest.raises(ValueError, match="codes: 0 to 127"):
             codec.decode(torch.full((1, 16), code))
+    with pytest.raises(TypeError, match="codes: integers"):
+        codec.decode(np.zeros((1, 16)))
+    for box in ((0, 0, float("inf"), 4), (0, float("nan"), 4, 4), (0, 0, 4)):
+        with pytest.raises(ValueError, match="box: four finite numbers"):
+            paste(np.zeros((64, 64)), box, (4, 4))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="box: four finite numbers"):
+            codec.encode(np.zeros((4, 4), bool), box)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"mask: \[H, W\]"):
         codec.encode(np.zeros((1, 4, 4), bool), (0, 0, 4, 4))
     with pytest.raises(ValueError, match="no pixel of a mask of 4×3"):
