@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..added_tokens import lone_surrogate
 from ..files import write_atomically
 from ..inputs import Inputs
 from ..paligemma import PaliGemma
@@ -127,6 +128,10 @@ def _check_template(template: str, question: Question) -> None:
         used = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise ValueError(f"--prompt {template!r}: {error}") from error
+    if surrogate := lone_surrogate(template):
+        raise ValueError(
+            f"--prompt {template!r}: it holds {surrogate}, half of a surrogate pair, which is no character"
+        )
     for name in used:
         if name not in allowed:
             raise ValueError(f"--prompt {template!r}: {{{name}}} is none of {', '.join(f'{{{a}}}' for a in allowed)}")
@@ -175,7 +180,7 @@ class Predictions:
         try:
             given = json.loads(header)["evaluation"]
             differing = [name for name, value in expected.items() if given.get(name) != value]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"--output {self.path}: it exists and holds no predictions; it is left as it is"
             ) from error
@@ -191,8 +196,10 @@ class Predictions:
             if content["id"] != wanted or not isinstance(content["prediction"], str):
                 raise ValueError(f"expected the answer to question {wanted!r}")
             probabilities = content.get("location_probabilities")
+            if probabilities is not None and not all(type(p) in (int, float) and 0 <= p <= 1 for p in probabilities):
+                raise ValueError("location_probabilities: expected numbers from 0 to 1")
             return Answer(content["prediction"], None if probabilities is None else tuple(probabilities))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise ValueError(f"--output {self.path}, line {index + 2}: it holds no prediction ({error})") from error
 
     def _line(self, index: int, answer: Answer) -> str:

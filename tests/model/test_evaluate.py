@@ -593,7 +593,9 @@ def test_damaged_predictions_are_named(
     arguments = ("--task", "jsonl", "--data", lines, "--checkpoint", checkpoints("fox"), "--output", output)
     assert run(*arguments).code == 0
     whole = output.read_bytes().splitlines(keepends=True)
-    for damaged in ([*whole[:3], b"{}\n", *whole[4:]], [*whole[:3], whole[4], whole[3], *whole[5:]]):
+    unsure = whole[3][:-2] + b', "location_probabilities": [0.5, "x"]}\n'
+    others = (b"{}\n", b"[3]\n", b"[" * 100_000 + b"\n", unsure)
+    for damaged in (*([*whole[:3], o, *whole[4:]] for o in others), [*whole[:3], whole[4], whole[3], *whole[5:]]):
         output.write_bytes(b"".join(damaged))
         assert run(*arguments).error.startswith(f"--output {output}, line 4: it holds no prediction (")
         assert output.read_bytes() == b"".join(damaged)
@@ -819,6 +821,7 @@ def test_missing_files(run: Run, lines: Path, tmp_path: Path) -> None:
         (("--prompt", "{question}"), r"--prompt '\{question\}': \{question\} is none of \{prefix\}, \{lang\}"),
         (("--prompt", "{prefix.x}"), r"--prompt '\{prefix\.x\}': \{prefix\.x\} is none of"),
         (("--prompt", "{"), r"--prompt '\{': "),
+        (("--prompt", "\udc80"), r"--prompt '.*': it holds U\+DC80, half of a surrogate pair"),
         (("--prompt", "{}"), r"--prompt '\{\}': \{\} is none of"),
         (("--limit", 0), r"--limit: expected at least 1 for jsonl, got 0"),
         (("--annotations", "a.json"), r"--annotations: goes with --task vqa and one file of questions"),
