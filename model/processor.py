@@ -414,7 +414,7 @@ class _UnfitImage(ValueError):
 
 def _unreadable(name: str, error: Exception) -> OSError:
     reason = error if isinstance(error, (OSError, SyntaxError)) else f"{type(error).__name__}: {error}"
-    return OSError(f"{name}: cannot read the image, it may be truncated or damaged ({reason})")
+    return OSError(f"{name}: cannot read the image, it may be truncated ({reason})")
 
 
 def _check_pixels(name: str, size: tuple[int, int]) -> None:

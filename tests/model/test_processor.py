@@ -688,9 +688,9 @@ def test_damaged_tokenizer_models_are_named(folder: Path, tmp_path: Path) -> Non
     [
         ("F", "float.tiff", ValueError, "float.tiff: Pillow mode 'F' has no fixed range"),
         ("I", "int.tiff", ValueError, "int.tiff: Pillow mode 'I' has no fixed range"),
-        ("RGB", "cut.png", OSError, "cut.png: cannot read the image, it may be truncated or damaged"),
+        ("RGB", "cut.png", OSError, "cut.png: cannot read the image, it may be truncated"),
         ("RGB", "cut.webp", OSError, "cut.webp: "),
-        ("RGB", "cut.gif", OSError, "cut.gif: cannot read the image, it may be truncated or damaged"),
+        ("RGB", "cut.gif", OSError, "cut.gif: cannot read the image, it may be truncated"),
     ],
 )
 def test_images_that_cannot_be_read(mode: str, name: str, error: type[Exception], message: str, tmp_path: Path) -> None:
