@@ -70,7 +70,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; ValueError naming the file when it holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise unreadable(path, "a JSON object", error) from error
     except RecursionError as error:
         raise unreadable(path, "a JSON object", "it is nested too deeply") from error

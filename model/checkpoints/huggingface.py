@@ -345,7 +345,10 @@ def write_huggingface(
         (temporary / "config.json").write_bytes(json_bytes(content))
         if generation or not (folder / _GENERATION).exists():
             ids = {f"{kind}_token_id": getattr(config, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-            (temporary / _GENERATION).write_bytes(json_bytes({**ids, **(generation or {})}))
+            kept = {name: value for name, value in (generation or {}).items() if value is not None}
+            # The model's end tokens come from this file, or were set since.
+            ends = {"eos_token_id": config.eos_token_id}
+            (temporary / _GENERATION).write_bytes(json_bytes({**ids, **kept, **ends}))
         for name, file in (copied_files or {}).items():
             shutil.copyfile(file, temporary / name)
         _move_into(temporary, folder)
