@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .files import read_json_object, shown
 
@@ -81,13 +81,14 @@ class TextConfig:
         return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
 
-@dataclass(frozen=True)
+@dataclass
 class PaliGemmaConfig:
     """A whole PaliGemma: image encoder, decoder and the ids that the two meet at.
 
     `eos_token_id` is the token that ends an answer, or all of them if there are several.
     """
 
+    model_type: ClassVar = "paligemma"
     vision_config: VisionConfig = field(default_factory=VisionConfig)
     text_config: TextConfig = field(default_factory=TextConfig)
     image_token_id: int = IMAGE_TOKEN_ID

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pg_kernels.nn import GeGLUMLP, PrefixLMAttention, RMSNorm, normed_sum
 
+from .adapters import AdapterParent
 from .config import TextConfig
 
 
@@ -102,7 +103,7 @@ def _picked(x: Tensor, only: Tensor | None) -> Tensor:
     return x if only is None else x[torch.arange(len(only), device=only.device), only][:, None]
 
 
-class GemmaModel(nn.Module):
+class GemmaModel(AdapterParent):
     """Map embeddings [B, S, D] to the last layer's normalised states [B, S, D].
 
     Source: big_vision's `gemma.py`; Gemma, https://arxiv.org/abs/2403.08295; Gemma 2, https://arxiv.org/abs/2408.00118.

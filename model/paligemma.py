@@ -15,11 +15,15 @@ from pg_kernels import int8_linear, int8_topk, linear_cross_entropy
 from pg_kernels.nn import LayerNorm, RMSNorm, is_only_a_product, is_only_an_int8_product
 from pg_kernels.ops.checks import values_are_free
 
+from .adapters import Adaptable, AdapterParent
 from .config import PaliGemmaConfig
 from .gemma import GemmaModel, KVCache, Visibility
 from .generation import Session, generate
 from .graphs import Sessions
 from .siglip import SiglipVisionTower, resample_position_embedding
+
+# Arguments of transformers' forward that its callers, such as PEFT, pass as None or False.
+_UNSUPPORTED_ARGUMENTS = ("inputs_embeds", "output_attentions", "output_hidden_states", "return_dict")
 
 
 @dataclass
@@ -30,7 +34,10 @@ class PaliGemmaOutput:
     loss: Tensor | None = None
 
 
-class MultiModalProjector(nn.Module):
+torch.export.register_dataclass(PaliGemmaOutput, serialized_type_name="pg_kernels.model.PaliGemmaOutput")
+
+
+class MultiModalProjector(AdapterParent):
     def __init__(self, config: PaliGemmaConfig) -> None:
         super().__init__()
         self.linear = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
@@ -39,7 +46,7 @@ class MultiModalProjector(nn.Module):
         return self.linear(features)
 
 
-class PaliGemmaModel(nn.Module):
+class PaliGemmaModel(AdapterParent):
     """The network without its output head."""
 
     def __init__(self, config: PaliGemmaConfig) -> None:
@@ -49,15 +56,17 @@ class PaliGemmaModel(nn.Module):
         self.language_model = GemmaModel(config.text_config)
 
 
-class PaliGemma(nn.Module):
+class PaliGemma(Adaptable):
     """The whole model; parameter names are those of transformers' PaliGemmaForConditionalGeneration.
+
+    It compiles with `fullgraph=True` and exports with `torch.export.export`; in floats batch and length may be dynamic.
 
     Source: Beyer et al., https://arxiv.org/abs/2407.07726; Steiner et al., https://arxiv.org/abs/2412.03555; big_vision.
     """
 
     def __init__(self, config: PaliGemmaConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = replace(config)  # its own: PEFT notes in it when head and embedding are no longer tied
         self.generation_defaults: dict[str, Any] = {}
         """The content of the checkpoint's generation_config.json, which `save_pretrained` writes again."""
         self.sessions: Sessions[Session] = Sessions()
@@ -137,6 +146,7 @@ class PaliGemma(nn.Module):
         logits_to_keep: int | None = None,
         loss_reduction: str = "token",
         label_smoothing: float = 0.0,
+        **others: Any,
     ) -> PaliGemmaOutput:
         """Score a batch of prompts with their suffixes; the prefix is bidirectional, the suffix causal.
 
@@ -150,10 +160,15 @@ class PaliGemma(nn.Module):
             logits_to_keep: how many last positions get logits, 0 for all; default: all without labels, none with them.
             loss_reduction: "token" averages over all labels (transformers), "example" first within each example (big_vision).
             label_smoothing: as in torch.nn.functional.cross_entropy.
+            others: further arguments of transformers' models, which PEFT passes; they must be None or False.
 
         Raises:
+            TypeError: other arguments.
             ValueError: shapes that do not fit, images and placeholders of different number, masks with holes.
         """
+        for name, value in others.items():
+            if name not in _UNSUPPORTED_ARGUMENTS or not (value is None or value is False or name == "return_dict"):
+                raise TypeError(f"{name}: PaliGemma takes no such argument")
         if loss_reduction not in ("token", "example"):
             raise ValueError(f"loss_reduction: got {loss_reduction!r}, expected 'token' or 'example'")
         if labels is not None and token_type_ids is None:
@@ -239,9 +254,7 @@ class PaliGemma(nn.Module):
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """Give an empty key-value cache for `batch` rows of `capacity` tokens, in the model's dtype and place."""
-        table = self.model.language_model.embed_tokens
-        # Norms may be kept in fp32; what goes through the layers has the embedding's dtype.
-        return KVCache(self.config.text_config, batch, capacity, dtype=table.weight.dtype, device=table.weight.device)
+        return KVCache(self.config.text_config, batch, capacity, dtype=self.dtype, device=self.device)
 
     def _loss(self, hidden: Tensor, labels: Tensor, reduction: str, label_smoothing: float) -> Tensor:
         hidden, targets = hidden[:, :-1], labels[:, 1:]

@@ -16,19 +16,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..adapters import OLDER_NAMES
 from ..config import PaliGemmaConfig, end_ids
 from ..files import json_bytes, read_json_object, shown, temporary_sibling, unreadable
 from .layout import EMBEDDING, HEAD, SCALE, TensorSpec, raw_bytes, widest
 
-# File key -> parameter name, first match wins. The layouts: `language_model.model.` and `vision_tower.vision_model.`
-# (transformers up to 4.51), everything under `model.` (4.52), no `vision_model.` (5.x in memory), and the mixture of
-# old prefix and new tower that 5.x writes.
-_FILE_TO_MODEL = (
-    (re.compile(r"^(?:model\.)?(?:language_model\.)?lm_head\."), "lm_head."),
-    (re.compile(r"^(?:model\.)?language_model\.(?:model\.)?"), "model.language_model."),
-    (re.compile(r"^(?:model\.)?vision_tower\.(?:vision_model\.)?"), "model.vision_tower."),
-    (re.compile(r"^(?:model\.)?multi_modal_projector\."), "model.multi_modal_projector."),
-)
+_FILE_TO_MODEL = tuple((re.compile(pattern), name) for pattern, name in OLDER_NAMES.items())
 # The layout that every transformers with PaliGemma reads.
 _MODEL_TO_FILE = (
     (re.compile(r"^lm_head\."), "language_model.lm_head."),

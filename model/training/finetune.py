@@ -225,7 +225,7 @@ class Evaluation:
 def _save_adapter(model: Any, folder: Path) -> None:
     """Write PEFT's files, each of them all at once."""
     with temporary_sibling(folder / "adapter") as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, save_embedding_layers=False)  # an adapter alone is trained
         for path in temporary.iterdir():
             os.replace(path, folder / path.name)
 
@@ -234,6 +234,6 @@ def _merged(adapted: Any, model: PaliGemma, folder: Path) -> PaliGemma:
     from peft import PeftModel
 
     with temporary_sibling(folder / "adapter") as temporary:
-        adapted.save_pretrained(temporary)
+        adapted.save_pretrained(temporary, save_embedding_layers=False)  # the model's own are more precise
         merged: Any = PeftModel.from_pretrained(model, temporary).merge_and_unload()
     return merged

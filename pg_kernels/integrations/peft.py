@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -10,6 +11,14 @@ from peft.tuners import lora
 from torch import nn
 
 from pg_kernels.nn import Int8Linear
+
+# Parts of names, plain or in regular expressions, as transformers up to 4.51 or 4.57 had them, and what stands there today.
+_OLDER_NAMES = (
+    (r"language_model\\?\.lm_head", "lm_head"),
+    (r"(language_model\\?\.)model\\?\.", r"\1"),
+    (r"(?:vision_tower\\?\.)?vision_model", "vision_tower"),
+    (r"(?:^|(?<=[(|^:]))(?=(?:language_model|vision_tower|multi_modal_projector)\b)", "model."),
+)
 
 
 def register(config: LoraConfig) -> LoraConfig:
@@ -20,10 +29,29 @@ def register(config: LoraConfig) -> LoraConfig:
         PeftModel.from_pretrained(model, folder, config=register(LoraConfig.from_pretrained(folder)))
 
     Plain and rank-stabilised LoRA, initialised without a look at the weights; PEFT raises ValueError for others when it wraps a
-    layer.
+    layer. Layers may have the names that transformers up to 4.57 gave them in PaliGemma.
     """
+    for field in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        setattr(config, field, _with_current_names(getattr(config, field)))
     config._register_custom_module({Int8Linear: LoraInt8Linear})
     return config
+
+
+def _with_current_names(names: Any) -> Any:
+    """Names of layers, a mapping of them or a regular expression for them; older ones also as they are today."""
+    if isinstance(names, str):
+        both = re.fullmatch(r"\(\?:(.*)\)\|\(\?:(.*)\)", names)
+        known = _current(names) == names or (both is not None and _current(both[1]) == both[2])
+        return names if known else f"(?:{names})|(?:{_current(names)})"
+    if isinstance(names, dict):
+        return {_current(name): value for name, value in names.items()} | names
+    return names and type(names)(dict.fromkeys([*names, *map(_current, names)]))
+
+
+def _current(name: str) -> str:
+    for older, current in _OLDER_NAMES:
+        name = re.sub(older, current, name)
+    return name
 
 
 class LoraInt8Linear(lora.Linear):

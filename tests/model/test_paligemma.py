@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PaliGemmaConfig as HFConfig
 from transformers import PaliGemmaForConditionalGeneration
 
 from pg_kernels import quantize_
 from pg_kernels.model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
+from pg_kernels.model.paligemma import PaliGemmaOutput
 from pg_kernels.model.siglip import resample_position_embedding
 
 IMAGE, VOCABULARY, IMAGE_TOKENS = 319, 320, 9
@@ -287,6 +292,40 @@ def test_autocast_and_compile_train(model: PaliGemma) -> None:
     assert low.dtype == torch.float32
     assert abs(low.item() - plain.item()) < 0.05 * plain.item()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_program(strict: bool) -> None:
+    """It gives the same logits and loss, for batches and lengths other than the ones it was traced with, and can be saved."""
+    torch.manual_seed(0)
+    config = small("gemma2", num_hidden_layers=1, final_logit_softcapping=9.0)
+    model = PaliGemma(replace(config, vision_config=replace(config.vision_config, num_hidden_layers=1)))
+    inputs = batch("right")
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["token_type_ids"] == 0, -100)
+    rows, length = torch.export.Dim("rows", max=512), torch.export.Dim("length", min=4, max=512)
+    shapes: dict = {name: {0: rows} if name == "pixel_values" else {0: rows, 1: length} for name in inputs}
+    program = torch.export.export(
+        model, (), {**inputs, "logits_to_keep": 0}, dynamic_shapes={**shapes, "logits_to_keep": None}, strict=strict
+    )
+    torch.export.save(program, file := io.BytesIO())
+    exported = torch.export.load(io.BytesIO(file.getvalue())).module()
+    for name in inputs:
+        other = inputs[name] if name == "pixel_values" else F.pad(inputs[name], (0, 3), value=-100 * (name == "labels"))
+        inputs[name] = torch.cat([other, other[:2]])
+    for given in (batch("left"), batch("right"), inputs):
+        given = {"labels": given["input_ids"], **given, "logits_to_keep": 0}
+        actual, expected = exported(**given), model(**given)
+        assert isinstance(actual, PaliGemmaOutput)
+        torch.testing.assert_close(actual.logits, expected.logits, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(actual.loss, expected.loss)
+
+
+def test_output_is_a_tree_of_tensors_and_can_be_copied() -> None:
+    output = PaliGemmaOutput(logits=torch.ones(2), loss=None)
+    doubled = tree_map(lambda tensor: 2 * tensor, output)
+    assert type(doubled) is PaliGemmaOutput and doubled.loss is None and doubled.logits.tolist() == [2, 2]
+    for again in (copy.deepcopy(output), pickle.loads(pickle.dumps(output))):
+        assert torch.equal(again.logits, output.logits) and again.loss is None
 
 
 def test_lora_trains_and_generates() -> None:

@@ -50,6 +50,13 @@ class PackedInt8Weight:
         """Addresses of what it holds: other ones after it was moved or replaced."""
         return self._data.data_ptr(), self._scale.data_ptr()
 
+    def data_ptr(self) -> int:
+        """Address of the weight, by which PEFT sees, as of tensors, whether two layers share one."""
+        return self._data.data_ptr()
+
+    def __getitem__(self, index: object) -> Tensor:
+        raise TypeError("an int8 weight cannot be indexed, as PEFT's trainable tokens would; load the model in floats")
+
     @property
     def scale_shape(self) -> tuple[int, ...]:
         """Of the scales that `unpack` gives."""
