@@ -42,8 +42,8 @@ from transformers import masking_utils as masks
 
 import pg_kernels as pg
 from pg_kernels.benchmarks.measure import peak_bytes
-from pg_kernels.integrations import transformers as integration
-from pg_kernels.integrations.transformers import apply_to_paligemma, patch, register, unpatch
+from pg_kernels.integrations.transformers import apply_to_paligemma, attention, layers, patch, register, unpatch
+from pg_kernels.integrations.transformers.masks import dense_mask, lengths_mask
 from pg_kernels.nn import Int8Linear
 
 IMAGE, VOCABULARY, IMAGE_TOKENS = 127, 128, 4
@@ -167,16 +167,16 @@ def assert_gradients_equal(actual: nn.Module, expected: nn.Module) -> None:
 
 
 class Counter:
-    """Counts the calls of a function of the integration while they go through."""
+    """Counts the calls of a function that a module of the integration uses while they go through."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-        self.calls, function = 0, getattr(integration, name)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
+        self.calls, function = 0, getattr(module, name)
 
         def counted(*args: Any, **options: Any) -> Any:
             self.calls += 1
             return function(*args, **options)
 
-        monkeypatch.setattr(integration, name, counted)
+        monkeypatch.setattr(module, name, counted)
 
 
 @pytest.fixture(scope="module", params=PALIGEMMAS)
@@ -261,11 +261,15 @@ INEXPRESSIBLE = {
 }
 
 
+GIVEN = {"q_offset": 0, "kv_offset": 0, "attention_mask": None, "config": GemmaConfig()}
+"""What transformers always calls a mask function with."""
+
+
 def both_masks(**options: Any) -> tuple[Tensor, Tensor]:
     """Ours and transformers' dense one."""
-    options = {"batch_size": 2, "q_length": 8, "kv_length": 8, **options}
+    options = {**GIVEN, "batch_size": 2, "q_length": 8, "kv_length": 8, **options}
     dense = masks.sdpa_mask(**options, allow_is_causal_skip=False)
-    return integration._mask(**options), dense
+    return lengths_mask(**options), dense
 
 
 @pytest.mark.parametrize("name", EXPRESSIBLE)
@@ -278,7 +282,7 @@ def test_masks_become_lengths(name: str) -> None:
     if "attention_mask" in options:
         first = int(options.get("q_offset", 0))
         rows[:, 0] = options["attention_mask"][:, first : first + dense.shape[2]]
-    seen = integration._visible(mask, *dense.shape[2:])
+    seen = dense_mask(mask, *dense.shape[2:])
     assert torch.equal(seen[rows], dense[rows])
 
 
@@ -301,15 +305,15 @@ def test_prefix_is_what_the_first_query_sees_of_the_future() -> None:
 def test_no_mask_means_what_it_means_to_sdpa(q_len: int, is_causal: bool | None, dropout: float) -> None:
     q, k, v = torch.randn(2, 2, q_len, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
     outputs = []
-    for attend in (integration._attention, integration.sdpa_attention_forward):
+    for attend in (attention.attention, attention.sdpa_attention_forward):
         torch.manual_seed(0)
         outputs.append(attend(nn.Module(), q, k, v, None, is_causal=is_causal, dropout=dropout)[0])
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
     module = nn.Module().eval()  # in which transformers' eager attention, the fallback with a softcap, does not drop
     module.num_key_value_groups = 1
     with_softcap = {"is_causal": is_causal, "softcap": 2.0, "scaling": 1.0}
-    actual, _ = integration._attention(module, q, k, v, None, dropout=dropout, **with_softcap)
-    expected, _ = integration._attention(module, q, k, v, None, **with_softcap)
+    actual, _ = attention.attention(module, q, k, v, None, dropout=dropout, **with_softcap)
+    expected, _ = attention.attention(module, q, k, v, None, **with_softcap)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -320,8 +324,8 @@ def test_no_mask_means_what_it_means_to_sdpa(q_len: int, is_causal: bool | None,
 def test_logits_and_loss(model: Any, padding_side: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = labelled(padding_side)
     ours = patched(model)
-    attends = Counter(monkeypatch, "prefix_lm_attention")
-    dense = [Counter(monkeypatch, name) for name in ("sdpa_attention_forward", "eager_attention_forward")]
+    attends = Counter(monkeypatch, attention, "prefix_lm_attention")
+    dense = [Counter(monkeypatch, attention, name) for name in ("sdpa_attention_forward", "eager_attention_forward")]
     with torch.no_grad():
         expected, actual = model(**inputs), ours(**inputs)
     assert_logits_equal(actual, expected, inputs["attention_mask"])
@@ -563,17 +567,17 @@ def test_cross_attention(queries: int, missing: slice) -> None:
         actual, expected = (model(**inputs).last_hidden_state for model in (ours, theirs))
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-4)
     # And the lengths themselves, for a model that would take them.
-    arguments = {"batch_size": 2, "q_length": queries, "kv_length": 5, "attention_mask": mask.bool()}
+    arguments = {**GIVEN, "batch_size": 2, "q_length": queries, "kv_length": 5, "attention_mask": mask.bool()}
     arguments["mask_function"] = masks.bidirectional_mask_function
     dense = masks.sdpa_mask(**arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    assert torch.equal(integration._visible(integration._mask(**arguments), queries, 5), dense)
+    assert torch.equal(dense_mask(lengths_mask(**arguments), queries, 5), dense)
 
 
 def test_queries_for_a_whole_batch() -> None:
     register()
     q, k = torch.randn(1, 2, 3, 16), torch.randn(4, 2, 5, 16)
     module = nn.Module()
-    out, _ = integration._attention(module, q, k, k, None, is_causal=False)
+    out, _ = attention.attention(module, q, k, k, None, is_causal=False)
     expected = nn.functional.scaled_dot_product_attention(q, k, k).transpose(1, 2)
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
 
@@ -583,7 +587,7 @@ def test_unknown_attention_is_refused(option: str) -> None:
     q = torch.zeros(1, 1, 2, 4)
     softcap = 50.0 if option == "position_bias" else None  # without one SDPA takes it
     with pytest.raises(ValueError, match=f"{option}: not supported"):
-        integration._attention(nn.Module(), q, q, q, None, softcap=softcap, **{option: q})
+        attention.attention(nn.Module(), q, q, q, None, softcap=softcap, **{option: q})
 
 
 def test_hooks_see_their_layers() -> None:
@@ -602,12 +606,12 @@ def test_changed_mask_is_refused() -> None:
     q = torch.zeros(2, 1, 8, 4)
     lengths, _ = both_masks()
     with pytest.raises(ValueError, match="has changed the mask"):
-        integration._attention(nn.Module(), q, q, q, lengths * torch.ones(2, 1, 1, 8, dtype=torch.int32))
+        attention.attention(nn.Module(), q, q, q, lengths * torch.ones(2, 1, 1, 8, dtype=torch.int32))
 
 
 def test_loss_is_left_to_transformers_where_it_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = patched(paligemma()).train()
-    losses = Counter(monkeypatch, "linear_cross_entropy")
+    losses = Counter(monkeypatch, layers, "linear_cross_entropy")
     assert ours(**labelled(), skip_logits=False).logits is not None
     assert ours(**labelled(), logits_to_keep=17).logits is not None
     assert ours.eval()(**labelled()).logits is not None
@@ -868,7 +872,7 @@ def test_hidden_states_and_offloaded_weights(monkeypatch: pytest.MonkeyPatch) ->
         actual, expected = (one(**inputs, output_hidden_states=True) for one in (ours, theirs))
         assert_logits_equal(actual, expected, inputs["attention_mask"])
         assert len(actual.hidden_states) == len(expected.hidden_states) == 3
-        norms = Counter(monkeypatch, "rms_norm")
+        norms = Counter(monkeypatch, layers, "rms_norm")
         ours(**inputs)
         assert norms.calls == 5
         assert torch.equal(unpatch(ours)(**inputs).logits, expected.logits)

@@ -1,0 +1,6 @@
+"""The kernels under transformers: an attention implementation, and faster forwards for models that exist already."""
+
+from pg_kernels.integrations.transformers.attention import NAME, register
+from pg_kernels.integrations.transformers.patch import apply_to_paligemma, patch, unpatch
+
+__all__ = ["NAME", "apply_to_paligemma", "patch", "register", "unpatch"]
