@@ -5,6 +5,8 @@ PIP_ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+# What `make test-transformers` runs on: the oldest supported version, the newest, and two between them.
+VERSIONS ?= 5.17.0 5.20.0 5.23.0 5.24.0
 # Test workers share the cores between them.
 THREADS := OMP_NUM_THREADS=1
 
@@ -21,7 +23,7 @@ ifeq ($(filter bench-compare,$(MAKECMDGOALS))$(BASE),bench-compare)
 $(error bench-compare: say which earlier run to compare with, BASE=folder)
 endif
 
-.PHONY: demo test test-kernels sanitize bench bench-full bench-compare gpu lint format clean
+.PHONY: demo test test-kernels test-transformers sanitize bench bench-full bench-compare gpu lint format clean
 
 # The README's picture is such a sheet: `.venv/bin/pg-kernels demo --draw docs/demo.png` draws it anew.
 demo: $(READY)  ## a shipped picture for each task, and a sheet with the answers
@@ -33,6 +35,14 @@ test: lint  ## all tests that run on this machine
 test-kernels: $(READY)  ## compile every kernel for every GPU again, and rewrite the manifest that `make test` checks
 	rm -f benchmarks/kernels.csv
 	$(BIN)/python -m benchmarks manifest benchmarks/kernels.csv
+
+# A fault on one version does not hide those on the next.
+test-transformers: $(VERSIONS:%=.venv/transformers-%)  ## the integrations' tests on several transformers: VERSIONS="5.17.0 5.24.0"
+	@for version in $(VERSIONS); do \
+	  echo "transformers $$version"; \
+	  $(THREADS) .venv/transformers-$$version/bin/python -m pytest -q -n 2 -p no:benchmark tests/integrations || failed="$$failed $$version"; \
+	done; \
+	test -z "$$failed" || { echo "make test-transformers: failed on$$failed"; exit 1; }
 
 sanitize: $(READY)  ## the C++ extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer; `make test` runs it too
 	$(BIN)/python tests/ops/sanitize.py
@@ -74,6 +84,15 @@ clean:
 # torch first and alone: where the index offers a CPU build of the pinned version, nothing after it may replace it.
 .venv/peers: $(READY) constraints.txt
 	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e '.[peers]'
+	touch $@
+
+# That version of transformers with what it needs; everything else, torch among it, is .venv's.
+.venv/transformers-%: $(READY) constraints.txt
+	$(BIN)/python -m venv $@
+	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$($@/bin/python -c "$$site")/shared.pth"
+	grep -v '^transformers==' constraints.txt > $@/constraints.txt
+	$@/bin/python -m pip install -q $(PIP_ARGS) -c $@/constraints.txt transformers==$*
 	touch $@
 
 $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)

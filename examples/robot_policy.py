@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import time
 from dataclasses import dataclass
 from statistics import median, quantiles
@@ -28,6 +29,8 @@ from pg_kernels.integrations.transformers import patch
 
 STEPS = 10
 PLAIN = "transformers"
+# transformers 5.24 gave the argument, and the output's field, another name.
+CACHE = "cache" if "cache" in inspect.signature(GemmaModel.forward).parameters else "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,8 @@ class Policy(nn.Module):
             token_type_ids=torch.zeros_like(ids),
             use_cache=True,
         )
-        self.expert(inputs_embeds=self.state_proj(state)[:, None], past_key_values=seen.past_key_values)
-        return seen.past_key_values
+        self.expert(inputs_embeds=self.state_proj(state)[:, None], **{CACHE: seen[CACHE]})
+        return seen[CACHE]
 
     def velocity(self, actions: Tensor, moment: float, cache: Cache) -> Tensor:
         """Where actions [B, actions, action_dim] should move at a moment in [0, 1]."""
@@ -135,7 +138,7 @@ class Policy(nn.Module):
             inputs_embeds=self.time_mlp_out(F.silu(x)),
             # Actions see each other: pi0's blocks are bidirectional.
             attention_mask=torch.ones(len(actions), 1, count, length + count, dtype=torch.bool),
-            past_key_values=cache,
+            **{CACHE: cache},
         )
         cache.crop(-count)
         return self.action_out_proj(out.last_hidden_state)

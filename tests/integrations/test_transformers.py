@@ -7,6 +7,7 @@ which sum over more. Random weights are large, so that a wrong mask or norm show
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import subprocess
 import sys
@@ -70,6 +71,8 @@ VISION = {
     "patch_size": 14,
     "image_size": 28,
 }
+# transformers 5.24 gave the argument, and the output's field, another name.
+CACHE = "cache" if "cache" in inspect.signature(GemmaModel.forward).parameters else "past_key_values"
 PALIGEMMAS = ["gemma", "gemma2", "gemma2-window"]
 TEXTS = {
     "gemma": GemmaConfig,
@@ -446,7 +449,7 @@ def test_generation(model: Any, beams: int) -> None:
     "make", [lambda: paligemma("gemma"), lambda: text_model("gemma2"), lambda: text_model("gemma3")]
 )
 def test_generation_with_a_static_cache(make: Any) -> None:
-    """Not PaliGemma 2: transformers 5.23 itself cannot."""
+    """Not PaliGemma 2: transformers itself cannot, up to 5.24."""
     theirs = make()
     prompts = batch("left", suffix=False) if hasattr(theirs.config, "vision_config") else text_batch("left")
     options = {"max_new_tokens": 2 * WINDOW, "do_sample": False, "eos_token_id": None}
@@ -462,10 +465,10 @@ def test_prefill_in_chunks() -> None:
         caches = make(), make()
         for start, end in ((0, 5), (5, 9), (9, 10), (10, 17)):
             chunk = ids[:, start:end]
-            actual = ours(chunk, past_key_values=caches[0], use_cache=True)
-            expected = theirs(chunk, past_key_values=caches[1], use_cache=True)
+            actual = ours(chunk, **{CACHE: caches[0]}, use_cache=True)
+            expected = theirs(chunk, **{CACHE: caches[1]}, use_cache=True)
             assert_logits_equal(actual, expected)
-            caches = actual.past_key_values, expected.past_key_values
+            caches = actual[CACHE], expected[CACHE]
 
 
 # What is left to transformers
@@ -845,8 +848,8 @@ def test_compiled_decoding_with_a_static_cache() -> None:
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     attention_mask = inputs["attention_mask"]
     with torch.no_grad():
-        theirs(**inputs, past_key_values=caches[0])
-        ours(**inputs, past_key_values=caches[1])
+        theirs(**inputs, **{CACHE: caches[0]})
+        ours(**inputs, **{CACHE: caches[1]})
         for _ in range(2):
             attention_mask = nn.functional.pad(attention_mask, (0, 1), value=1)
             tokens = {"input_ids": torch.full((3, 1), 9), "position_ids": attention_mask.sum(1, keepdim=True) - 1}
@@ -854,8 +857,8 @@ def test_compiled_decoding_with_a_static_cache() -> None:
                 ours.config, torch.empty(3, 1, 0), attention_mask, caches[1], tokens["position_ids"]
             )
             assert {mask.dtype for mask in lengths.values()} == {torch.int32}
-            expected = theirs(**tokens, attention_mask=attention_mask, past_key_values=caches[0])
-            actual = compiled(**tokens, attention_mask=lengths, past_key_values=caches[1])
+            expected = theirs(**tokens, attention_mask=attention_mask, **{CACHE: caches[0]})
+            actual = compiled(**tokens, attention_mask=lengths, **{CACHE: caches[1]})
             assert_logits_equal(actual, expected)
 
 

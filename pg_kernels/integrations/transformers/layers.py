@@ -74,7 +74,6 @@ def _attention_forward(cls: Any) -> Forward:
     cache_name = "cache" if renamed else "past_key_values"
     attributes = _ATTENTION_OPTIONS[cls.__name__]
     namespace = inspect.unwrap(original).__globals__
-    interface, eager = namespace["ALL_ATTENTION_FUNCTIONS"], namespace["eager_attention_forward"]
 
     def forward(self: Any, *args: Any, **inputs: Any) -> Any:
         inputs |= zip(names, args, strict=False)
@@ -95,7 +94,8 @@ def _attention_forward(cls: Any) -> Forward:
         q, k = apply_rotary(q, k, positions.expand(len(q), -1), theta=_theta(self))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, **({"kwargs": inputs} if renamed else {}))
-        attend = interface.get_interface(self.config._attn_implementation, eager)
+        functions, eager = namespace["ALL_ATTENTION_FUNCTIONS"], namespace["eager_attention_forward"]
+        attend = functions.get_interface(self.config._attn_implementation, eager)
         inputs |= {option: getattr(self, attribute) for option, attribute in attributes.items()}
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **inputs)
@@ -146,7 +146,6 @@ def _loss_forward(cls: Any) -> Forward:
     # PaliGemma's forward has left it out in some versions.
     caps = "final_logit_softcapping" in (*function.__code__.co_consts, *function.__code__.co_names)
     pali = "PaliGemma" if cls.__name__.startswith("PaliGemma") else ""
-    Output = function.__globals__[f"{pali}CausalLMOutputWithPast"]
 
     @function.__globals__["can_return_tuple"]
     def without_logits(self: Any, labels: Tensor, **inputs: Any) -> Any:
@@ -168,6 +167,7 @@ def _loss_forward(cls: Any) -> Forward:
         )
         if items is not None:
             loss = loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
+        Output = function.__globals__[f"{pali}CausalLMOutputWithPast"]
         shared = outputs.keys() & {field.name for field in fields(Output)}
         return Output(loss=loss, **{name: outputs[name] for name in shared})
 
