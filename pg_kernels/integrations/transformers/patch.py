@@ -42,7 +42,8 @@ def patch(
 
     Modules, parameters and their names stay; only the classes of some modules become subclasses with another forward. Works
     before and after PEFT wraps the model. Anything that has become more than the kernel computes (LoRA, hooks, offloaded weights,
-    an own loss function) is left to transformers, call by call.
+    an own loss function) is left to transformers, call by call. Layers whose code in the installed transformers is not that which
+    the kernels were written for stay as they are, and one UserWarning says which and why.
 
     Args:
         model: the model, or a module that holds some, such as a PEFT model or a robot policy.
@@ -183,6 +184,7 @@ def _unknown(model: nn.Module, options: list[str]) -> Unknown:
 
 
 def _reason(option: str, cls: type) -> str | None:
+    """Return why the replacement of `option` does not fit `cls`, or None if it does."""
     return (missing_reason() if option == "attention" else None) or unknown_reason(option, cls)
 
 
