@@ -66,14 +66,20 @@ def json_bytes(content: object) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON; ValueError for anything else, and for lists or objects that are nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; ValueError naming the file when it holds anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise unreadable(path, "a JSON object", error) from error
-    except RecursionError as error:
-        raise unreadable(path, "a JSON object", "it is nested too deeply") from error
     if not isinstance(content, dict):
         raise unreadable(path, "a JSON object", f"it holds a {type(content).__name__}")
     return content

@@ -115,6 +115,12 @@ class Processor:
             raise FileNotFoundError(f"{config_path}: missing; it says the image size and the image token")
         config = PaliGemmaConfig.from_file(config_path)
         tokenizer = Tokenizer.from_pretrained(folder, image_token_id=config.image_token_id)
+        vocabulary = config.text_config.vocab_size
+        if tokenizer.largest_text_id >= vocabulary:
+            raise ValueError(
+                f"{folder}: its tokenizer has ids up to {tokenizer.largest_text_id}, but {config_path} has vocab_size "
+                f"{vocabulary}; a model with added tokens needs a larger embedding"
+            )
         image_path, image_config = _read_image_config(folder)
         size = config.vision_config.image_size
         declared = image_config.get("size", size)

@@ -173,6 +173,12 @@ class Tokenizer:
         """One more than the largest id."""
         return max(len(self._pieces), max(self._added_text) + 1)
 
+    @property
+    def largest_text_id(self) -> int:
+        """The largest id of any token but ``<image>``, which may lie beyond the model's embedding."""
+        added = (token.token_id for text, token in self.added_tokens.items() if text != IMAGE_TOKEN)
+        return max(len(self._pieces) - 1, *added)
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of ``text``, without BOS or EOS; each added token in it is exactly one id.
 

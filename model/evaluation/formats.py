@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..added_tokens import lone_surrogate
-from ..files import read_json_object, unreadable
+from ..files import parse_json, read_json_object, unreadable
 from ..locations import Box, Detection
 from ..processor import image_size
 
@@ -519,8 +518,8 @@ def _read_object(path: Path) -> _Entry:
 
 def _read_list(path: Path) -> list[_Entry]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise unreadable(path, "a JSON list", error) from error
     return _Entry({"entries": content}, str(path)).entries("entries")
 
@@ -530,8 +529,8 @@ def _read_lines(path: Path) -> list[_Entry]:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if line.strip():
             try:
-                content = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                content = parse_json(line)
+            except ValueError as error:
                 raise unreadable(path, "JSON lines", f"line {number}: {error}") from error
             entries.append(_Entry(content, f"{path}, line {number}"))
     if not entries:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..added_tokens import lone_surrogate
-from ..files import write_atomically
+from ..files import parse_json, write_atomically
 from ..inputs import Inputs
 from ..paligemma import PaliGemma
 from ..processor import Processor, load_image
@@ -178,9 +178,9 @@ class Predictions:
 
     def _check_origin(self, header: bytes, expected: Mapping[str, object]) -> None:
         try:
-            given = json.loads(header)["evaluation"]
+            given = parse_json(header)["evaluation"]
             differing = [name for name, value in expected.items() if given.get(name) != value]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"--output {self.path}: it exists and holds no predictions; it is left as it is"
             ) from error
@@ -191,7 +191,7 @@ class Predictions:
 
     def _parse(self, line: bytes, index: int) -> Answer:
         try:
-            content = json.loads(line)
+            content = parse_json(line)
             wanted = self._asked[index][1].id
             if content["id"] != wanted or not isinstance(content["prediction"], str):
                 raise ValueError(f"expected the answer to question {wanted!r}")
@@ -199,7 +199,7 @@ class Predictions:
             if probabilities is not None and not all(type(p) in (int, float) and 0 <= p <= 1 for p in probabilities):
                 raise ValueError("location_probabilities: expected numbers from 0 to 1")
             return Answer(content["prediction"], None if probabilities is None else tuple(probabilities))
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"--output {self.path}, line {index + 2}: it holds no prediction ({error})") from error
 
     def _line(self, index: int, answer: Answer) -> str:
@@ -269,7 +269,11 @@ def _inputs(evaluation: Evaluation, processor: Processor, batch: Sequence[Questi
     once = list(dict.fromkeys(paths))
     loaded = {path: load_image(path) for path in once}
     prompts = [evaluation.prompt(question) for question in batch]
-    inputs = processor([[loaded[path] for path in question.images] for question in batch], prompts)
+    try:
+        inputs = processor([[loaded[path] for path in question.images] for question in batch], prompts)
+    except ValueError as error:
+        files, ids = ", ".join(evaluation.subsets), ", ".join(question.id for question in batch)
+        raise ValueError(f"{files}: of the questions {ids}, {error}") from error
     inputs["pixel_values"] = inputs["pixel_values"][[paths.index(path) for path in once]]
     inputs["image_index"] = torch.tensor([once.index(path) for path in paths])
     return inputs

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..files import parse_json
 from ..processor import Processor
 from ..tokenizer import IMAGE_TOKEN
 from . import fingerprint
@@ -103,7 +104,7 @@ class JsonLines(Dataset[Example]):
 
 def _example(line: bytes, root: Path, where: str) -> Example:
     try:
-        content = json.loads(line)
+        content = parse_json(line)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(content, dict):

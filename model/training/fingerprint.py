@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from ..files import parse_json
 
 _BLOCK = 4096
 _SAMPLES = 16
@@ -55,7 +56,7 @@ def _update_from(digest: Any, path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length)
         digest.update(header)
-        for name, tensor in json.loads(header).items():
+        for name, tensor in parse_json(header).items():
             if name != "__metadata__":
                 _update(digest, file, *(8 + length + offset for offset in tensor["data_offsets"]))
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomically
+from ..files import parse_json, write_atomically
 from . import parallel
 from .state import State
 
@@ -28,8 +28,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def _entry(line: bytes, where: str) -> dict[str, Any]:
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        entry = parse_json(line)
+    except ValueError as error:
         raise ValueError(f"{where}: damaged, it is not JSON ({error})") from error
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: damaged, expected an object, got {type(entry).__name__}")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import temporary_sibling, unreadable
+from ..files import parse_json, temporary_sibling, unreadable
 from . import parallel
 from .optimization import Weights
 from .recipe import Recipe
@@ -133,7 +133,7 @@ class State:
     def _load(self) -> None:
         try:
             with safe_open(self.path, framework="pt") as file:
-                rest = json.loads(file.metadata()["state"])
+                rest = parse_json(file.metadata()["state"])
                 found = differences(rest, self.identity)
                 if not found:
                     if not all(isinstance(rest[name], int) for name in ("step", "stale", "evaluated", "skipped")):

@@ -305,6 +305,13 @@ def test_json_lines(run: Run, checkpoints: Callable[[str], Path], tmp_path: Path
     assert done.scores == {"texts.jsonl": {"exact_match": 0.5, "character_error_rate": pytest.approx(1 / 6)}}
 
 
+def test_a_prompt_that_is_too_long(run: Run, checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    path = write(tmp_path / "lines.jsonl", [{"image": "a.png", "prefix": "what? " * 100, "suffix": "fox"}])
+    error = run("--task", "jsonl", "--data", path, "--checkpoint", checkpoints("fox")).error
+    assert re.match(r"lines\.jsonl: of the questions 1, prompts\[0\]: .* the model takes at most 128", error)
+
+
 def test_pope(run: Run, checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
     picture(tmp_path / "p.jpg")
     lines = [
@@ -692,8 +699,8 @@ POLYGON = [[0, 0, 10, 0, 10, 10]]
             r"m\.csv: expected an even number of rows, two for each pair, got 1",
         ),
         ("mmvp", "m.csv", "Index\n", r"m\.csv: it holds no question"),
-        ("caption", "c.json", "[" * 100_000, r"c\.json cannot be read as a JSON object: maximum recursion depth"),
-        ("jsonl", "l.jsonl", "[" * 100_000, r"l\.jsonl cannot be read as JSON lines: line 1: maximum recursion depth"),
+        ("caption", "c.json", "[" * 100_000, r"c\.json cannot be read as a JSON object: it is nested too deeply"),
+        ("jsonl", "l.jsonl", "[" * 100_000, r"l\.jsonl cannot be read as JSON lines: line 1: it is nested too deeply"),
         (
             "jsonl",
             "l.jsonl",

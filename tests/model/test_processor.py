@@ -522,6 +522,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"model": {"type": "BPE", "vocab": {"a": []}}},
             r"'a' has the id \[\] in .*tokenizer.json, but",
         ),
+        ("added_tokens.json", {"<one_more>": 400_000}, r"ids up to 400000, but .*config\.json has vocab_size"),
         ("config.json", {"image_token_index": 9000}, r"'<image>' has the id \d+ in .*, but 9000 in .*config.json"),
     ],
 )
