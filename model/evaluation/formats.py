@@ -174,8 +174,9 @@ class _Entry:
 
     def size(self) -> tuple[int, int]:
         width, height = self.number("width"), self.number("height")
-        if width < 1 or height < 1:
-            raise ValueError(f"{self.where}: width and height: expected at least 1, got {width} and {height}")
+        if not (1 <= width < 2**31 and 1 <= height < 2**31):
+            sides = f"{_shown(width)} and {_shown(height)}"
+            raise ValueError(f"{self.where}: width and height: expected at least 1 and below 2³¹, got {sides}")
         return width, height
 
     def segmentation(self, size: tuple[int, int]) -> Segmentation:

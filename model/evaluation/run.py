@@ -65,7 +65,10 @@ class Evaluation:
         scores: dict[str, dict[str, float]] = {}
         start = 0
         for file, questions in self.subsets.items():
-            scores[file] = self.task.score(questions, answers[start : start + len(questions)], processor)
+            try:
+                scores[file] = self.task.score(questions, answers[start : start + len(questions)], processor)
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from error
             start += len(questions)
         if len(scores) > 1:
             first, *others = scores.values()

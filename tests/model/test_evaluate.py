@@ -699,6 +699,16 @@ POLYGON = [[0, 0, 10, 0, 10, 10]]
             r"m\.csv: expected an even number of rows, two for each pair, got 1",
         ),
         ("mmvp", "m.csv", "Index\n", r"m\.csv: it holds no question"),
+        (
+            "detect",
+            "d.json",
+            {
+                "images": [{"id": 7, "file_name": "a.png", "width": 10**400, "height": 9}],
+                "categories": [{"id": 3, "name": "fox"}],
+                "annotations": [{"image_id": 7, "category_id": 3, "bbox": [0, 0, 1, 1]}],
+            },
+            r"d\.json: images\[0\]: width and height: expected at least 1 and below 2³¹, got 1000.*… and 9",
+        ),
         ("caption", "c.json", "[" * 100_000, r"c\.json cannot be read as a JSON object: it is nested too deeply"),
         ("jsonl", "l.jsonl", "[" * 100_000, r"l\.jsonl cannot be read as JSON lines: line 1: it is nested too deeply"),
         (
