@@ -23,7 +23,7 @@ ifeq ($(filter bench-compare,$(MAKECMDGOALS))$(BASE),bench-compare)
 $(error bench-compare: say which earlier run to compare with, BASE=folder)
 endif
 
-.PHONY: demo test test-kernels test-transformers sanitize bench bench-full bench-compare gpu lint format clean
+.PHONY: demo test test-kernels test-transformers fuzz sanitize bench bench-full bench-compare gpu lint format clean
 
 # The README's picture is such a sheet: `.venv/bin/pg-kernels demo --draw docs/demo.png` draws it anew.
 demo: $(READY)  ## a shipped picture for each task, and a sheet with the answers
@@ -43,6 +43,10 @@ test-transformers: $(VERSIONS:%=.venv/transformers-%)  ## the integrations' test
 	  $(THREADS) .venv/transformers-$$version/bin/python -m pytest -q -n 2 -p no:benchmark tests/integrations || failed="$$failed $$version"; \
 	done; \
 	test -z "$$failed" || { echo "make test-transformers: failed on$$failed"; exit 1; }
+
+fuzz: $(READY)  ## 2,000 damaged files, 30 runs stopped by signals: `make test` does a minute of it
+	$(THREADS) $(BIN)/python tests/fuzz/files.py --count 2000
+	$(THREADS) $(BIN)/python tests/fuzz/kills.py
 
 sanitize: $(READY)  ## the C++ extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer; `make test` runs it too
 	$(BIN)/python tests/ops/sanitize.py

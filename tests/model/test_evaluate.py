@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import make_answer
 
 from pg_kernels.model import EMBEDDED_CHECKPOINT, PaliGemma, PaliGemmaConfig, Processor, TextConfig, VisionConfig, cli
 from pg_kernels.model.evaluation.formats import decode_masks
@@ -83,14 +84,7 @@ def build(answer: str | None, folder: Path) -> Path:
     torch.manual_seed(0)
     model = PaliGemma(config)
     if answer is not None:
-        chain = [*text.encode("\n"), *text.encode(answer), text.eos_id]
-        assert len(set(chain)) == len(chain)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
-                    parameter.zero_()
-            embedding = model.model.language_model.embed_tokens.weight
-            model.lm_head.weight[chain[1:]] = embedding[chain[:-1]]
+        make_answer(model, text, answer)
     model.save_pretrained(folder)
     vision = config.vision_config
     Processor(text, image_size=vision.image_size, num_image_tokens=vision.num_image_tokens).save_pretrained(folder)

@@ -38,6 +38,17 @@ def write_checkpoint(folder: Path) -> Path:
     return folder
 
 
+def make_answer(model: PaliGemma, tokenizer: Tokenizer, answer: str) -> None:
+    """Set an untied model's weights so that each token is followed by one other: after a prompt come the answer and the end."""
+    chain = [*tokenizer.encode("\n"), *tokenizer.encode(answer), tokenizer.eos_id]
+    assert len(set(chain)) == len(chain)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+                parameter.zero_()
+        model.lm_head.weight[chain[1:]] = model.model.language_model.embed_tokens.weight[chain[:-1]]
+
+
 def write_data(folder: Path) -> Path:
     """Two lines for each colour's picture."""
     for colour in COLOURS:
