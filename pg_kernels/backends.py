@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
 
 BACKENDS = ("triton", "native", "reference")
 """In the order in which "auto" prefers them."""
 
-_requested = "auto"
+_requested: ContextVar[str] = ContextVar("pg_kernels.backend")
+_traced: str | None = None
+"""What a `backend()` block inside a function asks for while torch.compile traces that function; None at all other times."""
+
+
+class _Context:
+    """`requested` is what this context's innermost block asks for, or this object outside all blocks.
+
+    torch.compile cannot trace ContextVar.get, but it reads and guards a property whose getter is C code like a plain attribute.
+    """
+
+    requested = property(_requested.get)  # called with this object, which get takes as the default
+
+
+_context = _Context()
 _offers: dict[str, dict[str, Callable[[str], str | None]]] = {}
 
 
@@ -25,22 +42,32 @@ def backend(name: str) -> Iterator[None]:
     """Run the ops inside the `with` block on one backend: "auto", "triton", "native" or "reference".
 
     "auto", the default, takes the first of the others that can run the op on the tensors' device. A named backend is
-    strict: an op that does not have it raises RuntimeError with the reason. The setting is the process's, not the thread's, and a
-    backward pass uses what its forward used. Raises ValueError for any other name.
+    strict: an op that does not have it raises RuntimeError with the reason. The setting is a context variable: other threads and
+    asyncio tasks do not see it. A backward pass uses what its forward used. Raises ValueError for any other name.
     """
-    global _requested
+    global _traced
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, expected one of 'auto', {', '.join(map(repr, BACKENDS))}")
-    previous, _requested = _requested, name
-    try:
-        yield
-    finally:
-        _requested = previous
+    if torch.compiler.is_dynamo_compiling():
+        previous, _traced = _traced, name
+        try:
+            yield
+        finally:
+            _traced = previous
+    else:
+        token = _requested.set(name)
+        try:
+            yield
+        finally:
+            _requested.reset(token)
 
 
 def requested() -> str:
-    """What the innermost `backend()` block asks for, or "auto"."""
-    return _requested
+    """Return what the innermost `backend()` block of this thread or asyncio task asks for, or "auto"."""
+    if _traced is not None:
+        return _traced
+    name = _context.requested
+    return "auto" if name is _context else name
 
 
 def select(
@@ -51,17 +78,17 @@ def select(
     `obstacles` are reasons in this call's arguments why a backend cannot take it, by backend; those in `avoid` can, but "auto"
     passes over them because another is faster.
     """
-    obstacles = obstacles or {}
-    if _requested == "auto":
+    obstacles, asked = obstacles or {}, requested()
+    if asked == "auto":
         return next(
             name
             for name in BACKENDS
             if name not in avoid and _passed_over(op, name, device_type) is None and obstacles.get(name) is None
         )
-    reason = _obstacle(op, _requested, device_type) or obstacles.get(_requested)
+    reason = _obstacle(op, asked, device_type) or obstacles.get(asked)
     if reason is not None:
-        raise RuntimeError(f"{op} cannot run on backend {_requested!r} with {device_type} tensors: {reason}")
-    return _requested
+        raise RuntimeError(f"{op} cannot run on backend {asked!r} with {device_type} tensors: {reason}")
+    return asked
 
 
 def available(op: str, device_type: str, *, interpreted: bool = False) -> list[str]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 
 import pg_kernels
 from pg_kernels import backend, backends
+from pg_kernels.model.training import trainer
 
 OPS = {
     "apply_rotary",
@@ -85,6 +90,61 @@ def test_blocks_nest_and_end(triton_needs_cuda: str) -> None:
     assert backends.select(triton_needs_cuda, "cuda") == "triton"
 
 
+def test_each_thread_has_its_own() -> None:
+    """Blocks that overlap, the first one to begin ending first; and the workers of a pool made inside one."""
+    entered, left = threading.Event(), threading.Event()
+
+    def first() -> str:
+        with backend("reference"):
+            assert entered.wait(10)
+            inside = backends.requested()
+        left.set()
+        return inside + backends.requested()
+
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(first)
+        with backend("native"):
+            entered.set()
+            assert left.wait(10)
+            assert backends.requested() == "native"
+            assert pool.submit(backends.requested).result() == "auto"
+        assert other.result() == "referenceauto"
+        assert backends.requested() == pool.submit(backends.requested).result() == "auto"
+
+
+def test_each_asyncio_task_has_its_own() -> None:
+    async def task(name: str, turns: int) -> list[str]:
+        with backend(name):
+            seen = [backends.requested()]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+                seen.append(backends.requested())
+        return seen
+
+    async def main() -> list[list[str]]:
+        return await asyncio.gather(task("reference", 1), task("native", 3))
+
+    assert asyncio.run(main()) == [["reference"] * 2, ["native"] * 4]
+    assert backends.requested() == "auto"
+
+
+def test_a_layer_is_recomputed_on_its_forwards_backend() -> None:
+    """Although in another thread, as on a GPU, where autograd has one of its own."""
+    asked = []
+
+    def op(x: torch.Tensor) -> torch.Tensor:
+        asked.append(backends.requested())
+        return pg_kernels.geglu(x, x)
+
+    x = torch.ones(3, requires_grad=True)
+    with backend("reference"):
+        y = trainer._recomputed(op, x)
+    thread = threading.Thread(target=y.sum().backward)
+    thread.start()
+    thread.join()
+    assert asked == ["reference", "reference"] and x.grad is not None
+
+
 @pytest.mark.parametrize("name", ["cuda", "Triton", "", None])
 def test_unknown_names(name: str) -> None:
     expected = r"^backend: got .*, expected one of 'auto', 'triton', 'native', 'reference'"
@@ -132,23 +192,38 @@ def test_the_public_functions_ask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_compiled_function_follows_the_block() -> None:
-    """The choice is made while tracing, so another choice must trace again."""
-    seen = []
+    """Each call runs the graph that was traced for its own thread's block, also of a function with a block inside."""
+    traced, ran = [], []
 
-    def record(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
-        seen.append(graph)
-        return graph
+    def record(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        traced.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        ops = traced[-1]
+
+        def run(*arguments: torch.Tensor) -> Any:
+            ran.append(ops)
+            return graph(*arguments)
+
+        return run
 
     def step(x: torch.Tensor) -> torch.Tensor:
-        return pg_kernels.geglu(x, x)
+        with backend("reference"):
+            y = pg_kernels.geglu(x, x)
+        return pg_kernels.geglu(y, y)
 
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, backend=record)
-    x = torch.ones(3)
-    for name in ("auto", "reference", "auto", "reference"):
-        with backend(name):
-            torch.testing.assert_close(compiled(x), step(x))
-    assert len(seen) == 2
+    x, native = torch.ones(3), "native" if "native" in backends.available("geglu", "cpu") else "reference"
+    names = {"reference": "pg_kernels.geglu", "native": "pg_kernels.geglu_native"}
+    graphs = {name: [names["reference"], names[native if name == "auto" else name]] for name in ("auto", "reference")}
+    with ThreadPoolExecutor(1) as pool:
+        for name in ("auto", "reference", "auto", "reference"):
+            with backend(name):
+                torch.testing.assert_close(compiled(x), step(x))
+                torch.testing.assert_close(pool.submit(compiled, x).result(), step(x))
+            assert ran == [graphs[name], graphs["auto"]]
+            ran.clear()
+    assert backends.requested() == "auto"
+    assert len(traced) == 3  # outside all blocks and within backend("auto") are two
 
 
 def test_importing_and_loading_take_neither_the_compiler_nor_triton_along() -> None:

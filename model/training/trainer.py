@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
+from pg_kernels.backends import backend, requested
+
 from . import parallel
 from .interruption import Interrupted, Signals
 from .loading import Batch, Collate, count_steps, micro_batch_size, read, share
@@ -328,4 +330,10 @@ def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         # `checkpoint` looks at random states even then, which is not allowed while a CUDA graph is captured.
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return checkpoint(_on_backend, requested(), forward, *args, use_reentrant=False, **kwargs)
+
+
+def _on_backend(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a forward on the backend that it ran on first: autograd's thread for a GPU, which computes it anew, asks for none."""
+    with backend(name):
+        return forward(*args, **kwargs)
