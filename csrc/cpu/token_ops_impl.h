@@ -172,40 +172,42 @@ inline void attention_share(void* context, int64_t index) {
   for (int64_t key = 0; key < keys; ++key) {
     load_floats(a.type, a.k.data, at(a.k, batch, kv_head, start + key), a.dim, row_of);
     for (int64_t row = 0; row < rows; ++row) {
+      if (!sees(a, batch, a.q_starts[batch] + row % a.queries, start + key)) continue;
       float& score = scores[row * keys + key];
-      if (!sees(a, batch, a.q_starts[batch] + row % a.queries, start + key)) {
-        score = -std::numeric_limits<float>::infinity();
-        continue;
-      }
       score = dot(&q[row * a.dim], row_of, a.dim) * a.scale;
       if (a.softcap != 0) score = a.softcap * hyperbolic_tangent(score / a.softcap);
     }
   }
+  // Softmax over the keys in sight, kUnseen for the others. A row of −inf alone, of infinity or of NaN becomes NaN.
+  constexpr float kUnseen = -1, kInfinity = std::numeric_limits<float>::infinity();
   for (int64_t row = 0; row < rows; ++row) {
     float* weights = scores.get() + row * keys;
-    float highest = -std::numeric_limits<float>::infinity(), total = 0;
-    bool none = true;  // but NaN is something: it becomes the row's result
+    const int64_t position = a.q_starts[batch] + row % a.queries;
+    float highest = -kInfinity, total = 0;
     for (int64_t key = 0; key < keys; ++key) {
-      highest = weights[key] > highest ? weights[key] : highest;
-      none = none && weights[key] == -std::numeric_limits<float>::infinity();
+      if (sees(a, batch, position, start + key) && weights[key] > highest) highest = weights[key];
     }
     for (int64_t key = 0; key < keys; ++key) {
-      const bool unseen = weights[key] == -std::numeric_limits<float>::infinity();
-      weights[key] = none || unseen ? 0.0f : exponential(weights[key] - highest);
+      if (!sees(a, batch, position, start + key)) {
+        weights[key] = kUnseen;
+        continue;
+      }
+      const bool nothing = weights[key] == -kInfinity && highest > -kInfinity;
+      weights[key] = nothing ? 0 : exponential(weights[key] - highest);
       total += weights[key];
     }
-    const float inverse = none ? 0.0f : 1.0f / total;
-    for (int64_t key = 0; key < keys; ++key) weights[key] *= inverse;
+    const float inverse = 1 / total;
+    for (int64_t key = 0; key < keys; ++key) weights[key] = weights[key] == kUnseen ? kUnseen : weights[key] * inverse;
   }
   for (int64_t key = 0; key < keys; ++key) {
     bool needed = false;
-    for (int64_t row = 0; row < rows; ++row) needed = needed || scores[row * keys + key] != 0;
+    for (int64_t row = 0; row < rows; ++row) needed = needed || scores[row * keys + key] != kUnseen;
     if (!needed) continue;  // what nobody sees may hold anything
     load_floats(a.type, a.v.data, at(a.v, batch, kv_head, start + key), a.dim, row_of);
     for (int64_t row = 0; row < rows; ++row) {
       const float weight = scores[row * keys + key];
       float* __restrict to = out.get() + row * a.dim;
-      if (weight == 0) continue;
+      if (weight == kUnseen) continue;
       for (int64_t i = 0; i < a.dim; ++i) to[i] += weight * row_of[i];
     }
   }

@@ -39,6 +39,11 @@ def is_watched(*tensors: Tensor | None) -> bool:
     return recorded or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def is_transformed() -> bool:
+    """Whether a function transform or a tracer is at work, for which numbers must not decide what runs."""
+    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def refuse_second_derivative(op: str) -> None:
     """Raise in a backward pass that is itself recorded: the op below has no autograd, and would leave out terms without a word.
 

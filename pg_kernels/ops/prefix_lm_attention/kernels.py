@@ -14,6 +14,8 @@ from pg_kernels.ops.functions import tanh
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(2**30)
+LOWEST = tl.constexpr(-3e38)
+"""The least that a row's highest score is once it has seen a key, whose own score may be −inf."""
 LENGTHS = ["q_len", "kv_len", "lengths"]
 """Arguments whose values are no reason to compile anew."""
 
@@ -120,7 +122,10 @@ def forward(
                 if boundary:
                     visible = _visible(position[:, None], key[None, :], end, prefix_end, window, CAUSAL)
                     scores = tl.where(visible, scores, float("-inf"))
-                higher = tl.maximum(highest, tl.max(scores, axis=1))
+                    higher = tl.max(tl.where(visible, tl.maximum(scores, LOWEST), float("-inf")), axis=1)
+                else:
+                    higher = tl.maximum(tl.max(scores, axis=1), LOWEST)
+                higher = tl.maximum(highest, higher)
                 # A row that has seen nothing yet: −inf − −inf would be NaN.
                 finite = tl.where(higher == float("-inf"), 0.0, higher) if boundary == 1 else higher
                 weights = tl.exp2(scores - finite[:, None])
@@ -145,10 +150,18 @@ def forward(
                 if HIGH:
                     acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision="ieee")
 
-        # A row that sees nothing is 0. Lengths outside what is allowed must not look right.
-        some = tl.where(total > 0.0, total, 1.0)
+        # 0 · NaN is NaN, also of a value that a row does not see.
+        sums = tl.sum(acc0, axis=1)
+        if HIGH:
+            sums += tl.sum(acc1, axis=1)
+        unsure = tl.sum(sums - sums, axis=0)  # 0, or NaN
+
+        # A row that sees nothing is 0, and one that sees −inf alone 0 / 0. Lengths outside what is allowed must not look right.
+        some = tl.where(total == 0.0 if SPLITS > 1 else highest == float("-inf"), 1.0, total)
         share = tl.where(inside, 1.0 / some, float("nan"))
-        lse = tl.where(total > 0.0, highest + tl.log2(some), float("inf") if SPLITS == 1 else float("-inf"))
+        lse = highest + tl.log2(some)
+        if SPLITS == 1:
+            lse = tl.where(highest == float("-inf"), float("inf"), lse)
         out_base = _base(out_ptr, out_strides, batch, head * GROUP, offset, UNIT)
         if SPLITS > 1:
             out_base += tl.program_id(2).to(tl.int64) * out_strides[3]
@@ -162,9 +175,71 @@ def forward(
             acc0 * share[:, None],
             acc1 * share[:, None],
             DIM,
+            LOW,
             HIGH,
         )
         tl.store(_lse(lse_ptr, lse_strides, batch, head, offset, GROUP) + row, lse, mask=here)
+
+        if (unsure != 0.0) & inside:
+            tl.debug_barrier()  # other threads have stored the same rows
+            begin, stop = 0, end - start
+            if SPLITS > 1:
+                begin, stop = this * KEYS, tl.minimum(next, whole[2] + bounds[3]) * KEYS
+            for one in tl.range(block * ROWS, tl.minimum((block + 1) * ROWS, q_len * GROUP), num_stages=1):
+                one0, one1 = _one_row(
+                    q_base + _rows(one, q_strides, GROUP, UNIT), k_base, v_base, k_scale_ptr, v_scale_ptr, scale_offset,
+                    k_strides, v_strides, scale_strides, q_start + one // GROUP, start, end, prefix_end, window,
+                    whole, bounds, begin, stop, scale, softcap, DIM, LOW, HIGH, KEYS, SPLITS, UNIT, CAUSAL,
+                )  # fmt: skip
+                place = out_base + _rows(one, out_strides, GROUP, UNIT)
+                tl.store(place + low, one0.to(out_ptr.dtype.element_ty), mask=low < DIM)
+                if HIGH:
+                    tl.store(place + high, one1.to(out_ptr.dtype.element_ty), mask=high < DIM)
+
+
+@triton.jit
+def _one_row(
+    q_row, k_base, v_base, k_scale_ptr, v_scale_ptr, scale_offset,
+    k_strides, v_strides, scale_strides, position, start, end, prefix_end, window,
+    whole, bounds, begin, stop, scale, softcap,
+    DIM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    UNIT: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Both blocks of one query's output over the keys from `begin` to `stop`, counted as the tiles of its part are.
+
+    What it does not see is not read: key by key, and with the fewest registers, as other rows' products must not want for them.
+    """
+    low, high = tl.arange(0, LOW), LOW + tl.arange(0, HIGH if HIGH else 16)
+    q0, q1 = _load_row(q_row, low, high, True, DIM, HIGH)
+    highest, total = float("-inf"), 0.0
+    acc0, acc1 = tl.zeros([LOW], tl.float32), tl.zeros([HIGH if HIGH else 16], tl.float32)
+    for number in tl.range(begin, stop, num_stages=1):
+        key = start + number
+        if SPLITS > 1:
+            tile = number // KEYS
+            boundary = _boundary_tile(tile - whole[2], bounds, window)
+            key = start + tl.where(tile < whole[2], _whole_tile(tile, whole, window), boundary) * KEYS + number % KEYS
+        seen = _visible(position, key, end, prefix_end, window, CAUSAL)
+        k0, k1 = _load_row(k_base + _keys(key, k_strides, UNIT), low, high, seen, DIM, HIGH)
+        score = tl.sum(q0 * k0, axis=0)
+        if HIGH:
+            score += tl.sum(q1 * k1, axis=0)
+        if k_scale_ptr is not None:
+            score *= tl.load(k_scale_ptr + scale_offset + key * scale_strides[2], mask=seen, other=0.0)
+        score, _ = _scaled(score, scale, softcap)
+        higher = tl.maximum(highest, tl.where(seen, tl.maximum(score, LOWEST), float("-inf")))
+        score = tl.where(seen, score, float("-inf"))
+        finite = tl.where(higher == float("-inf"), 0.0, higher)
+        weight, shrink = tl.exp2(score - finite), tl.exp2(highest - finite)
+        total = total * shrink + weight
+        highest = higher
+        if v_scale_ptr is not None:
+            weight *= tl.load(v_scale_ptr + scale_offset + key * scale_strides[2], mask=seen, other=0.0)
+        v0, v1 = _load_row(v_base + _keys(key, v_strides, UNIT), low, high, seen, DIM, HIGH)
+        acc0 = acc0 * shrink + weight * v0
+        acc1 = acc1 * shrink + weight * v1
+    some = tl.where(total == 0.0 if SPLITS > 1 else highest == float("-inf"), 1.0, total)
+    return acc0 / some, acc1 / some
 
 
 @triton.jit
@@ -191,16 +266,18 @@ def combine(
     lses = part_lses_ptr + split * tl.num_programs(0).to(tl.int64) + number
     lses = tl.load(lses, mask=split < SPLITS, other=float("-inf"))
     highest = tl.max(lses, axis=0)
-    weights = tl.exp2(lses - tl.where(highest == float("-inf"), 0.0, highest))
+    weights = tl.where(lses > LOWEST, tl.exp2(lses - highest), 0.0)
+    weights = tl.where(lses == lses, weights, lses)  # NaN
     total = tl.sum(weights, axis=0)
     place = _base(parts_ptr, parts_strides, batch, head * GROUP, 0, UNIT) + _rows(row, parts_strides, GROUP, UNIT)
     parts = place + (split.to(tl.int64) * parts_strides[3])[:, None] + column[None, :]
     parts = tl.load(parts, mask=(split < SPLITS)[:, None] & (column < DIM)[None, :], other=0.0)
-    some = tl.where(total > 0.0, total, 1.0)
+    # Nothing in sight is 0, and −inf alone 0 / 0.
+    some = tl.where(highest == float("-inf"), 1.0, total)
     out = tl.sum(parts * weights[:, None], axis=0) / some
     place = _base(out_ptr, out_strides, batch, head * GROUP, 0, UNIT) + _rows(row, out_strides, GROUP, UNIT)
     tl.store(place + column, out.to(out_ptr.dtype.element_ty), mask=column < DIM)
-    tl.store(lse_ptr + number, tl.where(total > 0.0, highest + tl.log2(some), float("inf")))
+    tl.store(lse_ptr + number, tl.where(highest == float("-inf"), float("inf"), highest + tl.log2(some)))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -295,13 +372,17 @@ def backward_q(
                 grad_scores = weights * (_product(grad0, grad1, v0, v1, HIGH) - delta[:, None])
                 if softcap is not None:
                     grad_scores *= slope
+                if boundary:  # 0 · NaN is NaN, also of a key or value that a row does not see
+                    grad_scores = tl.where(weights == 0.0, 0.0, grad_scores)
                 grad_scores = grad_scores.to(k0.dtype)
                 acc0 = tl.dot(grad_scores, k0, acc0, input_precision="ieee")
                 if HIGH:
                     acc1 = tl.dot(grad_scores, k1, acc1, input_precision="ieee")
         factor = tl.where(inside, tl.cast(scale, tl.float32), float("nan"))
         base = _base(grad_q_ptr, grad_q_strides, batch, head * GROUP, offset, UNIT)
-        _store(base, _rows(row, grad_q_strides, GROUP, UNIT), low, high, here, acc0 * factor, acc1 * factor, DIM, HIGH)
+        _store(
+            base, _rows(row, grad_q_strides, GROUP, UNIT), low, high, here, acc0 * factor, acc1 * factor, DIM, LOW, HIGH
+        )
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -390,23 +471,27 @@ def backward_kv(
                 grad_scores = weights * (_product(v0, v1, grad0, grad1, HIGH) - delta[None, :])
                 if softcap is not None:
                     grad_scores *= slope
+                if boundary:
+                    grad_scores = tl.where(weights == 0.0, 0.0, grad_scores)
                 weights, grad_scores = weights.to(grad0.dtype), grad_scores.to(q0.dtype)
                 grad_v0 = tl.dot(weights, grad0, grad_v0, input_precision="ieee")
                 grad_k0 = tl.dot(grad_scores, q0, grad_k0, input_precision="ieee")
                 if HIGH:
                     grad_v1 = tl.dot(weights, grad1, grad_v1, input_precision="ieee")
                     grad_k1 = tl.dot(grad_scores, q1, grad_k1, input_precision="ieee")
-        # Rows of the tile that are no valid keys have gathered what is not theirs.
-        factor = tl.where(valid, 1.0, 0.0)
-        factor = tl.where(inside, factor, float("nan"))[:, None]
+        # Keys of the tile that are not valid have gathered what is not theirs, infinity among it.
+        valid = valid[:, None]
+        grad_v0, grad_v1 = tl.where(valid, grad_v0, 0.0), tl.where(valid, grad_v1, 0.0)
+        grad_k0, grad_k1 = tl.where(valid, grad_k0, 0.0), tl.where(valid, grad_k1, 0.0)
+        factor = tl.where(inside, 1.0, float("nan"))
         there = key < kv_len
         base = _base(grad_v_ptr, grad_v_strides, batch, head, offset, UNIT)
         rows = _keys(key, grad_v_strides, UNIT)
-        _store(base, rows, low, high, there, grad_v0 * factor, grad_v1 * factor, DIM, HIGH)
+        _store(base, rows, low, high, there, grad_v0 * factor, grad_v1 * factor, DIM, LOW, HIGH)
         base = _base(grad_k_ptr, grad_k_strides, batch, head, offset, UNIT)
         rows = _keys(key, grad_k_strides, UNIT)
         factor *= tl.cast(scale, tl.float32)
-        _store(base, rows, low, high, there, grad_k0 * factor, grad_k1 * factor, DIM, HIGH)
+        _store(base, rows, low, high, there, grad_k0 * factor, grad_k1 * factor, DIM, LOW, HIGH)
 
 
 @triton.jit
@@ -516,7 +601,7 @@ def _rows(row, strides, GROUP: tl.constexpr, UNIT: tl.constexpr):
 
 @triton.jit
 def _keys(key, strides, UNIT: tl.constexpr):
-    return key.to(tl.int64) * strides[2] * UNIT
+    return tl.cast(key, tl.int64) * strides[2] * UNIT
 
 
 @triton.jit
@@ -532,8 +617,12 @@ def _load(
     WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Both blocks of rows; MASKED reads 0 where `here` is false."""
-    if MASKED:
+    if MASKED and LOW > DIM:
+        x0 = tl.load(base + rows[:, None] + low[None, :], mask=here[:, None] & (low < DIM)[None, :], other=0.0)
+    elif MASKED:
         x0 = tl.load(base + rows[:, None] + low[None, :], mask=here[:, None], other=0.0)
+    elif LOW > DIM:
+        x0 = tl.load(base + rows[:, None] + low[None, :], mask=(low < DIM)[None, :], other=0.0)
     else:
         x0 = tl.load(base + rows[:, None] + low[None, :])
     x1 = x0
@@ -550,6 +639,17 @@ def _load(
 
 
 @triton.jit
+def _load_row(row, low, high, here, DIM: tl.constexpr, HIGH: tl.constexpr):
+    """Both blocks of one row in fp32, or 0 where `here` is false."""
+    dim = tl.where(here, DIM, 0)
+    x0 = tl.load(row + low, mask=low < dim, other=0.0).to(tl.float32)
+    x1 = tl.zeros_like(high).to(tl.float32)
+    if HIGH:
+        x1 = tl.load(row + high, mask=high < dim, other=0.0).to(tl.float32)
+    return x0, x1
+
+
+@triton.jit
 def _load_described(low, high, place, LOW: tl.constexpr, HIGH: tl.constexpr, KEYS: tl.constexpr, WIDEN: tl.constexpr):
     """Both blocks of rows from place on, (batch, head, row), by descriptors of [B, H, S, D]: TMA, where there is one."""
     x0 = low.load([place[0], place[1], place[2], 0]).reshape([KEYS, LOW])
@@ -562,9 +662,12 @@ def _load_described(low, high, place, LOW: tl.constexpr, HIGH: tl.constexpr, KEY
 
 
 @triton.jit
-def _store(base, rows, low, high, here, x0, x1, DIM: tl.constexpr, HIGH: tl.constexpr):
+def _store(base, rows, low, high, here, x0, x1, DIM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
     type = base.dtype.element_ty
-    tl.store(base + rows[:, None] + low[None, :], x0.to(type), mask=here[:, None])
+    if LOW > DIM:
+        tl.store(base + rows[:, None] + low[None, :], x0.to(type), mask=here[:, None] & (low < DIM)[None, :])
+    else:
+        tl.store(base + rows[:, None] + low[None, :], x0.to(type), mask=here[:, None])
     if HIGH:
         tl.store(base + rows[:, None] + high[None, :], x1.to(type), mask=here[:, None] & (high < DIM)[None, :])
 

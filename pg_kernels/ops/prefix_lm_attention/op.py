@@ -402,7 +402,9 @@ def prefix_lm_attention(
     if backend == "native":
         numbers = [t.tolist() if isinstance(t, Tensor) else [t] * batch for t in lengths]
         keys, values = sdpa.Rows(k, k_scale), sdpa.Rows(v, v_scale)
-        return sdpa.prefix_lm_attention(q, keys, values, list(zip(*numbers, strict=True)), sdpa.Scores(*scores))
+        valid = slice(min(numbers[1], default=0), max(numbers[2], default=0))
+        if sdpa.handles(q, keys, values, valid, sdpa.Scores(*scores)):
+            return sdpa.prefix_lm_attention(q, keys, values, list(zip(*numbers, strict=True)), sdpa.Scores(*scores))
     if backend == "triton":
         tensors = [length if isinstance(length, Tensor) else None for length in lengths]
         ints = [0 if isinstance(length, Tensor) else length for length in lengths]
@@ -462,7 +464,8 @@ def prefix_lm_attention_varlen(
     prefix = _per_example("prefix_lens", prefix_lens, 0, cu_seqlens[1:], lower=0, upper=None)
     scores = (causal, q.shape[3] ** -0.5 if scale is None else scale, softcap, window)
     backend = _selected(q, k, [cu_seqlens, prefix])
-    if backend == "native":
+    every = sdpa.Rows(k, None), sdpa.Rows(v, None), slice(None)
+    if backend == "native" and sdpa.handles(q, *every, sdpa.Scores(*scores)):
         prefixes = prefix.tolist() if isinstance(prefix, Tensor) else [prefix] * (len(cu_seqlens) - 1)
         out = sdpa.prefix_lm_attention_varlen(q, k, v, cu_seqlens.tolist(), prefixes, sdpa.Scores(*scores))
     elif backend == "triton":

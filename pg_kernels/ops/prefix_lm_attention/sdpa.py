@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pg_kernels.ops import extension
-from pg_kernels.ops.library import define_opaque, is_watched
+from pg_kernels.ops import checks, extension
+from pg_kernels.ops.library import define_opaque, is_transformed, is_watched
 from pg_kernels.ops.prefix_lm_attention.reference import visible_keys
 
 ROWS = 256
@@ -48,9 +48,31 @@ class Rows:
         scales = [None] * len(sizes) if self.scale is None else self.scale.split(list(sizes))
         return [Rows(tensor, scale) for tensor, scale in zip(self.tensor.split(list(sizes)), scales, strict=True)]
 
+    def largest(self, rows: slice) -> float:
+        """The largest magnitude of these rows or more; NaN where one is NaN."""
+        if self.scale is not None:
+            return 128 * _largest(self.scale[:, :, rows])
+        return _largest(self.tensor[:, :, rows])
+
     def part(self, rows: slice, dtype: torch.dtype) -> Tensor:
         part = self.tensor[:, :, rows]
         return part if self.scale is None else (part * self.scale[:, :, rows, None]).to(dtype)
+
+
+def handles(q: Tensor, k: Rows, v: Rows, rows: slice, scores: Scores) -> bool:
+    """Whether all scores and values of keys in `rows` are sure to be finite, or the C++ extension is for them.
+
+    PyTorch's kernel takes a score of NaN for −inf, and multiplies the values that a query does not see by 0.
+    """
+    known = all(map(checks.values_are_free, (q, k.tensor, v.tensor))) and not is_transformed()
+    if not known or _are_few(q, k, v):
+        return True
+    key, value, most = k.largest(rows), v.largest(rows), torch.finfo(q.dtype).max
+    return q.shape[3] * _largest(q) * key * max(scores.scale, 1.0) < 1e38 and key <= most and value <= most
+
+
+def _largest(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x.detach(), float("inf"))) if x.numel() else 0.0
 
 
 def prefix_lm_attention(q: Tensor, k: Rows, v: Rows, examples: Sequence[Example], scores: Scores) -> Tensor:

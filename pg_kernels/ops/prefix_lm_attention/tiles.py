@@ -32,7 +32,7 @@ def blocks(dim: int, itemsize: int) -> tuple[int, int]:
 
 
 MIN_DIM, MAX_DIM = 16, 256
-"""Head dimensions of the kernels: their smallest block is 16 columns, all of which they read and write."""
+"""Head dimensions of the kernels: tensor cores multiply 16 columns at least."""
 _MANY_ROWS: dict[str, dict[str, Sequence[tuple[Any, ...]]]] = {
     # Rows, keys, warps, stages, descriptors for head dimensions up to 96, 128 and 256: the largest without spilled registers.
     "sm_80": {
