@@ -39,13 +39,15 @@ def quantize_(
         The model.
 
     Raises:
-        TypeError: a group size that is no int.
+        TypeError: a model that is no nn.Module, a group size that is no int.
         ValueError: unknown mode, a group size that is no power of two, weights with NaN or infinity; before anything is
             replaced. Also a model that is a linear layer itself: use `Int8Linear.from_linear`.
     """
-    if mode not in ACTIVATIONS:
+    if not isinstance(mode, str) or mode not in ACTIVATIONS:
         raise ValueError(f"mode: got {mode!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
     check_group_size(group_size)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if type(model) is nn.Linear:
         raise ValueError("model: a linear layer cannot replace itself; use Int8Linear.from_linear")
     linears: dict[nn.Linear, list[str]] = {}

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """float64 is for gradcheck: the plain definitions take it, kernels do not."""
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def check_tensor(**values: object) -> None:
-    """Every value must be a tensor: neither None nor a list of numbers."""
+    """Every value must be a dense tensor: neither None nor a list of numbers, nor sparse or nested."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided or value.is_nested:
+            raise TypeError(
+                f"{name}: expected a dense tensor, got {'a nested one' if value.is_nested else value.layout}"
+            )
 
 
 def check_float(**tensors: Tensor | None) -> None:
@@ -71,11 +77,32 @@ def check_row(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected shape [..., N] with N >= 1, got {list(tensor.shape)}")
 
 
-def check_positive(**numbers: float | None) -> None:
-    """Every number given must be above zero; None is passed over."""
+def check_number(**numbers: object) -> None:
+    """Every value must be one real number: no bool, no tensor, no text."""
     for name, number in numbers.items():
-        if number is not None and not number > 0:
+        if not isinstance(number, Real | torch.SymInt | torch.SymFloat) or isinstance(number, bool):
+            raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
+
+
+def check_int(**numbers: object) -> None:
+    """Every value must be one integer that int64 can hold."""
+    for name, number in numbers.items():
+        if not isinstance(number, Integral | torch.SymInt) or isinstance(number, bool):
+            raise TypeError(f"{name}: expected an int, got {type(number).__name__}")
+        if not -(2**63) <= int(number) < 2**63:
+            raise ValueError(f"{name}: expected a number that int64 can hold, got {number}")
+
+
+def check_positive(**numbers: float | None) -> None:
+    """Every number given must be above zero and finite, as fp32, too; None is passed over."""
+    for name, number in numbers.items():
+        if number is None:
+            continue
+        check_number(**{name: number})
+        if not number > 0:
             raise ValueError(f"{name}: expected a positive number, got {number}")
+        if not _SMALLEST <= number <= _LARGEST:
+            raise ValueError(f"{name}: expected a number that fp32 can hold, got {number}")
 
 
 def values_are_free(tensor: Tensor) -> bool:
@@ -86,7 +113,7 @@ def values_are_free(tensor: Tensor) -> bool:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast to autocast's dtype where autocast is on, as it does for torch's own matrix products."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(tensor.to(dtype) for tensor in tensors)

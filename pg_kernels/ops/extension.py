@@ -7,6 +7,8 @@ from importlib import util
 import torch
 from torch import Tensor
 
+from pg_kernels.ops import checks
+
 
 def _unavailable_reason(module: str, compiler: str, error: ImportError) -> str:
     if util.find_spec(module) is None:
@@ -67,6 +69,16 @@ def unfit(*tensors: Tensor | None) -> str | None:
     if any(tensor is not None and tensor.dtype not in FLOAT_CODES for tensor in tensors):
         return "float64 runs on backend 'reference' only"
     return None
+
+
+def check(**tensors: Tensor) -> None:
+    """Raise TypeError or ValueError unless every tensor is one whose address the kernels for CPUs can take."""
+    checks.check_tensor(**tensors)  # the dispatcher lets None through
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOAT_CODES:
+            raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {tensor.dtype}")
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name}: expected a tensor on the CPU, got one on {tensor.device}")
 
 
 def heads(tensor: Tensor) -> tuple[int, int, int, int, int]:

@@ -38,7 +38,16 @@ def _to_cache(
 def _to_cache_native(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, theta: float, k_cache: Tensor, v_cache: Tensor, slots: Tensor
 ) -> Tensor:
-    # Looked at here, too: within a compiled graph the public function cannot.
+    # It takes addresses: the sizes must fit, whoever calls, and within a compiled graph nobody has looked at the slots.
+    extension.check(q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    checks.check_integer(positions=positions, slots=slots)
+    positions, slots = (t[0] if t.dim() == 2 and len(t) == 1 else t for t in (positions, slots))
+    positions = _checked(q, k, positions, theta)
+    slots = _checked_cache(q, k, v, k_cache, v_cache, slots)
+    if q.shape[3] > extension.LONGEST_HEAD:
+        raise ValueError(f"q: expected heads of at most {extension.LONGEST_HEAD}, got {q.shape[3]}")
+    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        raise ValueError("k_cache: expected caches whose rows are contiguous")
     _check_slots(slots, k_cache)
     q_out = q.new_empty(q.shape)
     batch, _, length, dim = q.shape
@@ -235,15 +244,7 @@ def apply_rotary_to_cache(
         RuntimeError: gradients would have to flow through the cache.
     """
     positions = _checked(q, k, positions, theta)
-    checks.check_shape("v", v, list(k.shape), " (k's)")
-    checks.check_same(q=q, v=v)
-    checks.check_float(k_cache=k_cache, v_cache=v_cache)
-    checks.check_shape("k_cache", k_cache, [*k.shape[:2], "capacity", k.shape[3]], " (k's but for the capacity)")
-    checks.check_shape("v_cache", v_cache, list(k_cache.shape), " (k_cache's)")
-    checks.check_same(k_cache=k_cache, v_cache=v_cache)
-    checks.check_integer(slots=slots)
-    checks.check_device(q=q, k_cache=k_cache, slots=slots)
-    slots = _per_token("slots", slots, q)
+    slots = _checked_cache(q, k, v, k_cache, v_cache, slots)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, k_cache, v_cache)):
         raise RuntimeError(
             "apply_rotary_to_cache: gradients do not flow through a cache; call it under torch.no_grad()"
@@ -281,6 +282,19 @@ def _checked(q: Tensor, k: Tensor, positions: Tensor, theta: float) -> Tensor:
     checks.check_device(q=q, k=k, positions=positions)
     checks.check_positive(theta=theta)
     return _per_token("positions", positions, q)
+
+
+def _checked_cache(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> Tensor:
+    """Check what is written into a cache, and give the slots as [B or 1, S]."""
+    checks.check_shape("v", v, list(k.shape), " (k's)")
+    checks.check_same(q=q, v=v)
+    checks.check_float(k_cache=k_cache, v_cache=v_cache)
+    checks.check_shape("k_cache", k_cache, [*k.shape[:2], "capacity", k.shape[3]], " (k's but for the capacity)")
+    checks.check_shape("v_cache", v_cache, list(k_cache.shape), " (k_cache's)")
+    checks.check_same(k_cache=k_cache, v_cache=v_cache)
+    checks.check_integer(slots=slots)
+    checks.check_device(q=q, k_cache=k_cache, slots=slots)
+    return _per_token("slots", slots, q)
 
 
 def _per_token(name: str, numbers: Tensor, q: Tensor) -> Tensor:

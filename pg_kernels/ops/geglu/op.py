@@ -67,6 +67,7 @@ def _backward(grad: Tensor, gate: Tensor, up: Tensor, with_product: bool) -> tup
 
 
 def _native_forward(gate: Tensor, up: Tensor) -> Tensor:
+    _check_native(gate, up=up)
     gate, up = gate.contiguous(), up.contiguous()
     y = gate.new_empty(gate.shape)
     _C.geglu(
@@ -80,6 +81,7 @@ def _native_forward(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _native_backward(grad: Tensor, gate: Tensor, up: Tensor, with_product: bool) -> tuple[Tensor, Tensor, Tensor]:
+    _check_native(gate, grad=grad, up=up)
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     grad_gate, grad_up, y = _fake_backward(grad, gate, up, with_product)
     _C.geglu(
@@ -93,6 +95,14 @@ def _native_backward(grad: Tensor, gate: Tensor, up: Tensor, with_product: bool)
         type=FLOAT_CODES[gate.dtype],
     )
     return grad_gate, grad_up, y
+
+
+def _check_native(gate: Tensor, **others: Tensor) -> None:
+    """The extension takes addresses: everything must be as many numbers of one kind, whoever calls."""
+    extension.check(gate=gate, **others)
+    checks.check_same(gate=gate, **others)
+    for name, tensor in others.items():
+        checks.check_shape(name, tensor, gate.shape, " (gate's)")
 
 
 def _fake_backward(grad: Tensor, gate: Tensor, up: Tensor, with_product: bool) -> tuple[Tensor, Tensor, Tensor]:

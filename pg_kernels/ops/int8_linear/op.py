@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pg_kernels.backends import offer, select
+from pg_kernels.backends import BACKENDS, offer, select
 from pg_kernels.ops import checks, extension, launch
 from pg_kernels.ops.geglu import geglu
 from pg_kernels.ops.int8_linear import cpu, cuda, reference, triton
@@ -82,9 +82,11 @@ class PackedInt8Weight:
     def rows(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantise some rows: int32 or int64 [...], each in [0, N), to [..., K] in `dtype`, rounded once from fp32.
 
-        Raises TypeError for other indices, ValueError for a row that is not there (looked at on the CPU only).
+        Raises TypeError for other indices or dtypes, ValueError for a row that is not there (looked at on the CPU only).
         """
         checks.check_integer(indices=indices)
+        if not isinstance(dtype, torch.dtype) or dtype not in checks.FLOATS:
+            raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
         checks.check_device(weight=self._data, indices=indices)
         chosen, (n, k) = indices.flatten(), self.shape
         if self._is_native:
@@ -132,6 +134,15 @@ def _native(device: torch.device) -> Any:
 
 
 def _pack(qweight: Tensor, scale: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    # It takes addresses: the sizes must fit, whoever calls.
+    checks.check_shape("qweight", qweight, ["N", "K"])
+    n, k = qweight.shape
+    _check_sizes(n, k, group_size)
+    checks.check_shape("scale", scale, [n, -(-k // group_size)], " (qweight's N and its groups)")
+    for name, tensor, dtype in (("qweight", qweight, torch.int8), ("scale", scale, torch.float32)):
+        if tensor.dtype != dtype or tensor.device.type not in ("cpu", "cuda"):
+            raise TypeError(f"{name}: expected {dtype} on a CPU or GPU, got {tensor.dtype} on {tensor.device}")
+    checks.check_device(qweight=qweight, scale=scale)
     return _native(qweight.device).pack(qweight, scale, group_size)
 
 
@@ -142,17 +153,22 @@ def _fake_pack(qweight: Tensor, scale: Tensor, group_size: int) -> tuple[Tensor,
 
 def _check_layout(data: Tensor, packed_scale: Tensor, n: int, k: int, group_size: int) -> None:
     """The extensions take addresses: what is there must be a weight of these sizes, whoever calls."""
-    if min(n, k - 1, group_size - 1) < 0:
-        raise ValueError(f"weight: expected N >= 0, K >= 1 and groups of 1 or more, got {n}, {k} and {group_size}")
+    checks.check_tensor(data=data, scale=packed_scale)
+    _check_sizes(n, k, group_size)
     sizes = _native(data.device).packed_sizes(n, k, group_size)
     wanted = [("data", data, torch.uint8, sizes[0]), ("scale", packed_scale, torch.float32, sizes[1])]
     for name, tensor, dtype, size in wanted:
         there = tensor.device.type in ("cpu", "cuda") and tensor.device == data.device
-        if tensor.dtype != dtype or tensor.numel() != size or not tensor.is_contiguous() or not there:
+        if tensor.dtype != dtype or tensor.shape != (size,) or not tensor.is_contiguous() or not there:
             raise ValueError(
                 f"{name}: expected {size} contiguous {dtype} for a weight [{n}, {k}] in groups of {group_size}, "
                 f"got {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
+
+
+def _check_sizes(n: int, k: int, group_size: int) -> None:
+    if n < 0 or not 1 <= group_size <= k:
+        raise ValueError(f"group_size: expected N >= 0 and groups of 1 to K columns, got {n}, {group_size} and K = {k}")
 
 
 def _unpack(data: Tensor, packed_scale: Tensor, n: int, k: int, group_size: int) -> tuple[Tensor, Tensor]:
@@ -166,6 +182,9 @@ def _fake_unpack(data: Tensor, packed_scale: Tensor, n: int, k: int, group_size:
 
 def _rows(data: Tensor, packed_scale: Tensor, indices: Tensor, n: int, k: int, group_size: int) -> Tensor:
     _check_layout(data, packed_scale, n, k, group_size)
+    checks.check_shape("indices", indices, ["R"])
+    if indices.dtype != torch.int64:
+        raise TypeError(f"indices: expected int64, got {indices.dtype}")
     checks.check_device(data=data, indices=indices)
     if checks.values_are_free(indices):
         _check_rows(indices, n)
@@ -194,12 +213,22 @@ def _multiply(
     geglu: bool = False,
 ) -> list[Tensor]:
     """x [M, K] times each of some weights in a backend's layout, `sizes` their rows; `geglu` makes one of two."""
+    checks.check_shape("x", x, ["M", "K"])
+    if backend not in ("native", "triton"):
+        raise ValueError(f"backend: got {backend!r}, expected 'native' or 'triton'")
     module: Any = triton
     if backend == "native":
         module = _native(x.device)
+        _check_dtypes("x", x.dtype, out_dtype)
+        if not len(sizes) == len(data) == len(scales) == len(biases):
+            raise ValueError(
+                f"weights: got {len(data)}, expected as many scales, biases and sizes, not {len(scales)}, {len(biases)} and "
+                f"{len(sizes)}"
+            )
         for n, weight, scale, bias in zip(sizes, data, scales, biases, strict=True):
             _check_layout(weight, scale, n, x.shape[1], group_size)
             checks.check_device(x=x, weight=weight, bias=bias)
+            checks.check_float(bias=bias)
             if bias is not None:
                 checks.check_shape("bias", bias, [n])
         if geglu and len(set(sizes)) != 1:
@@ -209,6 +238,13 @@ def _multiply(
         scales = [scale.view(n, -1)[:, group] for n, scale in zip(sizes, scales, strict=True)]
         group_size = _SHORT
     return module.multiply(x, data, scales, biases, sizes, group_size, int8_activations, out_dtype, geglu)
+
+
+def _check_dtypes(name: str, *dtypes: torch.dtype) -> None:
+    """What is multiplied by a weight in the extension's layout, and the result, are floats that it knows."""
+    for dtype in dtypes:
+        if dtype not in extension.FLOAT_CODES:
+            raise TypeError(f"{name}: expected float32, float16 or bfloat16 for it and the result, got {dtype}")
 
 
 def _forward(
@@ -232,6 +268,11 @@ def _fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int,
 
 
 def _backward(grad: Tensor, weight: Tensor, scale: Tensor, columns: int, group_size: int, backend: str) -> Tensor:
+    checks.check_shape("grad", grad, ["M", "N"])
+    checks.check_float(grad=grad)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    checks.check_device(grad=grad, weight=weight)
     if backend == "native":
         weight, scale = _unpack(weight, scale, grad.shape[1], columns, group_size)
     on_gpu = grad.device.type == "cuda" and launch.obstacle("cuda") is None and launch.unfit(grad) is None
@@ -247,13 +288,14 @@ def _fake_backward(grad: Tensor, weight: Tensor, scale: Tensor, columns: int, *r
 class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            y = torch.ops.pg_kernels.int8_linear(x, weight, scale, bias, *options)
         ctx.save_for_backward(weight, scale)
         _, group_size, _, backend, _ = options
         ctx.options = (x.shape[1], group_size, backend)
         ctx.x_dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.pg_kernels.int8_linear(x, weight, scale, bias, *options)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -275,6 +317,7 @@ def _projections(
     group_size: int,
     int8_activations: bool,
 ) -> list[Tensor]:
+    checks.check_tensor(x=x)
     return _multiply(x, data, scales, biases, sizes, group_size, int8_activations, "native", x.dtype)
 
 
@@ -295,6 +338,7 @@ def _geglu(
     int8_activations: bool,
     backend: str,
 ) -> Tensor:
+    checks.check_tensor(x=x)
     weights, scales, biases = [gate, up], [gate_scale, up_scale], [None, None]
     return _multiply(x, weights, scales, biases, [n, n], group_size, int8_activations, backend, x.dtype, geglu=True)[0]
 
@@ -317,12 +361,15 @@ def _topk(
     log_probs: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    checks.check_shape("x", x, ["M", "K"])
+    if not 1 <= k <= n:
+        raise ValueError(f"k: expected a number in [1, {n}], got {k}")
     if backend == "reference":
         return reference.int8_topk(x, weight, scale, group_size, int8_activations, k, softcap, log_probs)
     if backend == "native" and x.device.type == "cpu" and k <= _LISTED:
+        _check_dtypes("x", x.dtype)
         _check_layout(weight, scale, n, x.shape[1], group_size)
-        if not 1 <= k <= n:
-            raise ValueError(f"k: expected a number in [1, {n}], got {k}")
+        checks.check_device(x=x, weight=weight)
         return cpu.topk(x, weight, scale, n, group_size, int8_activations, k, softcap, log_probs)
     y = _multiply(x, [weight], [scale], [None], [n], group_size, int8_activations, backend, torch.float32)[0]
     return _largest(y, k, softcap, log_probs)
@@ -528,6 +575,9 @@ def int8_projections(
     Raises:
         TypeError, ValueError: as `int8_linear`; ValueError for no weights or another number of biases.
     """
+    for name, given in (("weights", weights), ("biases", biases)):
+        if not isinstance(given, list | tuple) and (given is not None or name == "weights"):
+            raise TypeError(f"{name}: expected a list or a tuple, got {type(given).__name__}")
     biases = [None] * len(weights) if biases is None else biases
     if not weights or len(biases) != len(weights):
         raise ValueError(f"weights: expected one or more, and as many biases; got {len(weights)} and {len(biases)}")
@@ -562,6 +612,7 @@ def int8_geglu(x: Tensor, gate: PackedInt8Weight, up: PackedInt8Weight, *, activ
     Raises:
         TypeError, ValueError: as `int8_linear`; ValueError for weights of different shapes.
     """
+    _check_packed(gate=gate, up=up)
     if gate.shape != up.shape:
         raise ValueError(f"up: expected shape {list(gate.shape)} (gate's), got {list(up.shape)}")
     x, backend = _prepared(x, [gate, up], [None, None], activations)
@@ -608,6 +659,8 @@ def int8_topk(
     """
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"k: expected an int, got {type(k).__name__}")
+    if not isinstance(log_probs, bool):
+        raise TypeError(f"log_probs: expected a bool, got {type(log_probs).__name__}")
     checks.check_positive(softcap=softcap)
     x, backend = _prepared(x.detach() if isinstance(x, Tensor) else x, [weight], [None], activations)
     if not 1 <= k <= weight.shape[0]:
@@ -626,6 +679,12 @@ def int8_topk(
     return values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
 
 
+def _check_packed(**weights: object) -> None:
+    for name, weight in weights.items():
+        if not isinstance(weight, PackedInt8Weight):
+            raise TypeError(f"{name}: expected one that pack_int8 has packed, got {type(weight).__name__}")
+
+
 def _prepared(
     x: Tensor, weights: Sequence[PackedInt8Weight], biases: Sequence[Tensor | None], activations: str
 ) -> tuple[Tensor, str]:
@@ -634,8 +693,7 @@ def _prepared(
         raise ValueError(f"activations: got {activations!r}, expected 'keep' or 'int8'")
     checks.check_tensor(x=x)
     for weight, bias in zip(weights, biases, strict=True):
-        if not isinstance(weight, PackedInt8Weight):
-            raise TypeError(f"weight: expected one that pack_int8 has packed, got {type(weight).__name__}")
+        _check_packed(weight=weight)
         checks.check_float(x=x, bias=bias)
         if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
             raise ValueError(f"x: expected shape [..., {weight.shape[1]}] (the weight's K), got {list(x.shape)}")

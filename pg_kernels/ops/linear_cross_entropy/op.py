@@ -239,6 +239,8 @@ def linear_cross_entropy(
         raise TypeError(f"labels: expected int64, got {labels.dtype}")
     checks.check_device(hidden=hidden, weight=weight, labels=labels)
     checks.check_positive(softcap=softcap)
+    checks.check_int(ignore_index=ignore_index)
+    checks.check_number(label_smoothing=label_smoothing)
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
     if reduction not in ("mean", "sum", "none"):

@@ -11,6 +11,12 @@ from pg_kernels.ops.quantize_int8 import reference
 
 
 def _native(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    # It takes addresses: the sizes must fit, whoever calls.
+    extension.check(weight=weight)
+    checks.check_shape("weight", weight, ["N", "K"])
+    checks.check_row("weight", weight)
+    if not 1 <= group_size <= weight.shape[1]:
+        raise ValueError(f"group_size: expected a number in [1, {weight.shape[1]}], got {group_size}")
     weight = weight.contiguous()
     qweight, scale = _fake(weight, group_size)
     _C.quantize_int8(

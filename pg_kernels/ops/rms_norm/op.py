@@ -47,6 +47,13 @@ def _forward(
 def _native_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # It takes addresses: the sizes must fit, whoever calls.
+    extension.check(x=x, residual=x if residual is None else residual, weight=weight)
+    checks.check_row("x", x)
+    checks.check_shape("weight", weight, [x.shape[-1]], " (x's last dimension)")
+    if residual is not None:
+        checks.check_same(x=x, residual=residual)
+        checks.check_shape("residual", residual, x.shape, " (x's)")
     x, weight = x.contiguous(), weight.contiguous()
     residual = None if residual is None else residual.contiguous()
     y, total, rstd = _fake_forward(x, residual)
@@ -226,6 +233,7 @@ def rms_norm(
     checks.check_shape("weight", weight, [x.shape[-1]], " (x's last dimension)")
     checks.check_device(x=x, weight=weight, residual=residual)
     checks.check_positive(eps=eps)
+    checks.check_number(weight_offset=weight_offset)
     if residual is not None:
         checks.check_shape("residual", residual, list(x.shape), " (x's)")
     obstacle = launch.unfit(x, weight, residual)
