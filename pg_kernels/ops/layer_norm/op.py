@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -148,6 +148,12 @@ define_opaque(
 )
 
 
+@overload
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = ..., *, residual: None = None) -> Tensor: ...
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = ..., *, residual: Tensor
+) -> tuple[Tensor, Tensor]: ...
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -207,6 +207,14 @@ for _name, _implementations in {
     )
 
 
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = ..., *, weight_offset: float = ..., residual: None = None
+) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = ..., *, weight_offset: float = ..., residual: Tensor
+) -> tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, *, weight_offset: float = 1.0, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
