@@ -73,11 +73,11 @@ def unfit(*tensors: Tensor | None) -> str | None:
 
 def check(**tensors: Tensor) -> None:
     """Raise TypeError or ValueError unless every tensor is one whose address the kernels for CPUs can take."""
-    checks.check_tensor(**tensors)  # the dispatcher lets None through
     for name, tensor in tensors.items():
+        checks.check_tensor(**{name: tensor})  # the dispatcher lets None through
         if tensor.dtype not in FLOAT_CODES:
             raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {tensor.dtype}")
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             raise ValueError(f"{name}: expected a tensor on the CPU, got one on {tensor.device}")
 
 
