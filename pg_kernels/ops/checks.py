@@ -85,12 +85,21 @@ def check_number(**numbers: object) -> None:
 
 
 def check_int(**numbers: object) -> None:
-    """Every value must be one integer that int64 can hold."""
+    """Every value given must be one integer that int64 can hold; None is passed over."""
     for name, number in numbers.items():
+        if number is None:
+            continue
         if not isinstance(number, Integral | torch.SymInt) or isinstance(number, bool):
             raise TypeError(f"{name}: expected an int, got {type(number).__name__}")
         if not -(2**63) <= int(number) < 2**63:
             raise ValueError(f"{name}: expected a number that int64 can hold, got {number}")
+
+
+def check_bool(**flags: object) -> None:
+    """Every value must be True or False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
 
 
 def check_positive(**numbers: float | None) -> None:

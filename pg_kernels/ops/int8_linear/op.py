@@ -659,8 +659,7 @@ def int8_topk(
     """
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"k: expected an int, got {type(k).__name__}")
-    if not isinstance(log_probs, bool):
-        raise TypeError(f"log_probs: expected a bool, got {type(log_probs).__name__}")
+    checks.check_bool(log_probs=log_probs)
     checks.check_positive(softcap=softcap)
     x, backend = _prepared(x.detach() if isinstance(x, Tensor) else x, [weight], [None], activations)
     if not 1 <= k <= weight.shape[0]:
