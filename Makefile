@@ -44,7 +44,8 @@ test-transformers: $(VERSIONS:%=.venv/transformers-%)  ## the integrations' test
 	done; \
 	test -z "$$failed" || { echo "make test-transformers: failed on$$failed"; exit 1; }
 
-fuzz: $(READY)  ## 2,000 damaged files, 30 runs stopped by signals: `make test` does a minute of it
+fuzz: $(READY)  ## 10,000 random calls of the ops, 2,000 damaged files, 30 runs stopped by signals: `make test` does a minute of it
+	$(THREADS) $(BIN)/python tests/fuzz/ops.py --count 10000
 	$(THREADS) $(BIN)/python tests/fuzz/files.py --count 2000
 	$(THREADS) $(BIN)/python tests/fuzz/kills.py
 

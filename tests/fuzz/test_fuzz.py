@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 CAMPAIGNS = [
+    ["ops.py", "--count", "600"],
     ["files.py", "--count", "60"],
     ["kills.py", "--kill", "1", "--terminate", "1", "--interrupt", "0", "--seed", "1"],
 ]

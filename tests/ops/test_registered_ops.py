@@ -59,6 +59,10 @@ def calls() -> dict[str, dict[str, Any]]:
             **{"q": heads, "k": heads, "v": heads, "positions": torch.arange(S)[None], "theta": 1e4},
             **{"k_cache": heads.clone(), "v_cache": heads.clone(), "slots": torch.arange(S)[None]},
         },
+        "prefix_lm_attention_few": {
+            **{"q": heads, "k": heads, "v": heads, "examples": [0, 0, S, 0]},
+            **{"causal": True, "scale": 1.0, "softcap": None, "window": None},
+        },
     }
 
 
@@ -113,6 +117,12 @@ def test_numbers_are_refused_that_say_there_is_more(op: str) -> None:
             wrong = {"sizes": [2**31], "backend": "x"}.get(argument, 2**31)
             with pytest.raises(ValueError, match=r"^\w+: "):
                 getattr(torch.ops.pg_kernels, op)(**calls()[op] | {argument: wrong})
+
+
+@pytest.mark.parametrize("examples", [[], [0, 0, S + 1, 0], [0, -1, S, 0], [0, 0, S, 0] * 2], ids=str)
+def test_keys_that_are_not_there_are_refused(examples: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"^examples: expected 4 lengths for each of 1, with keys in \[0, 3\]"):
+        torch.ops.pg_kernels.prefix_lm_attention_few(**calls()["prefix_lm_attention_few"] | {"examples": examples})
 
 
 def test_what_holds_no_numbers_in_rows_is_named() -> None:

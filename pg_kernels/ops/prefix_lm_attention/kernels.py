@@ -150,12 +150,6 @@ def forward(
                 if HIGH:
                     acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision="ieee")
 
-        # 0 · NaN is NaN, also of a value that a row does not see.
-        sums = tl.sum(acc0, axis=1)
-        if HIGH:
-            sums += tl.sum(acc1, axis=1)
-        unsure = tl.sum(sums - sums, axis=0)  # 0, or NaN
-
         # A row that sees nothing is 0, and one that sees −inf alone 0 / 0. Lengths outside what is allowed must not look right.
         some = tl.where(total == 0.0 if SPLITS > 1 else highest == float("-inf"), 1.0, total)
         share = tl.where(inside, 1.0 / some, float("nan"))
@@ -179,67 +173,6 @@ def forward(
             HIGH,
         )
         tl.store(_lse(lse_ptr, lse_strides, batch, head, offset, GROUP) + row, lse, mask=here)
-
-        if (unsure != 0.0) & inside:
-            tl.debug_barrier()  # other threads have stored the same rows
-            begin, stop = 0, end - start
-            if SPLITS > 1:
-                begin, stop = this * KEYS, tl.minimum(next, whole[2] + bounds[3]) * KEYS
-            for one in tl.range(block * ROWS, tl.minimum((block + 1) * ROWS, q_len * GROUP), num_stages=1):
-                one0, one1 = _one_row(
-                    q_base + _rows(one, q_strides, GROUP, UNIT), k_base, v_base, k_scale_ptr, v_scale_ptr, scale_offset,
-                    k_strides, v_strides, scale_strides, q_start + one // GROUP, start, end, prefix_end, window,
-                    whole, bounds, begin, stop, scale, softcap, DIM, LOW, HIGH, KEYS, SPLITS, UNIT, CAUSAL,
-                )  # fmt: skip
-                place = out_base + _rows(one, out_strides, GROUP, UNIT)
-                tl.store(place + low, one0.to(out_ptr.dtype.element_ty), mask=low < DIM)
-                if HIGH:
-                    tl.store(place + high, one1.to(out_ptr.dtype.element_ty), mask=high < DIM)
-
-
-@triton.jit
-def _one_row(
-    q_row, k_base, v_base, k_scale_ptr, v_scale_ptr, scale_offset,
-    k_strides, v_strides, scale_strides, position, start, end, prefix_end, window,
-    whole, bounds, begin, stop, scale, softcap,
-    DIM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
-    UNIT: tl.constexpr, CAUSAL: tl.constexpr,
-):  # fmt: skip
-    """Both blocks of one query's output over the keys from `begin` to `stop`, counted as the tiles of its part are.
-
-    What it does not see is not read: key by key, and with the fewest registers, as other rows' products must not want for them.
-    """
-    low, high = tl.arange(0, LOW), LOW + tl.arange(0, HIGH if HIGH else 16)
-    q0, q1 = _load_row(q_row, low, high, True, DIM, HIGH)
-    highest, total = float("-inf"), 0.0
-    acc0, acc1 = tl.zeros([LOW], tl.float32), tl.zeros([HIGH if HIGH else 16], tl.float32)
-    for number in tl.range(begin, stop, num_stages=1):
-        key = start + number
-        if SPLITS > 1:
-            tile = number // KEYS
-            boundary = _boundary_tile(tile - whole[2], bounds, window)
-            key = start + tl.where(tile < whole[2], _whole_tile(tile, whole, window), boundary) * KEYS + number % KEYS
-        seen = _visible(position, key, end, prefix_end, window, CAUSAL)
-        k0, k1 = _load_row(k_base + _keys(key, k_strides, UNIT), low, high, seen, DIM, HIGH)
-        score = tl.sum(q0 * k0, axis=0)
-        if HIGH:
-            score += tl.sum(q1 * k1, axis=0)
-        if k_scale_ptr is not None:
-            score *= tl.load(k_scale_ptr + scale_offset + key * scale_strides[2], mask=seen, other=0.0)
-        score, _ = _scaled(score, scale, softcap)
-        higher = tl.maximum(highest, tl.where(seen, tl.maximum(score, LOWEST), float("-inf")))
-        score = tl.where(seen, score, float("-inf"))
-        finite = tl.where(higher == float("-inf"), 0.0, higher)
-        weight, shrink = tl.exp2(score - finite), tl.exp2(highest - finite)
-        total = total * shrink + weight
-        highest = higher
-        if v_scale_ptr is not None:
-            weight *= tl.load(v_scale_ptr + scale_offset + key * scale_strides[2], mask=seen, other=0.0)
-        v0, v1 = _load_row(v_base + _keys(key, v_strides, UNIT), low, high, seen, DIM, HIGH)
-        acc0 = acc0 * shrink + weight * v0
-        acc1 = acc1 * shrink + weight * v1
-    some = tl.where(total == 0.0 if SPLITS > 1 else highest == float("-inf"), 1.0, total)
-    return acc0 / some, acc1 / some
 
 
 @triton.jit
@@ -340,7 +273,9 @@ def backward_q(
         delta = tl.sum(out0.to(tl.float32) * grad0.to(tl.float32), axis=1)
         if HIGH:
             delta += tl.sum(out1.to(tl.float32) * grad1.to(tl.float32), axis=1)
-        tl.store(_lse(delta_ptr, lse_strides, batch, head, offset, GROUP) + row, delta, mask=here)
+        # NaN would reach keys that the row does not see, as 0 · NaN; to those it sees its weights bring NaN anyway.
+        known = tl.where(delta == delta, delta, 0.0)
+        tl.store(_lse(delta_ptr, lse_strides, batch, head, offset, GROUP) + row, known, mask=here)
         lse = tl.load(_lse(lse_ptr, lse_strides, batch, head, offset, GROUP) + row, mask=here, other=float("inf"))
         k_base = _base(k_ptr, k_strides, batch, head, offset, UNIT)
         v_base = _base(v_ptr, v_strides, batch, head, offset, UNIT)
@@ -471,8 +406,6 @@ def backward_kv(
                 grad_scores = weights * (_product(v0, v1, grad0, grad1, HIGH) - delta[None, :])
                 if softcap is not None:
                     grad_scores *= slope
-                if boundary:
-                    grad_scores = tl.where(weights == 0.0, 0.0, grad_scores)
                 weights, grad_scores = weights.to(grad0.dtype), grad_scores.to(q0.dtype)
                 grad_v0 = tl.dot(weights, grad0, grad_v0, input_precision="ieee")
                 grad_k0 = tl.dot(grad_scores, q0, grad_k0, input_precision="ieee")
@@ -601,7 +534,7 @@ def _rows(row, strides, GROUP: tl.constexpr, UNIT: tl.constexpr):
 
 @triton.jit
 def _keys(key, strides, UNIT: tl.constexpr):
-    return tl.cast(key, tl.int64) * strides[2] * UNIT
+    return key.to(tl.int64) * strides[2] * UNIT
 
 
 @triton.jit
@@ -635,17 +568,6 @@ def _load(
             x1 = tl.load(base + rows[:, None] + high[None, :])
     if WIDEN:
         x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
-    return x0, x1
-
-
-@triton.jit
-def _load_row(row, low, high, here, DIM: tl.constexpr, HIGH: tl.constexpr):
-    """Both blocks of one row in fp32, or 0 where `here` is false."""
-    dim = tl.where(here, DIM, 0)
-    x0 = tl.load(row + low, mask=low < dim, other=0.0).to(tl.float32)
-    x1 = tl.zeros_like(high).to(tl.float32)
-    if HIGH:
-        x1 = tl.load(row + high, mask=high < dim, other=0.0).to(tl.float32)
     return x0, x1
 
 

@@ -357,7 +357,8 @@ def prefix_lm_attention(
 
     Query i of example b stands at position p = q_starts[b] + i. It sees key j when kv_starts[b] <= j < kv_lens[b] and either
     j - kv_starts[b] < prefix_lens[b], or (not causal or j <= p) and (window is None or p - j < window). A query that sees
-    nothing gives 0. Lengths are one int for all, or int32 [B].
+    nothing gives 0. Lengths are one int for all, or int32 [B]. Infinity and NaN in keys and values that a query does not see
+    leave its output as it is; the Triton kernels promise that of keys only, and of values outside [kv_starts, kv_lens).
 
     Args:
         q: [B, H, Sq, D], fp32, fp16 or bf16, any strides. Under autocast q, k and v are cast.
@@ -388,8 +389,8 @@ def prefix_lm_attention(
     if not quantised:
         q, k, v = checks.autocast(q, k, v)
         checks.check_same(q=q, k=k, v=v)
-    checks.check_positive(scale=scale, softcap=softcap, window=window)
-    batch, _, q_len, dim = q.shape
+    scores = _checked_scores(q, causal, scale, softcap, window)
+    batch, _, q_len, _ = q.shape
     kv_len = k.shape[2]
     lengths = [
         _per_example("prefix_lens", prefix_lens, 0, q, lower=0, upper=None),
@@ -397,7 +398,6 @@ def prefix_lm_attention(
         _per_example("kv_lens", kv_lens, kv_len, q, lower=0, upper=kv_len),
         _per_example("q_starts", q_starts, kv_len - q_len, q, lower=None, upper=None),
     ]
-    scores = (causal, dim**-0.5 if scale is None else scale, softcap, window)
     backend = _selected(q, k, lengths)
     if backend == "native":
         numbers = [t.tolist() if isinstance(t, Tensor) else [t] * batch for t in lengths]
@@ -456,13 +456,12 @@ def prefix_lm_attention_varlen(
     _check_tensors(q, k, v, "T", q.shape[2])
     q, k, v = checks.autocast(q, k, v)
     checks.check_same(q=q, k=k, v=v)
-    checks.check_positive(scale=scale, softcap=softcap, window=window)
+    scores = _checked_scores(q, causal, scale, softcap, window)
     checks.check_integer(cu_seqlens=cu_seqlens)
     checks.check_shape("cu_seqlens", cu_seqlens, ["B + 1"])
     checks.check_device(q=q, cu_seqlens=cu_seqlens)
-    _check_offsets(cu_seqlens, max_seqlen, q.shape[2])
+    max_seqlen = _checked_longest(cu_seqlens, max_seqlen, q.shape[2])
     prefix = _per_example("prefix_lens", prefix_lens, 0, cu_seqlens[1:], lower=0, upper=None)
-    scores = (causal, q.shape[3] ** -0.5 if scale is None else scale, softcap, window)
     backend = _selected(q, k, [cu_seqlens, prefix])
     every = sdpa.Rows(k, None), sdpa.Rows(v, None), slice(None)
     if backend == "native" and sdpa.handles(q, *every, sdpa.Scores(*scores)):
@@ -525,9 +524,21 @@ def _selected(q: Tensor, k: Tensor, lengths: Sequence[Tensor | int]) -> str:
     return select("prefix_lm_attention", q.device.type, {"triton": triton, "native": native})
 
 
-def _check_offsets(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> None:
-    if not isinstance(max_seqlen, int | torch.SymInt) or isinstance(max_seqlen, bool):
-        raise TypeError(f"max_seqlen: expected an int, got {type(max_seqlen).__name__}")
+def _checked_scores(
+    q: Tensor, causal: bool, scale: float | None, softcap: float | None, window: int | None
+) -> tuple[bool, float, float | None, int | None]:
+    checks.check_bool(causal=causal)
+    checks.check_positive(scale=scale, softcap=softcap, window=window)
+    checks.check_int(window=window)
+    # A longer window hides nothing: positions are below _FAR.
+    return causal, q.shape[3] ** -0.5 if scale is None else scale, softcap, window and min(window, 2 * _FAR - 1)
+
+
+def _checked_longest(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> int:
+    """Check the offsets, and give max_seqlen, but not more than there are tokens."""
+    checks.check_int(max_seqlen=max_seqlen)
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen: expected 0 or more, got {max_seqlen}")
     if len(cu_seqlens) == 0:
         raise ValueError("cu_seqlens: expected at least one number, got none")
     if checks.values_are_free(cu_seqlens):
@@ -538,6 +549,7 @@ def _check_offsets(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> None:
             )
         if len(steps) and int(steps.max()) > max_seqlen:
             raise ValueError(f"max_seqlen: got {max_seqlen}, but a sequence has {int(steps.max())} tokens")
+    return min(max_seqlen, tokens)
 
 
 _FAR = 2**30

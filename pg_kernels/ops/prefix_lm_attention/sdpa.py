@@ -119,6 +119,16 @@ def _few(
     window: int | None,
 ) -> Tensor:
     """`examples` are prefix lengths, starts, ends and first positions, [4 · B]."""
+    extension.check(q=q, k=k, v=v)
+    checks.check_same(q=q, k=k, v=v)
+    checks.check_shape("q", q, ["B", "H", "Sq", "D"])
+    checks.check_shape("k", k, [q.shape[0], "Hkv", "Skv", q.shape[3]], " (B and D as in q)")
+    checks.check_shape("v", v, list(k.shape), " (k's)")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] or not 1 <= q.shape[3] <= extension.LONGEST_HEAD:
+        raise ValueError(f"q: {list(q.shape)} are not heads of at most {extension.LONGEST_HEAD} over k's {k.shape[1]}")
+    bounds = [0 <= place <= k.shape[2] for i, place in enumerate(examples) if i % 4 in (1, 2)]
+    if len(examples) != 4 * q.shape[0] or not all(bounds):
+        raise ValueError(f"examples: expected 4 lengths for each of {q.shape[0]}, with keys in [0, {k.shape[2]}]")
     q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))
     out = q.new_empty(q.shape)
     prefix_lens, starts, ends, q_starts = (list(examples[i::4]) for i in range(4))
