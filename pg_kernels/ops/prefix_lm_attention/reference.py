@@ -40,7 +40,7 @@ def prefix_lm_attention(
         weights = scores.softmax(-1).masked_fill(hidden, 0.0)
         # 0 · NaN is NaN, so values that are not finite are added where they are seen. NaN is both infinities.
         values = v.to(wide)
-        out = (weights.flatten(2, 3) @ _finite(values)).unflatten(2, (group, q.shape[2]))
+        out = torch.einsum("bhgqk,bhkd->bhgqd", weights, _finite(values))
         infinite = torch.stack((values == float("inf"), values == float("-inf"))) | values.isnan()
         seen = (visible[:, None].to(wide) @ infinite.to(wide) > 0)[:, :, :, None]
         up, down = torch.where(seen, float("inf"), 0.0)
