@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # for the children: optimizers import it, which takes seconds on a busy machine
 from PIL import Image
 from tqdm import tqdm
 
