@@ -40,7 +40,7 @@ class Contender:
     int8_activations: bool = False
     """Whether the products are of int8 by int8, which are faster."""
 
-    def obstacle(self, device_type: str) -> str | None:
+    def unavailable_reason(self, device_type: str) -> str | None:
         """Why it cannot take part here, or None."""
         if self.package and util.find_spec(self.package) is None:
             return f"{self.package} is not installed"

@@ -18,9 +18,9 @@ from torch import Tensor
 
 import pg_kernels
 from pg_kernels import backend
-from pg_kernels.ops import launch
+from pg_kernels.ops._common import devices
+from pg_kernels.ops._common.devices import Device
 from pg_kernels.ops.int8_linear import triton as int8_triton
-from pg_kernels.ops.launch import Device
 
 from .tuning import OPS, Place, Site, choosing, sites
 
@@ -98,7 +98,7 @@ def compile_all(
         raise RuntimeError("triton is not installed")
     device = DEVICES[target]
     compiling = _compiling_instead_of_running(device, known, set() if met is None else met)
-    with launch.pretend(device), backend("triton"), compiling as compiled:
+    with devices.compile_for(device), backend("triton"), compiling as compiled:
         for dtype in dtypes:
             place = Place(torch.device("cpu"), device, dtype, small=True)
             for site in itertools.chain(sites(place), _extremes(place)):

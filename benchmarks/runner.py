@@ -50,7 +50,7 @@ class Suite:
             models.release()
         trial = _trial(case, self.device, self.plan)
         rows = [_row(case, contender, *trial.work(contender)) for contender in trial.contenders()]
-        reason = self._obstacle(trial, rows[0])
+        reason = self._unavailable_reason(trial, rows[0])
         if reason is None:
             try:
                 trial.draw()
@@ -69,7 +69,7 @@ class Suite:
             for contender, (row, candidates) in zip(trial.contenders(), rows_and_candidates, strict=True)
         ]
 
-    def _obstacle(self, trial: Trial, row: Row) -> str | None:
+    def _unavailable_reason(self, trial: Trial, row: Row) -> str | None:
         """Why a case is not even tried."""
         if self.plan.deadline_s is not None and time.monotonic() - self.start > self.plan.deadline_s:
             return f"the run's {self.plan.deadline_s:.0f} s were over"
@@ -86,7 +86,7 @@ class Suite:
 
     def _check(self, trial: Trial, contender: Contender, row: Row) -> tuple[Row, list[Candidate]]:
         """Build a contender and judge what it computes; no candidates when it does not get that far."""
-        reason = contender.obstacle(self.device.type)
+        reason = contender.unavailable_reason(self.device.type)
         if reason is not None:
             return replace(row, status="skipped", reason=reason), []
         try:

@@ -103,7 +103,7 @@ def session(name: str, checkpoint: Path, device: torch.device, batches: Sequence
         except torch.OutOfMemoryError:
             answers[batch] = None
         if contender.package == "pg_kernels":
-            models[0].sessions.clear()
+            models[0].graph_cache.clear()
     return Session(load_s, answers)
 
 
@@ -244,19 +244,19 @@ def _clocks(model: PaliGemma, calls: list[tuple[str, float, float]]) -> Iterator
             hooks.append(
                 module.register_forward_hook(lambda *_, part=part: calls.append((part, starts.pop(), perf_counter())))
             )
-    likeliest = model.likeliest
+    topk_logits = model.topk_logits
 
     def timed(hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         start = perf_counter()
-        found = likeliest(hidden, k)
+        found = topk_logits(hidden, k)
         calls.append((HEAD, start, perf_counter()))
         return found
 
-    model.likeliest = timed  # type: ignore[method-assign]
+    model.topk_logits = timed  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del model.likeliest
+        del model.topk_logits
         for hook in hooks:
             hook.remove()
 

@@ -21,13 +21,13 @@ from tqdm import tqdm
 import pg_kernels
 from pg_kernels import backend
 from pg_kernels.model.files import json_bytes, read_json_object, write_atomically
-from pg_kernels.ops import launch
+from pg_kernels.ops._common import devices
+from pg_kernels.ops._common.devices import Device
 from pg_kernels.ops.apply_rotary import tiles as rotary_tiles
 from pg_kernels.ops.geglu import tiles as geglu_tiles
 from pg_kernels.ops.geglu_mlp import tiles as mlp_tiles
 from pg_kernels.ops.int8_linear import tiles as int8_tiles
 from pg_kernels.ops.int8_linear import triton as int8_triton
-from pg_kernels.ops.launch import Device
 from pg_kernels.ops.layer_norm import tiles as layer_norm_tiles
 from pg_kernels.ops.linear_cross_entropy import tiles as loss_tiles
 from pg_kernels.ops.prefix_lm_attention import tiles as attention_tiles
@@ -215,13 +215,13 @@ def tune(ops: Sequence[str], device: torch.device, command: str) -> Path:
     for op in ops:
         if op not in OPS:
             raise ValueError(f"nothing to tune in {op!r}; there are {', '.join(OPS)}")
-    obstacle = _obstacle(device)
-    if obstacle is not None:
-        raise RuntimeError(f"tuning on {device} is not possible: {obstacle}")
-    found = launch.device_of(torch.empty(0, device=device))
-    path = launch.tuned_path(found.name)
+    unavailable_reason = _unavailable_reason(device)
+    if unavailable_reason is not None:
+        raise RuntimeError(f"tuning on {device} is not possible: {unavailable_reason}")
+    found = devices.device_of(torch.empty(0, device=device))
+    path = devices.tuned_path(found.name)
     tiles = read_json_object(path)["tiles"] if path.exists() else {}
-    with launch.trying({}):  # whatever was tuned before
+    with devices.override_tiles({}):  # whatever was tuned before
         candidates = [site for site in sites(Place(device, found, torch.bfloat16)) if not ops or site.op in ops]
         for site in tqdm(candidates, unit="launch", disable=None):
             best, report = _fastest(site, device)
@@ -234,8 +234,8 @@ def tune(ops: Sequence[str], device: torch.device, command: str) -> Path:
     return path
 
 
-def _obstacle(device: torch.device) -> str | None:
-    return "needs a CUDA GPU" if device.type == "cpu" else launch.obstacle(device.type)
+def _unavailable_reason(device: torch.device) -> str | None:
+    return "needs a CUDA GPU" if device.type == "cpu" else devices.unavailable_reason(device.type)
 
 
 def _fastest(site: Site, device: torch.device) -> tuple[Any | None, str]:
@@ -263,4 +263,4 @@ def _fastest(site: Site, device: torch.device) -> tuple[Any | None, str]:
 
 def choosing(site: Site, choice: Any | None) -> AbstractContextManager[None]:
     """Launch a site with one of its candidates, or None for the usual tiles."""
-    return nullcontext() if choice is None else launch.trying({(site.op, site.key): asdict(choice)})
+    return nullcontext() if choice is None else devices.override_tiles({(site.op, site.key): asdict(choice)})

@@ -103,13 +103,13 @@ pg_kernels::Heads heads(const HeadsOf& from) {
 }
 
 void rotary(const HeadsOf& q, const HeadsOf& k, const HeadsOf& v, const HeadsOf& q_out, const HeadsOf& k_cache,
-            const HeadsOf& v_cache, Address positions, Address slots, Address frequencies, int64_t batch,
+            const HeadsOf& v_cache, Address positions, Address cache_positions, Address frequencies, int64_t batch,
             int64_t length, int64_t dim, int type, int cache_type) {
   const pg_kernels::InstructionSet& set = pg_kernels::instruction_set();
   py::gil_scoped_release release;
   set.rotary(pg_kernels::Rotary{batch, length, dim, type_of(type), type_of(cache_type), heads(q), heads(k), heads(v),
                                 heads(q_out), heads(k_cache), heads(v_cache), pointer<const int64_t>(positions),
-                                pointer<const int64_t>(slots), pointer<const float>(frequencies)});
+                                pointer<const int64_t>(cache_positions), pointer<const float>(frequencies)});
 }
 
 void attention(const HeadsOf& q, const HeadsOf& k, const HeadsOf& v, const HeadsOf& out,
@@ -151,8 +151,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("geglu", &geglu, py::kw_only(), py::arg("gate"), py::arg("up"), py::arg("grad") = 0, py::arg("y") = 0,
              py::arg("grad_gate") = 0, py::arg("grad_up") = 0, py::arg("count"), py::arg("type"));
   module.def("rotary", &rotary, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_out"),
-             py::arg("k_cache"), py::arg("v_cache"), py::arg("positions"), py::arg("slots"), py::arg("frequencies"),
-             py::arg("batch"), py::arg("length"), py::arg("dim"), py::arg("type"), py::arg("cache_type"));
+             py::arg("k_cache"), py::arg("v_cache"), py::arg("positions"), py::arg("cache_positions"),
+             py::arg("frequencies"), py::arg("batch"), py::arg("length"), py::arg("dim"), py::arg("type"),
+             py::arg("cache_type"));
   module.def("attention", &attention, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"),
              py::arg("prefix_ends"), py::arg("starts"), py::arg("ends"), py::arg("q_starts"), py::arg("queries"),
              py::arg("keys"), py::arg("dim"), py::arg("type"), py::arg("causal"), py::arg("scale"), py::arg("softcap"),

@@ -21,7 +21,7 @@ from PIL import Image
 
 import pg_kernels
 from pg_kernels.backends import explain
-from pg_kernels.ops.extension import instruction_sets, obstacle
+from pg_kernels.ops._common.extension import instruction_sets, unavailable_reason
 from pg_kernels.quantization import ACTIVATIONS
 
 from . import EMBEDDED_CHECKPOINT
@@ -604,7 +604,7 @@ def _info(options: argparse.Namespace) -> None:
     print(f"CPU         {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     used, available = instruction_sets()
     choice = "any of them by PG_KERNELS_ISA: " + ", ".join(available)
-    print(f"extension   {f'{used} ({choice})' if used else obstacle('cpu')}")
+    print(f"extension   {f'{used} ({choice})' if used else unavailable_reason('cpu')}")
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         print(f"cuda:{index}      {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")

@@ -15,7 +15,7 @@ from .config import TextConfig
 
 
 @dataclass(frozen=True)
-class Visibility:
+class AttentionLengths:
     """What `prefix_lm_attention` needs to know of each example, int32 [B] each: see its mask contract."""
 
     prefix_lens: Tensor
@@ -69,11 +69,11 @@ class GemmaDecoderLayer(nn.Module):
         self.mlp = GeGLUMLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, added: Tensor | None, positions: Tensor, only: Tensor | None, **attention: Any
+        self, x: Tensor, added: Tensor | None, positions: Tensor, query_index: Tensor | None, **attention: Any
     ) -> tuple[Tensor, Tensor]:
         normed, x = normed_sum(self.input_layernorm, x, added)
-        attended = self.self_attn(normed, positions, only=only, **attention)
-        normed, x = self.post_attention_layernorm(attended, residual=_picked(x, only))
+        attended = self.self_attn(normed, positions, query_index=query_index, **attention)
+        normed, x = self.post_attention_layernorm(attended, residual=_picked(x, query_index))
         return x, self.mlp(normed)
 
 
@@ -90,17 +90,21 @@ class Gemma2DecoderLayer(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, added: Tensor | None, positions: Tensor, only: Tensor | None, **attention: Any
+        self, x: Tensor, added: Tensor | None, positions: Tensor, query_index: Tensor | None, **attention: Any
     ) -> tuple[Tensor, Tensor]:
         normed, x = normed_sum(self.input_layernorm, x, added)
-        attended = self.post_attention_layernorm(self.self_attn(normed, positions, only=only, **attention))
-        normed, x = self.pre_feedforward_layernorm(attended, residual=_picked(x, only))
+        attended = self.post_attention_layernorm(
+            self.self_attn(normed, positions, query_index=query_index, **attention)
+        )
+        normed, x = self.pre_feedforward_layernorm(attended, residual=_picked(x, query_index))
         return x, self.post_feedforward_layernorm(self.mlp(normed))
 
 
-def _picked(x: Tensor, only: Tensor | None) -> Tensor:
-    """x [B, S, D], or [B, 1, D] of it at `only` [B]."""
-    return x if only is None else x[torch.arange(len(only), device=only.device), only][:, None]
+def _picked(x: Tensor, query_index: Tensor | None) -> Tensor:
+    """x [B, S, D], or [B, 1, D] of it at `query_index` [B]."""
+    return (
+        x if query_index is None else x[torch.arange(len(query_index), device=query_index.device), query_index][:, None]
+    )
 
 
 class GemmaModel(AdapterParent):
@@ -125,15 +129,15 @@ class GemmaModel(AdapterParent):
         self,
         embeddings: Tensor,
         positions: Tensor,
-        visibility: Visibility,
+        visibility: AttentionLengths,
         cache: KVCache | None = None,
-        slots: Tensor | None = None,
-        only: Tensor | None = None,
+        cache_positions: Tensor | None = None,
+        query_index: Tensor | None = None,
     ) -> Tensor:
-        """Run all layers; positions [B, S] turn the rotary embedding, slots [B, S] say where the cache takes the keys.
+        """Run all layers; positions [B, S] turn the rotary embedding, cache_positions [B, S] say where the cache takes the keys.
 
-        With `only`, int64 [B], give one state for each example, [B, 1, D], of the token there: the last layer needs nothing of
-        the others but keys and values.
+        With `query_index`, int64 [B], return only the state of each example's token at that index, [B, 1, D]. The last layer then
+        computes nothing but keys and values of the other tokens.
         """
         x, added = embeddings, None
         for index, layer in enumerate(self.layers):
@@ -141,12 +145,12 @@ class GemmaModel(AdapterParent):
                 x,
                 added,
                 positions,
-                only if index == len(self.layers) - 1 else None,
+                query_index if index == len(self.layers) - 1 else None,
                 prefix_lens=visibility.prefix_lens,
                 kv_starts=visibility.kv_starts,
                 kv_lens=visibility.kv_lens,
                 q_starts=visibility.q_starts,
                 cache=None if cache is None else (cache.keys[index], cache.values[index]),
-                slots=slots,
+                cache_positions=cache_positions,
             )
         return normed_sum(self.norm, x, added)[0]

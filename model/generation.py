@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pg_kernels.nn import merge_projections_
-from pg_kernels.ops.launch import on_device_of
+from pg_kernels.ops._common.devices import on_device_of
 
 from .arguments import check_prompt, integer, number, token_ids
-from .gemma import Visibility
-from .graphs import Recorder, Replayed, Shelf, obstacle
+from .gemma import AttentionLengths
+from .graphs import Recorder, Replayed, Shelf, capture_unsupported_reason
 
 if TYPE_CHECKING:
     from .paligemma import PaliGemma
@@ -60,7 +60,7 @@ def generate(
             can: on a CUDA GPU, without beams, autocast, hooks and other people's layers; True raises where it cannot, False never
             does. The model keeps the last few sessions, with their caches and graphs, for calls with the same batch size, number
             of tokens up to a multiple of 128 and way of choosing: the first of such calls captures the step, the second one with
-            a prompt of the same shape its prefill. `model.sessions.clear()` frees their memory.
+            a prompt of the same shape its prefill. `model.graph_cache.clear()` frees their memory.
 
     Returns:
         int64 [B, ≤ max_new_tokens]: new tokens only, the end token included, the configuration's pad after it.
@@ -112,9 +112,9 @@ def generate(
     device = input_ids.device
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator: expected one on {device.type}, as the model, got one on {generator.device.type}")
-    why_not = "beam search reorders its cache" if num_beams > 1 else obstacle(model, device)
-    if cuda_graph is True and why_not is not None:
-        raise ValueError(f"cuda_graph: there can be none here: {why_not}")
+    reason = "beam search reorders its cache" if num_beams > 1 else capture_unsupported_reason(model, device)
+    if cuda_graph is True and reason is not None:
+        raise ValueError(f"cuda_graph: there can be none here: {reason}")
     batch, capacity = len(input_ids), input_ids.shape[-1] + max_new_tokens
     with on_device_of(input_ids):
         if num_beams > 1:
@@ -126,18 +126,18 @@ def generate(
             return _beam_search(model, decoder, prompt, max_new_tokens, known, num_beams)
         choice = Choice(ends, temperature, top_k, top_p, generator is not None)
         rest = (generator, max_new_tokens, stream)
-        if why_not is not None or cuda_graph is False:
-            return Session(model, batch, capacity, choice, graphs=False).answer(model, prompt, *rest)
+        if reason is not None or cuda_graph is False:
+            return DecodingSession(model, batch, capacity, choice, graphs=False).answer(model, prompt, *rest)
         # Prompts of other lengths share a session, and its graphs.
         capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
         key = (batch, capacity, choice)
-        session = model.sessions.of(model).take(key)
+        session = model.graph_cache.of(model).take(key)
         if session is None:
             merge_projections_(model)
-            model.sessions.of(model)  # which that may have changed
-            session = Session(model, batch, capacity, choice, graphs=True)
+            model.graph_cache.of(model)  # which that may have changed
+            session = DecodingSession(model, batch, capacity, choice, graphs=True)
         answer = session.answer(model, prompt, *rest)
-        model.sessions.put(key, session)  # not after an error, which may leave it in any state
+        model.graph_cache.put(key, session)  # not after an error, which may leave it in any state
     return answer
 
 
@@ -164,19 +164,19 @@ class Decoder:
         device = self.cache.keys.device
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         lengths = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(4))
-        self.visible = Visibility(*lengths)
+        self.visible = AttentionLengths(*lengths)
 
     def prefill(self, model: PaliGemma, prompt: Mapping[str, Tensor]) -> Tensor:
         """Take prompts [B, S], the arguments of `generate` by name, and give the hidden states [B, D] of their last tokens."""
         input_ids = prompt["input_ids"]
         embeddings = model.embed(input_ids, prompt.get("pixel_values"), prompt.get("image_features"))
         masks = (prompt.get("attention_mask"), prompt.get("token_type_ids"))
-        visible, positions = model.visibility(input_ids, *masks)
+        visible, positions = model.attention_lengths(input_ids, *masks)
         for name, lengths in vars(visible).items():
             getattr(self.visible, name).copy_(lengths)
-        slots = torch.arange(input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
+        cache_positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
         last = (visible.kv_lens - 1).clamp(min=0).long()
-        return model.model.language_model(embeddings, positions, visible, self.cache, slots, last)[:, 0]
+        return model.model.language_model(embeddings, positions, visible, self.cache, cache_positions, last)[:, 0]
 
     def step(self, model: PaliGemma) -> Tensor:
         """Append the tokens, each right behind its row's last one (over right padding), and give their states [B, D]."""
@@ -184,18 +184,18 @@ class Decoder:
         visible.q_starts.copy_(visible.kv_lens)
         visible.kv_lens.add_(1)
         embeddings = model.model.language_model.embed(self.tokens[:, None])
-        slots = visible.q_starts[:, None]
-        positions = slots - visible.kv_starts[:, None]
-        return model.model.language_model(embeddings, positions, visible, self.cache, slots.long())[:, 0]
+        cache_positions = visible.q_starts[:, None]
+        positions = cache_positions - visible.kv_starts[:, None]
+        return model.model.language_model(embeddings, positions, visible, self.cache, cache_positions.long())[:, 0]
 
     def select_rows(self, rows: Tensor) -> None:
         """Continue with these rows (int64 [B']) of the batch, some perhaps repeated."""
         self.cache.select_rows(rows)
         self.tokens = self.tokens[rows]
-        self.visible = Visibility(*(lengths[rows] for lengths in vars(self.visible).values()))
+        self.visible = AttentionLengths(*(lengths[rows] for lengths in vars(self.visible).values()))
 
 
-class Session:
+class DecodingSession:
     """Answers batches of prompts of one size; with `graphs`, prefill and step are captured at their second run, and replayed."""
 
     def __init__(self, model: PaliGemma, batch: int, capacity: int, choice: Choice, *, graphs: bool) -> None:
@@ -212,7 +212,7 @@ class Session:
         self._generator = torch.Generator(device) if choice.seeded else None
         self._recorder = Recorder(self._generator)
         # Of functions, not of methods: a session that refers to itself would keep its memory until the garbage collector comes.
-        self._step = Replayed(Session._run_step, self._recorder) if graphs else Session._run_step
+        self._step = Replayed(DecodingSession._run_step, self._recorder) if graphs else DecodingSession._run_step
         self._prefills: Shelf[tuple[dict[str, Tensor], Replayed]] = Shelf()
 
     def answer(
@@ -246,7 +246,7 @@ class Session:
         kept = self._prefills.take(key)
         if kept is None:
             inputs = {name: torch.empty_like(tensor) for name, tensor in prompt.items()}
-            kept = inputs, Replayed(Session._run_prefill, self._recorder)
+            kept = inputs, Replayed(DecodingSession._run_prefill, self._recorder)
         inputs, run = kept
         for name, tensor in prompt.items():
             inputs[name].copy_(tensor)
@@ -280,10 +280,10 @@ def _between_looks(device: torch.device, stream: object | None) -> int:
 def _choose(model: PaliGemma, hidden: Tensor, choice: Choice, generator: torch.Generator | None) -> Tensor:
     """Pick the token [B] after each hidden state [B, D]."""
     if choice.temperature == 0:
-        return model.likeliest(hidden, 1)[1][:, 0]
+        return model.topk_logits(hidden, 1)[1][:, 0]
     if choice.top_k is None:
         return _draw(model.logits(hidden) / choice.temperature, choice.top_p, generator)
-    logits, ids = model.likeliest(hidden, min(choice.top_k, model.config.text_config.vocab_size))
+    logits, ids = model.topk_logits(hidden, min(choice.top_k, model.config.text_config.vocab_size))
     return ids.gather(1, _draw(logits / choice.temperature, choice.top_p, generator)[:, None])[:, 0]
 
 

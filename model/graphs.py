@@ -103,12 +103,12 @@ class Shelf(Generic[Kept]):
         return len(self._kept)
 
 
-class Sessions(Shelf[Kept]):
+class GraphCache(Shelf[Kept]):
     """What a model keeps between calls of `generate`, as long as it is the same model; copies and pickles of it are empty."""
 
     _fingerprint: tuple[object, ...] = ()
 
-    def of(self, model: nn.Module) -> Sessions[Kept]:
+    def of(self, model: nn.Module) -> GraphCache[Kept]:
         """This, emptied if the model's tensors have moved or its modules changed since."""
         fingerprint = _fingerprint(model)
         if fingerprint != self._fingerprint:
@@ -116,14 +116,14 @@ class Sessions(Shelf[Kept]):
             self._fingerprint = fingerprint
         return self
 
-    def __deepcopy__(self, memo: object) -> Sessions[Kept]:
-        return Sessions()
+    def __deepcopy__(self, memo: object) -> GraphCache[Kept]:
+        return GraphCache()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Sessions, ()
+        return GraphCache, ()
 
 
-def obstacle(model: nn.Module, device: torch.device) -> str | None:
+def capture_unsupported_reason(model: nn.Module, device: torch.device) -> str | None:
     """Why a model's generation cannot be captured on a device, or None when it can."""
     if device.type != "cuda":
         return f"the model is on {device.type}"

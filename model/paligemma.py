@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from pg_kernels import int8_linear, int8_topk, linear_cross_entropy
 from pg_kernels.nn import LayerNorm, RMSNorm, is_only_a_product, is_only_an_int8_product
-from pg_kernels.ops.checks import values_are_free
+from pg_kernels.ops._common.checks import values_are_free
 
 from .adapters import Adaptable, AdapterParent
 from .config import PaliGemmaConfig
-from .gemma import GemmaModel, KVCache, Visibility
-from .generation import Session, generate
-from .graphs import Sessions
+from .gemma import AttentionLengths, GemmaModel, KVCache
+from .generation import DecodingSession, generate
+from .graphs import GraphCache
 from .siglip import SiglipVisionTower, resample_position_embedding
 
 # Arguments of transformers' forward that its callers, such as PEFT, pass as None or False.
@@ -69,7 +69,7 @@ class PaliGemma(Adaptable):
         self.config = replace(config)  # its own: PEFT notes in it when head and embedding are no longer tied
         self.generation_defaults: dict[str, Any] = {}
         """The content of the checkpoint's generation_config.json, which `save_pretrained` writes again."""
-        self.sessions: Sessions[Session] = Sessions()
+        self.graph_cache: GraphCache[DecodingSession] = GraphCache()
         self.model = PaliGemmaModel(config)
         text = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
@@ -174,7 +174,7 @@ class PaliGemma(Adaptable):
         if labels is not None and token_type_ids is None:
             raise ValueError("token_type_ids: needed with labels, to tell the prefix from the suffix")
         embeddings = self.embed(input_ids, pixel_values, image_features)
-        visibility, positions = self.visibility(input_ids, attention_mask, token_type_ids)
+        visibility, positions = self.attention_lengths(input_ids, attention_mask, token_type_ids)
         hidden = self.model.language_model(embeddings, positions, visibility)
         output = PaliGemmaOutput()
         if logits_to_keep is not None or labels is None:
@@ -223,7 +223,7 @@ class PaliGemma(Adaptable):
         softcap = self.config.text_config.final_logit_softcapping
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
-    def likeliest(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def topk_logits(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest of the same logits, fp32 [..., k] and the largest first, and their ids [..., k]."""
         if is_only_an_int8_product(self.lm_head):
             softcap = self.config.text_config.final_logit_softcapping
@@ -231,9 +231,9 @@ class PaliGemma(Adaptable):
         logits = self.logits(hidden)
         return logits.max(-1, keepdim=True) if k == 1 else logits.topk(k)
 
-    def visibility(
+    def attention_lengths(
         self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
-    ) -> tuple[Visibility, Tensor]:
+    ) -> tuple[AttentionLengths, Tensor]:
         """Turn transformers' masks [B, S] into the attention's lengths and the rotary positions [B, S], which count from 0."""
         for name, mask in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
             if mask is not None and mask.shape != input_ids.shape:
@@ -249,7 +249,7 @@ class PaliGemma(Adaptable):
                 raise ValueError("attention_mask: padding may stand before or after the tokens, not between them")
             if not torch.equal(prefix, valid & (offsets < prefix_lens[:, None])):
                 raise ValueError("token_type_ids: the prefix (0) must come before the suffix (1)")
-        visibility = Visibility(prefix_lens, starts, starts + lens, torch.zeros_like(starts))
+        visibility = AttentionLengths(prefix_lens, starts, starts + lens, torch.zeros_like(starts))
         return visibility, offsets.clamp(min=0)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:

@@ -54,7 +54,7 @@ def rotary(
     k_cache: Heads,
     v_cache: Heads,
     positions: int,
-    slots: int,
+    cache_positions: int,
     frequencies: int,
     batch: int,
     length: int,

@@ -26,15 +26,15 @@ class _Context:
 
 
 _context = _Context()
-_offers: dict[str, dict[str, Callable[[str], str | None]]] = {}
+_registered: dict[str, dict[str, Callable[[str], str | None]]] = {}
 
 
-def offer(op: str, backend: str, obstacle: Callable[[str], str | None]) -> None:
+def register_backend(op: str, backend: str, unavailable_reason: Callable[[str], str | None]) -> None:
     """Declare that `op` has an implementation on `backend`.
 
-    `obstacle(device_type)` gives the reason why it cannot run on "cpu" or "cuda" tensors here, or None when it can.
+    `unavailable_reason(device_type)` gives the reason why it cannot run on "cpu" or "cuda" tensors here, or None when it can.
     """
-    _offers.setdefault(op, {"reference": lambda device_type: None})[backend] = obstacle
+    _registered.setdefault(op, {"reference": lambda device_type: None})[backend] = unavailable_reason
 
 
 @contextmanager
@@ -71,21 +71,21 @@ def requested() -> str:
 
 
 def select(
-    op: str, device_type: str, obstacles: Mapping[str, str | None] | None = None, avoid: tuple[str, ...] = ()
+    op: str, device_type: str, unsupported: Mapping[str, str | None] | None = None, avoid: tuple[str, ...] = ()
 ) -> str:
     """Give the backend that `op` runs on for tensors of a device type; RuntimeError when the one asked for cannot.
 
-    `obstacles` are reasons in this call's arguments why a backend cannot take it, by backend; those in `avoid` can, but "auto"
+    `unsupported` are reasons in this call's arguments why a backend cannot take it, by backend; those in `avoid` can, but "auto"
     passes over them because another is faster.
     """
-    obstacles, asked = obstacles or {}, requested()
+    unsupported, asked = unsupported or {}, requested()
     if asked == "auto":
         return next(
             name
             for name in BACKENDS
-            if name not in avoid and _passed_over(op, name, device_type) is None and obstacles.get(name) is None
+            if name not in avoid and _passed_over(op, name, device_type) is None and unsupported.get(name) is None
         )
-    reason = _obstacle(op, asked, device_type) or obstacles.get(asked)
+    reason = _unavailable_reason(op, asked, device_type) or unsupported.get(asked)
     if reason is not None:
         raise RuntimeError(f"{op} cannot run on backend {asked!r} with {device_type} tensors: {reason}")
     return asked
@@ -96,14 +96,14 @@ def available(op: str, device_type: str, *, interpreted: bool = False) -> list[s
 
     `interpreted` includes Triton's interpreter where it is switched on, for which speed says nothing.
     """
-    obstacle = _obstacle if interpreted else _passed_over
-    return [name for name in BACKENDS if obstacle(op, name, device_type) is None]
+    unavailable_reason = _unavailable_reason if interpreted else _passed_over
+    return [name for name in BACKENDS if unavailable_reason(op, name, device_type) is None]
 
 
 def explain(device_type: str) -> dict[str, tuple[str, dict[str, str]]]:
     """For every op: the backend that "auto" takes on a device type, and why each preferred one is not taken."""
     table = {}
-    for op in sorted(_offers):
+    for op in sorted(_registered):
         reasons: dict[str, str] = {}
         for name in BACKENDS:
             reason = _passed_over(op, name, device_type)
@@ -116,12 +116,12 @@ def explain(device_type: str) -> dict[str, tuple[str, dict[str, str]]]:
 
 def _passed_over(op: str, backend: str, device_type: str) -> str | None:
     """Why "auto" does not take a backend, or None when it does."""
-    reason = _obstacle(op, backend, device_type)
+    reason = _unavailable_reason(op, backend, device_type)
     if reason is None and (backend, device_type) == ("triton", "cpu"):
         return "on the CPU it is Triton's interpreter, which must be asked for"
     return reason
 
 
-def _obstacle(op: str, backend: str, device_type: str) -> str | None:
-    obstacle = _offers[op].get(backend)
-    return f"no {backend} implementation" if obstacle is None else obstacle(device_type)
+def _unavailable_reason(op: str, backend: str, device_type: str) -> str | None:
+    unavailable_reason = _registered[op].get(backend)
+    return f"no {backend} implementation" if unavailable_reason is None else unavailable_reason(device_type)

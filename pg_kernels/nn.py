@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from pg_kernels.ops._common.autograd import needs_autograd
 from pg_kernels.ops.apply_rotary import apply_rotary, apply_rotary_to_cache
 from pg_kernels.ops.geglu import geglu
 from pg_kernels.ops.geglu_mlp import geglu_mlp
 from pg_kernels.ops.int8_linear import int8_geglu, int8_linear, int8_projections, pack_int8
 from pg_kernels.ops.layer_norm import layer_norm
-from pg_kernels.ops.library import is_watched
 from pg_kernels.ops.prefix_lm_attention import prefix_lm_attention
 from pg_kernels.ops.quantize_int8 import check_group_size, quantize_int8
 from pg_kernels.ops.rms_norm import rms_norm
@@ -159,8 +159,8 @@ class PrefixLMAttention(nn.Module):
         kv_lens: Tensor | int | None = None,
         q_starts: Tensor | int | None = None,
         cache: tuple[Tensor, Tensor] | None = None,
-        slots: Tensor | None = None,
-        only: Tensor | None = None,
+        cache_positions: Tensor | None = None,
+        query_index: Tensor | None = None,
     ) -> Tensor:
         """Map x [B, S, hidden_size] to the same shape.
 
@@ -169,27 +169,27 @@ class PrefixLMAttention(nn.Module):
             prefix_lens, kv_starts, kv_lens, q_starts: as for `prefix_lm_attention`.
             cache: keys and values [B, Hkv, capacity, D]: x's own are written into them, and x attends to all that they hold. For
                 inference only; as their size tells nothing, `kv_lens` and `q_starts` must.
-            slots: [S] or [B, S], int32 or int64: where in the cache x's keys and values go.
-            only: int64 [B], a row of each example's x: give [B, 1, hidden_size], of that one alone.
+            cache_positions: [S] or [B, S], int32 or int64: where in the cache x's keys and values go.
+            query_index: int64 [B], a row of each example's x: give [B, 1, hidden_size], of that one alone.
 
-        Raises ValueError for a cache without slots, lengths or the reverse, and what the ops raise.
+        Raises ValueError for a cache without cache_positions, lengths or the reverse, and what the ops raise.
         """
-        if (cache is None) != (slots is None):
-            raise ValueError("cache and slots: one needs the other")
+        if (cache is None) != (cache_positions is None):
+            raise ValueError("cache and cache_positions: one needs the other")
         if cache is not None and (kv_lens is None or q_starts is None):
             raise ValueError("kv_lens and q_starts: needed with a cache")
         q, k, v = (
             y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for y in projections(x, (self.q_proj, self.k_proj, self.v_proj))
         )
-        if cache is None or slots is None:
+        if cache is None or cache_positions is None:
             q, k = self.rotary_emb(q, k, positions)
         else:
-            q = apply_rotary_to_cache(q, k, v, positions, *cache, slots, theta=self.rotary_emb.theta)
+            q = apply_rotary_to_cache(q, k, v, positions, *cache, cache_positions, theta=self.rotary_emb.theta)
             k, v = cache
-        if only is not None:
-            q = q.gather(2, only[:, None, None, None].expand(-1, q.shape[1], 1, q.shape[3]))
-            q_starts = (k.shape[2] - x.shape[1] if q_starts is None else q_starts) + only.int()
+        if query_index is not None:
+            q = q.gather(2, query_index[:, None, None, None].expand(-1, q.shape[1], 1, q.shape[3]))
+            q_starts = (k.shape[2] - x.shape[1] if q_starts is None else q_starts) + query_index.int()
         out = prefix_lm_attention(
             q,
             k,
@@ -485,7 +485,7 @@ def _merged(x: Tensor, layers: Sequence[Any]) -> tuple[Tensor, Tensor | None] | 
     if not plain or torch.compiler.is_compiling():
         return None
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    if is_watched(x, *weights, *biases):
+    if needs_autograd(x, *weights, *biases):
         return None
     weight = _one_behind_the_other(weights)
     if weight is None or all(bias is None for bias in biases):

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pg_kernels.nn import Int8Embedding, Int8Linear
-from pg_kernels.ops.checks import values_are_free
+from pg_kernels.ops._common.checks import values_are_free
 from pg_kernels.ops.quantize_int8 import check_group_size
 
 ACTIVATIONS = {"int8": "keep", "int8-dynamic": "int8"}

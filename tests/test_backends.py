@@ -31,15 +31,15 @@ OPS = {
 @pytest.fixture
 def triton_needs_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An op with a triton backend for CUDA tensors, and no native one."""
-    monkeypatch.setattr(backends, "_offers", {})
-    backends.offer("made_up", "triton", lambda device_type: None if device_type == "cuda" else "needs a GPU")
+    monkeypatch.setattr(backends, "_registered", {})
+    backends.register_backend("made_up", "triton", lambda device_type: None if device_type == "cuda" else "needs a GPU")
     yield "made_up"
 
 
 def test_auto_takes_the_first_that_can_run(triton_needs_cuda: str) -> None:
     assert backends.select(triton_needs_cuda, "cuda") == "triton"
     assert backends.select(triton_needs_cuda, "cpu") == "reference"
-    backends.offer(triton_needs_cuda, "native", lambda device_type: None)
+    backends.register_backend(triton_needs_cuda, "native", lambda device_type: None)
     assert backends.select(triton_needs_cuda, "cuda") == "triton"
     assert backends.select(triton_needs_cuda, "cpu") == "native"
     with backend("auto"):
@@ -47,7 +47,7 @@ def test_auto_takes_the_first_that_can_run(triton_needs_cuda: str) -> None:
 
 
 def test_the_interpreter_must_be_asked_for(triton_needs_cuda: str) -> None:
-    backends.offer(triton_needs_cuda, "triton", lambda device_type: None)
+    backends.register_backend(triton_needs_cuda, "triton", lambda device_type: None)
     assert backends.select(triton_needs_cuda, "cpu") == "reference"
     with backend("triton"):
         assert backends.select(triton_needs_cuda, "cpu") == "triton"
@@ -59,13 +59,13 @@ def test_the_interpreter_must_be_asked_for(triton_needs_cuda: str) -> None:
 
 def test_obstacles_and_slower_backends(triton_needs_cuda: str) -> None:
     """What this call's arguments rule out, and what another backend does faster."""
-    obstacle = {"triton": "too long"}
-    assert backends.select(triton_needs_cuda, "cuda", obstacle) == "reference"
+    unavailable_reason = {"triton": "too long"}
+    assert backends.select(triton_needs_cuda, "cuda", unavailable_reason) == "reference"
     assert backends.select(triton_needs_cuda, "cuda", avoid=("triton",)) == "reference"
     with backend("triton"):
         assert backends.select(triton_needs_cuda, "cuda", avoid=("triton",)) == "triton"
         with pytest.raises(RuntimeError, match="made_up cannot run on backend 'triton' with cuda tensors: too long"):
-            backends.select(triton_needs_cuda, "cuda", obstacle)
+            backends.select(triton_needs_cuda, "cuda", unavailable_reason)
 
 
 def test_a_named_backend_is_strict(triton_needs_cuda: str) -> None:
@@ -173,7 +173,7 @@ def test_every_op_has_a_backend_on_every_device(device_type: str) -> None:
 def test_the_public_functions_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every op refuses a backend that it does not have, before anything runs."""
     for op in OPS:
-        monkeypatch.setitem(backends._offers[op], "native", lambda device_type: "not built")
+        monkeypatch.setitem(backends._registered[op], "native", lambda device_type: "not built")
     row, heads = torch.ones(2, 4), torch.ones(1, 1, 2, 4)
     calls = {
         "apply_rotary": (heads, heads, torch.arange(2)),

@@ -157,22 +157,22 @@ def test_attention_with_a_cache(quantised: bool) -> None:
     x = torch.randn(2, 6, 48)
     with torch.no_grad():
         expected = module(x, torch.arange(6), prefix_lens=3)
-        last = module(x, torch.arange(6), prefix_lens=3, only=torch.tensor([5, 4]))
+        last = module(x, torch.arange(6), prefix_lens=3, query_index=torch.tensor([5, 4]))
         torch.testing.assert_close(last, torch.stack((expected[0, 5:], expected[1, 4:5])))
         cache = (torch.zeros(2, 2, 8, 16), torch.zeros(2, 2, 8, 16))
         parts = [range(0, 3), *([i] for i in range(3, 6))]
         outs = []
         for part in parts:
-            slots = torch.tensor(list(part))
+            cache_positions = torch.tensor(list(part))
             outs.append(
                 module(
-                    x[:, slots],
-                    slots,
+                    x[:, cache_positions],
+                    cache_positions,
                     prefix_lens=3,
                     kv_lens=part[-1] + 1,
                     q_starts=part[0],
                     cache=cache,
-                    slots=slots,
+                    cache_positions=cache_positions,
                 )
             )
     torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=1e-4, atol=1e-5)
@@ -225,14 +225,16 @@ CACHE = (torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16))
         ),
         (
             lambda: PrefixLMAttention(48, 4, 2, 16)(torch.ones(1, 1, 48), ONE, cache=CACHE),
-            "^cache and slots: one needs the other",
+            "^cache and cache_positions: one needs the other",
         ),
         (
-            lambda: PrefixLMAttention(48, 4, 2, 16)(torch.ones(1, 1, 48), ONE, slots=ONE),
-            "^cache and slots: one needs the other",
+            lambda: PrefixLMAttention(48, 4, 2, 16)(torch.ones(1, 1, 48), ONE, cache_positions=ONE),
+            "^cache and cache_positions: one needs the other",
         ),
         (
-            lambda: PrefixLMAttention(48, 4, 2, 16)(torch.ones(1, 1, 48), ONE, cache=CACHE, slots=ONE, kv_lens=1),
+            lambda: PrefixLMAttention(48, 4, 2, 16)(
+                torch.ones(1, 1, 48), ONE, cache=CACHE, cache_positions=ONE, kv_lens=1
+            ),
             "^kv_lens and q_starts: needed with a cache",
         ),
     ],

@@ -40,13 +40,13 @@ struct Heads {
   int64_t strides[3];
 };
 
-// Turns q and k by position · theta^(−2i/D), and puts k and v into caches [B, H, capacity, D] at slots.
+// Turns q and k by position · theta^(−2i/D), and puts k and v into caches [B, H, capacity, D] at cache_positions.
 struct Rotary {
   int64_t batch, length, dim;
   Float type, cache_type;
   Heads q, k, v, q_out, k_cache, v_cache;
-  const int64_t* positions;  // [B, S], as slots
-  const int64_t* slots;
+  const int64_t* positions;  // [B, S], as cache_positions
+  const int64_t* cache_positions;
   const float* frequencies;  // [D / 2]
 };
 

@@ -131,10 +131,10 @@ inline void rotary_token(void* context, int64_t token) {
     }
   };
   turn(a.q, a.q_out, place, a.type);
-  turn(a.k, a.k_cache, a.slots[token], a.cache_type);
+  turn(a.k, a.k_cache, a.cache_positions[token], a.cache_type);
   for (int64_t head = 0; head < a.v.count; ++head) {
     load_floats(a.type, a.v.data, at(a.v, batch, head, place), a.dim, x);
-    store_floats(a.cache_type, x, a.dim, a.v_cache.data, at(a.v_cache, batch, head, a.slots[token]));
+    store_floats(a.cache_type, x, a.dim, a.v_cache.data, at(a.v_cache, batch, head, a.cache_positions[token]));
   }
 }
 

@@ -208,7 +208,7 @@ class Evaluation:
             for index, text, asked in zip(chunk, texts, kept, strict=True):
                 right += asked and text.strip() in [suffix.strip() for suffix in self._data[index].suffixes]
             answered += sum(kept)
-        self._model.sessions.clear()  # memory that training has other uses for
+        self._model.graph_cache.clear()  # memory that training has other uses for
         metrics = {"loss": loss / max(1, count), "exact_match": right / max(1, answered)}
         return metrics | ({"skipped": len(self._data) - answered} if answered < len(self._data) else {})
 

@@ -123,7 +123,7 @@ def test_stages_are_replayed_where_there_are_graphs(op: str, monkeypatch: pytest
         captured.append(function)
         return SimpleNamespace(replay=function, pool=lambda: None)
 
-    monkeypatch.setattr(models, "obstacle", lambda model, device: None)
+    monkeypatch.setattr(models, "capture_unsupported_reason", lambda model, device: None)
     monkeypatch.setattr(graphs, "capture", capture)
     contender = trial.contenders()[0]
     candidate = trial.build(contender)[0]

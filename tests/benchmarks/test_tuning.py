@@ -15,7 +15,7 @@ from pg_kernels.benchmarks import tuning
 from pg_kernels.benchmarks.measure import Samples
 from pg_kernels.benchmarks.tuning import OPS, Place, Site, sites, tune
 from pg_kernels.model import cli
-from pg_kernels.ops import launch
+from pg_kernels.ops._common import devices
 from pg_kernels.ops.rms_norm import tiles
 from pg_kernels.ops.rms_norm.tiles import Tiles
 
@@ -28,11 +28,11 @@ KEY = tiles.key("forward", 64, 2)
 @pytest.fixture
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The interpreter's tuned tiles, in a folder of the test's own."""
-    monkeypatch.setattr(launch, "TUNED", tmp_path)
-    monkeypatch.setattr(tuning, "_obstacle", lambda device: None)
-    launch._tuned_file.cache_clear()
-    yield launch.tuned_path(launch.INTERPRETER.name)
-    launch._tuned_file.cache_clear()
+    monkeypatch.setattr(devices, "TUNED", tmp_path)
+    monkeypatch.setattr(tuning, "_unavailable_reason", lambda device: None)
+    devices._tuned_file.cache_clear()
+    yield devices.tuned_path(devices.INTERPRETER.name)
+    devices._tuned_file.cache_clear()
 
 
 @pytest.fixture
@@ -42,10 +42,10 @@ def one_site(monkeypatch: pytest.MonkeyPatch) -> list[Tiles]:
     weight = torch.ones(64, dtype=torch.bfloat16)
 
     def call() -> None:
-        launched.append(tiles.forward(64, 2, launch.INTERPRETER))
+        launched.append(tiles.forward(64, 2, devices.INTERPRETER))
         pg_kernels.rms_norm(torch.ones(3, 64, dtype=torch.bfloat16), weight)
 
-    site = Site("rms_norm", KEY, [tiles.forward(64, 2, launch.INTERPRETER), FASTER], lambda: call)
+    site = Site("rms_norm", KEY, [tiles.forward(64, 2, devices.INTERPRETER), FASTER], lambda: call)
     monkeypatch.setattr(tuning, "sites", lambda place: [site])
     return launched
 
@@ -62,18 +62,18 @@ def timer(times: Mapping[str, float]) -> Callable[..., dict[str, Samples]]:
 
 
 def test_winners_are_kept_and_used(stored: Path, one_site: list[Tiles], monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = tiles.forward(64, 2, launch.INTERPRETER)
+    usual = tiles.forward(64, 2, devices.INTERPRETER)
     monkeypatch.setattr(tuning, "interleave", timer({str(FASTER): 0.9}))
     assert tune([], CPU, "the command") == stored
     assert set(one_site) == {usual, FASTER}
     content = json.loads(stored.read_text())
     assert content["tiles"] == {"rms_norm": {KEY: {"block": 64, "rows": 2, "warps": 4}}}
-    assert content["device"] == launch.INTERPRETER.name and content["command"] == "the command"
+    assert content["device"] == devices.INTERPRETER.name and content["command"] == "the command"
     assert content["versions"]["torch"]
 
-    launch._tuned_file.cache_clear()  # as in a new process
-    assert tiles.forward(64, 2, launch.INTERPRETER) == FASTER
-    assert tiles.forward(64, 4, launch.INTERPRETER) != FASTER
+    devices._tuned_file.cache_clear()  # as in a new process
+    assert tiles.forward(64, 2, devices.INTERPRETER) == FASTER
+    assert tiles.forward(64, 4, devices.INTERPRETER) != FASTER
     x, weight = torch.randn(5, 64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16)
     with pg_kernels.backend("triton"):
         tuned = pg_kernels.rms_norm(x, weight)
@@ -117,12 +117,12 @@ def test_an_interruption_keeps_what_was_found(
 def test_every_site_launches_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """A candidate tried under a site's key reaches its call."""
     asked: set[tuple[str, str]] = set()
-    tuned = launch.tuned
-    place = Place(CPU, launch.INTERPRETER, torch.bfloat16, small=True)
+    tuned = devices.tuned
+    place = Place(CPU, devices.INTERPRETER, torch.bfloat16, small=True)
 
     def record(device: object, op: str, key: str) -> object:
         asked.add((op, key))
-        return tuned(launch.INTERPRETER, op, key)
+        return tuned(devices.INTERPRETER, op, key)
 
     # Tiles are chosen before a launch, which takes seconds here.
     monkeypatch.setattr("triton.runtime.interpreter.InterpretedFunction.run", lambda self, *arguments, **options: None)

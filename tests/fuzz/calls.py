@@ -258,12 +258,12 @@ def _cache_arguments(draw: Draw, dtypes: Sequence[torch.dtype]) -> tuple[dict[st
         caches = [cache.transpose(1, 2) for cache in caches]
     else:
         caches = [cache.reshape(batch, kv_heads, capacity, dim) for cache in caches]
-    slots = torch.randperm(capacity, generator=draw.generator)[:length].to(int_type)
+    cache_positions = torch.randperm(capacity, generator=draw.generator)[:length].to(int_type)
     arguments |= {
         "v": draw.tensor(arguments["k"].shape, arguments["k"].dtype),
         "k_cache": caches[0],
         "v_cache": caches[1],
-        "slots": slots.expand(batch, -1) if draw.chance(0.5) else slots,
+        "cache_positions": cache_positions.expand(batch, -1) if draw.chance(0.5) else cache_positions,
     }
     return arguments, slack
 
@@ -275,7 +275,7 @@ def apply_rotary_to_cache(draw: Draw) -> Call:
 
 def apply_rotary_to_cache_native(draw: Draw) -> Call:
     arguments, slack = _cache_arguments(draw, EXTENSION_FLOATS)
-    for name in ("positions", "slots"):
+    for name in ("positions", "cache_positions"):
         if arguments[name].dim() == 1:
             arguments[name] = arguments[name][None]
     op = _with_caches(OPS.apply_rotary_to_cache_native)
@@ -290,7 +290,14 @@ def _with_caches(op: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 def _apply_rotary_to_cache(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, theta: float, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    theta: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_positions: Tensor,
 ) -> Any:
     q, k = _apply_rotary(q, k, positions, theta)
     _require(
@@ -299,7 +306,7 @@ def _apply_rotary_to_cache(
     _require(k_cache.shape[0] == k.shape[0] and k_cache.shape[1] == k.shape[1])
     caches = []
     for cache, new in ((k_cache, k), (v_cache, v)):
-        index = slots.long().expand(new.shape[0], new.shape[2])[:, None, :, None].expand(new.shape)
+        index = cache_positions.long().expand(new.shape[0], new.shape[2])[:, None, :, None].expand(new.shape)
         caches.append(cache.scatter(2, index, new.to(cache.dtype)))
     return q, *caches
 

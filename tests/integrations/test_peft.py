@@ -322,7 +322,7 @@ def test_adapted_output_head_counts_in_the_loss(twin: PaliGemma) -> None:
 
 def test_no_cuda_graph_of_an_adapter(model: PaliGemma) -> None:
     adapted(model)
-    reason = graphs.obstacle(model, torch.device("cuda"))
+    reason = graphs.capture_unsupported_reason(model, torch.device("cuda"))
     assert reason is not None and "is a LoraInt8Linear, of which a graph might miss changes" in reason
 
 

@@ -63,20 +63,20 @@ def test_an_expert_over_the_models_cache() -> None:
 
     @torch.no_grad()
     def attended(input_ids: Tensor, mask: Tensor, x: Tensor, pixels: Tensor) -> Tensor:
-        seen, positions = model.visibility(input_ids, mask, None)
+        seen, positions = model.attention_lengths(input_ids, mask, None)
         cache = model.new_cache(len(x), input_ids.shape[1] + 3)
-        slots = torch.arange(input_ids.shape[1]).expand(len(x), -1)
-        model.model.language_model(model.embed(input_ids, pixels, None), positions, seen, cache, slots)
-        slots = seen.kv_lens[:, None] + torch.arange(3)
+        cache_positions = torch.arange(input_ids.shape[1]).expand(len(x), -1)
+        model.model.language_model(model.embed(input_ids, pixels, None), positions, seen, cache, cache_positions)
+        cache_positions = seen.kv_lens[:, None] + torch.arange(3)
         return expert(
             x,
-            slots - seen.kv_starts[:, None],
+            cache_positions - seen.kv_starts[:, None],
             prefix_lens=seen.prefix_lens + 3,
             kv_starts=seen.kv_starts,
             kv_lens=seen.kv_lens + 3,
             q_starts=seen.kv_lens,
             cache=(cache.keys[-1], cache.values[-1]),
-            slots=slots,
+            cache_positions=cache_positions,
         )
 
     alone = [

@@ -25,7 +25,7 @@ from pg_kernels.model.checkpoints import save_big_vision
 from pg_kernels.model.locations import Detection
 from pg_kernels.model.tokenizer import Tokenizer
 from pg_kernels.model.training.vocabulary import train_tokenizer
-from pg_kernels.ops.extension import instruction_sets
+from pg_kernels.ops._common.extension import instruction_sets
 
 POSITIONS = 128
 SIZE = (80, 60)  # of the picture, in pixels

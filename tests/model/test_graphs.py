@@ -24,7 +24,7 @@ from pg_kernels import nn as pg_nn
 from pg_kernels import quantize_
 from pg_kernels.model import PaliGemma, PaliGemmaConfig, gemma, generation, graphs, siglip
 from pg_kernels.model.config import TextConfig, VisionConfig
-from pg_kernels.model.generation import Choice, Session
+from pg_kernels.model.generation import Choice, DecodingSession
 
 VISION = VisionConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
@@ -88,7 +88,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]:
         return found[-1]
 
     monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(generation, "obstacle", lambda model, device: None)
+    monkeypatch.setattr(generation, "capture_unsupported_reason", lambda model, device: None)
     yield found
 
 
@@ -105,7 +105,7 @@ def test_replays_answer_as_eager_steps_do(model: PaliGemma, captured: list[Recor
         expected = model.generate(**given, max_new_tokens=new, cuda_graph=False, **eager)
         assert torch.equal(model.generate(**given, max_new_tokens=new, **options), expected)
     # One step, and each prefill that came twice.
-    assert len(model.sessions) == 1 and len(captured) == 3
+    assert len(model.graph_cache) == 1 and len(captured) == 3
 
 
 def test_what_a_session_is_kept_for(model: PaliGemma, captured: list[Recorded]) -> None:
@@ -124,12 +124,12 @@ def test_what_a_session_is_kept_for(model: PaliGemma, captured: list[Recorded]) 
     assert captures(temperature=1.0, generator=generator) == 1
     assert captures(temperature=1.0, generator=torch.Generator()) == 0  # a session has its own, which takes its state
     assert captures(temperature=1.0, top_k=3) == 1
-    assert len(model.sessions) == graphs.KEPT
+    assert len(model.graph_cache) == graphs.KEPT
     assert captures() == 1  # the first one went when the fifth one came
     with pg_kernels.backend("reference"):
         assert captures() == 1
-    model.sessions.clear()
-    assert len(model.sessions) == 0
+    model.graph_cache.clear()
+    assert len(model.graph_cache) == 0
 
 
 def test_a_session_ends_with_the_model_it_was_captured_from(model: PaliGemma, captured: list[Recorded]) -> None:
@@ -165,7 +165,7 @@ def test_after_an_error_a_session_is_not_used_again(model: PaliGemma, captured: 
 
     with pytest.raises(KeyboardInterrupt):
         model.generate(**given, max_new_tokens=6, stream=fail)
-    assert len(model.sessions) == 0
+    assert len(model.graph_cache) == 0
     expected = model.generate(**given, max_new_tokens=6, cuda_graph=False)
     assert torch.equal(model.generate(**given, max_new_tokens=6), expected)
 
@@ -239,9 +239,9 @@ def test_copies_of_a_model_begin_anew(model: PaliGemma, captured: list[Recorded]
     given = prompts(model)
     expected = model.generate(**given, max_new_tokens=6)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert len(other.sessions) == 0
+        assert len(other.graph_cache) == 0
         assert torch.equal(other.generate(**given, max_new_tokens=6), expected)
-    assert len(model.sessions) == 1
+    assert len(model.graph_cache) == 1
     assert not any("session" in name for name in model.state_dict())
 
 
@@ -265,7 +265,7 @@ def test_answers_end_where_the_last_one_does(
     free = model.generate(**given, max_new_tokens=12, eos_token_id=-1, cuda_graph=False)
     ends = sorted(set(free[:, ends_at - 1].tolist()))
     expected = model.generate(**given, max_new_tokens=12, eos_token_id=ends, cuda_graph=False)
-    session = Session(model, 2, 128, Choice(tuple(ends), 0.0, None, None, False), graphs=True)
+    session = DecodingSession(model, 2, 128, Choice(tuple(ends), 0.0, None, None, False), graphs=True)
     with torch.inference_mode():
         for look in (2, 5, 8):
             monkeypatch.setattr(generation, "_between_looks", lambda device, stream, look=look: look)
@@ -283,7 +283,7 @@ def test_a_step_looks_at_no_number(options: dict[str, Any], quantised: bool) -> 
         with pytest.raises(DataDependentOutputException):
             model.model.language_model.norm.weight.sum().item()
         choice = Choice((1, 2), options.get("temperature", 0.0), options.get("top_k"), options.get("top_p"), False)
-        session = Session(model, 2, 128, choice, graphs=False)
+        session = DecodingSession(model, 2, 128, choice, graphs=False)
         state = {**vars(session), **vars(session.decoder), **vars(session.decoder.visible)}
         session._run_prefill(model, prompts(model))
         session._run_step(model)
@@ -303,19 +303,21 @@ def test_where_there_can_be_no_graph(model: PaliGemma, monkeypatch: pytest.Monke
         with pytest.raises(ValueError, match=r"^cuda_graph: expected 'auto', True or False, got"):
             model.generate(**given, cuda_graph=value)
     device = torch.device("cuda")
-    assert graphs.obstacle(model, device) is None
+    assert graphs.capture_unsupported_reason(model, device) is None
     hook = model.model.language_model.norm.register_forward_hook(lambda *_: None)
-    assert graphs.obstacle(model, device) == "a RMSNorm has a forward hook, which a graph would not call"
+    assert (
+        graphs.capture_unsupported_reason(model, device) == "a RMSNorm has a forward hook, which a graph would not call"
+    )
     hook.remove()
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type == "cuda")
-    assert str(graphs.obstacle(model, device)).startswith("autocast keeps casts of the weights only")
+    assert str(graphs.capture_unsupported_reason(model, device)).startswith("autocast keeps casts of the weights only")
     monkeypatch.undo()
 
     class Adapter(nn.Linear):
         pass
 
     model.lm_head = Adapter(16, 64, bias=False)
-    assert graphs.obstacle(model, device) == "there is a Adapter, of which a graph might miss changes"
+    assert graphs.capture_unsupported_reason(model, device) == "there is a Adapter, of which a graph might miss changes"
 
 
 def _separately(x: Tensor, layers: Any) -> tuple[Tensor, ...]:
@@ -328,11 +330,19 @@ def _normed_after_adding(norm: Any, x: Tensor, added: Tensor | None) -> tuple[Te
 
 
 def _rotated_then_written(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, *, theta: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_positions: Tensor,
+    *,
+    theta: float,
 ) -> Tensor:
     q, k = pg_kernels.apply_rotary(q, k, positions, theta=theta)
     for cache, new in ((k_cache, k), (v_cache, v)):
-        cache.scatter_(2, slots[:, None, :, None].expand(new.shape), new.to(cache.dtype))
+        cache.scatter_(2, cache_positions[:, None, :, None].expand(new.shape), new.to(cache.dtype))
     return q
 
 
@@ -385,7 +395,7 @@ FUSIONS: dict[str, tuple[Any, str, Any]] = {
         "forward",
         lambda self, x: self.down_proj(pg_kernels.geglu(self.gate_proj(x), self.up_proj(x))),
     ),
-    "output head and choice": (PaliGemma, "likeliest", lambda self, hidden, k: self.logits(hidden).topk(k)),
+    "output head and choice": (PaliGemma, "topk_logits", lambda self, hidden, k: self.logits(hidden).topk(k)),
 }
 
 
@@ -452,4 +462,4 @@ def test_graphs_on_a_gpu(quantised: bool, seed: int | None) -> None:
             for graph, generator in zip((False, True), generators, strict=True)
         )
         assert torch.equal(answer, expected)
-    assert len(model.sessions) == 1
+    assert len(model.graph_cache) == 1

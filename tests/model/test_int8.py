@@ -217,7 +217,7 @@ def test_likeliest_tokens_are_those_of_the_logits(make, k: int) -> None:
     of = make()
     prompt = prompts()
     hidden = Decoder(of, *prompt["input_ids"].shape).prefill(of, prompt)
-    values, ids = of.likeliest(hidden, k)
+    values, ids = of.topk_logits(hidden, k)
     every = of.logits(hidden)
     expected = every.sort(descending=True, stable=True)
     assert torch.equal(ids, expected.indices[:, :k])

@@ -228,7 +228,7 @@ def test_a_head_that_is_more_than_a_product(model: PaliGemma, change: str, quant
         logits, scores = logits + head.bias, scores + head.bias
     expected = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])
     torch.testing.assert_close(model(**inputs, labels=labels).loss, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model.likeliest(hidden, 2), tuple(scores.topk(2)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.topk_logits(hidden, 2), tuple(scores.topk(2)), rtol=1e-4, atol=1e-4)
     assert len(seen) == (0 if change == "bias" else 2)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pg_kernels.ops import extension
+from pg_kernels.ops._common import extension
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -16,7 +16,8 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 needs_extension = pytest.mark.skipif(
-    extension.obstacle("cpu") is not None, reason="the C++ extension is not built, which the installation allows"
+    extension.unavailable_reason("cpu") is not None,
+    reason="the C++ extension is not built, which the installation allows",
 )
 
 

@@ -251,21 +251,21 @@ def test_errors(change: dict[str, object], error: type[Exception], message: str)
 
 
 def cache_inputs(device: str, dtype: torch.dtype = torch.float32, **sizes: int) -> list[Tensor]:
-    """q, k, v, positions, two caches of 9 slots, filled, and other slots for each example."""
+    """q, k, v, positions, two caches of 9 cache_positions, filled, and other cache_positions for each example."""
     q, k = (tensor.to(dtype) for tensor in queries_and_keys(device, **sizes))
     batch, kv_heads, length, dim = k.shape
     positions = torch.randint(0, 300, (batch, length), device=device)
     caches = [randn(batch, kv_heads, 9, dim, device=device, dtype=dtype) for _ in range(2)]
-    slots = torch.stack([torch.randperm(9)[:length] for _ in range(batch)]).to(device)
-    return [q, k, randn(*k.shape, device=device, dtype=dtype), positions, *caches, slots]
+    cache_positions = torch.stack([torch.randperm(9)[:length] for _ in range(batch)]).to(device)
+    return [q, k, randn(*k.shape, device=device, dtype=dtype), positions, *caches, cache_positions]
 
 
-def written(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+def written(cache: Tensor, new: Tensor, cache_positions: Tensor) -> Tensor:
     """The cache after one token at a time."""
     cache = cache.clone()
-    for row in range(len(slots)):
-        for token in range(slots.shape[1]):
-            cache[row, :, slots[row, token]] = new[row, :, token].to(cache.dtype)
+    for row in range(len(cache_positions)):
+        for token in range(cache_positions.shape[1]):
+            cache[row, :, cache_positions[row, token]] = new[row, :, token].to(cache.dtype)
     return cache
 
 
@@ -275,30 +275,30 @@ def written(cache: Tensor, new: Tensor, slots: Tensor) -> Tensor:
     ids=str,
 )
 def test_cache_takes_keys_and_values(device: str, backend: str, dtype: torch.dtype, sizes: dict[str, int]) -> None:
-    q, k, v, positions, k_cache, v_cache, slots = cache_inputs(device, dtype, **sizes)
+    q, k, v, positions, k_cache, v_cache, cache_positions = cache_inputs(device, dtype, **sizes)
     turned_q, turned_k = apply_rotary(q, k, positions)
-    expected = written(k_cache, turned_k, slots), written(v_cache, v, slots)
-    out = apply_rotary_to_cache(q, k, v, positions, k_cache, v_cache, slots)
+    expected = written(k_cache, turned_k, cache_positions), written(v_cache, v, cache_positions)
+    out = apply_rotary_to_cache(q, k, v, positions, k_cache, v_cache, cache_positions)
     torch.testing.assert_close((out, k_cache, v_cache), (turned_q, *expected), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float16, torch.bfloat16])
 def test_cache_of_another_dtype_and_layout(device: str, backend: str, cache_dtype: torch.dtype) -> None:
-    q, k, v, positions, k_cache, v_cache, slots = cache_inputs(device)
+    q, k, v, positions, k_cache, v_cache, cache_positions = cache_inputs(device)
     q, k, v = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (q, k, v))
     buffers = [cache.to(cache_dtype).transpose(1, 2).contiguous().transpose(1, 2) for cache in (k_cache, v_cache)]
     turned_q, turned_k = apply_rotary(q, k, positions)
-    expected = [written(cache, new, slots) for cache, new in zip(buffers, (turned_k, v), strict=True)]
-    torch.testing.assert_close(apply_rotary_to_cache(q, k, v, positions, *buffers, slots.int()), turned_q)
+    expected = [written(cache, new, cache_positions) for cache, new in zip(buffers, (turned_k, v), strict=True)]
+    torch.testing.assert_close(apply_rotary_to_cache(q, k, v, positions, *buffers, cache_positions.int()), turned_q)
     for actual, wanted in zip(buffers, expected, strict=True):
         torch.testing.assert_close(actual, wanted, **one_rounding(backend, device, cache_dtype))
 
 
 def test_cache_with_slots_shared_by_all(device: str, backend: str) -> None:
-    q, k, v, positions, k_cache, v_cache, slots = cache_inputs(device)
+    q, k, v, positions, k_cache, v_cache, cache_positions = cache_inputs(device)
     copies = k_cache.clone(), v_cache.clone()
-    apply_rotary_to_cache(q, k, v, positions[0], k_cache, v_cache, slots[0])
-    apply_rotary_to_cache(q, k, v, positions[:1].expand(2, -1), *copies, slots[:1].expand(2, -1))
+    apply_rotary_to_cache(q, k, v, positions[0], k_cache, v_cache, cache_positions[0])
+    apply_rotary_to_cache(q, k, v, positions[:1].expand(2, -1), *copies, cache_positions[:1].expand(2, -1))
     torch.testing.assert_close((k_cache, v_cache), copies, rtol=0, atol=0)
 
 
@@ -312,8 +312,8 @@ def test_cache_compiles(device: str, backend: str) -> None:
 
 @pytest.mark.parametrize("batch", [2, 0])
 def test_cache_opcheck(device: str, backend: str, batch: int) -> None:
-    q, k, v, positions, k_cache, v_cache, slots = cache_inputs(device)
-    inputs = [tensor[:batch] for tensor in (q, k, v, positions, k_cache, v_cache, slots)]
+    q, k, v, positions, k_cache, v_cache, cache_positions = cache_inputs(device)
+    inputs = [tensor[:batch] for tensor in (q, k, v, positions, k_cache, v_cache, cache_positions)]
     inputs.insert(4, 10_000.0)
     name = "apply_rotary_to_cache" + ("" if backend == "reference" else f"_{backend}")
     torch.library.opcheck(getattr(torch.ops.pg_kernels, name).default, inputs)
@@ -321,19 +321,22 @@ def test_cache_opcheck(device: str, backend: str, batch: int) -> None:
 
 @pytest.mark.parametrize("slot", [-1, 9])
 def test_slots_outside_the_cache(device: str, backend: str, slot: int) -> None:
-    q, k, v, positions, k_cache, v_cache, slots = cache_inputs(device)
-    slots[1, 2] = slot
+    q, k, v, positions, k_cache, v_cache, cache_positions = cache_inputs(device)
+    cache_positions[1, 2] = slot
     before = k_cache.clone(), v_cache.clone()
     if device == "cpu":
-        with pytest.raises(ValueError, match=rf"slots: {slot} is outside the cache's \[0, 9\)"):
-            apply_rotary_to_cache(q, k, v, positions, k_cache, v_cache, slots)
+        with pytest.raises(ValueError, match=rf"cache_positions: {slot} is outside the cache's \[0, 9\)"):
+            apply_rotary_to_cache(q, k, v, positions, k_cache, v_cache, cache_positions)
         torch.testing.assert_close((k_cache, v_cache), before, rtol=0, atol=0)
     if backend == "triton":  # as on a GPU, where the values are not looked at beforehand
-        out = torch.ops.pg_kernels.apply_rotary_to_cache_triton(q, k, v, positions, 1e4, k_cache, v_cache, slots)
+        out = torch.ops.pg_kernels.apply_rotary_to_cache_triton(
+            q, k, v, positions, 1e4, k_cache, v_cache, cache_positions
+        )
         assert out[1, :, 2].isnan().all() and out.isnan().sum() == out[1, :, 2].numel()
-        keep = slots[1] != slot
+        keep = cache_positions[1] != slot
         kept = [
-            written(cache[1:], new[1:, :, keep], slots[1:, keep]) for cache, new in zip(before, (k, v), strict=True)
+            written(cache[1:], new[1:, :, keep], cache_positions[1:, keep])
+            for cache, new in zip(before, (k, v), strict=True)
         ]
         torch.testing.assert_close(v_cache[1:], kept[1], rtol=0, atol=0)
         assert k_cache.isfinite().all()
@@ -372,20 +375,20 @@ def test_the_cpp_kernel_is_for_few_tokens_and_heads_that_fit() -> None:
 
 @needs_extension
 def test_a_compiled_graph_does_not_write_outside_the_cache() -> None:
-    q, k, v, positions, k_cache, v_cache, slots = cache_inputs("cpu")
+    q, k, v, positions, k_cache, v_cache, cache_positions = cache_inputs("cpu")
     compiled = torch.compile(apply_rotary_to_cache, fullgraph=True, backend="aot_eager")
-    slots[1, 2] = 10**8
-    with pytest.raises(ValueError, match="slots: 100000000 is outside the cache's"):
-        compiled(q, k, v, positions, k_cache, v_cache, slots)
+    cache_positions[1, 2] = 10**8
+    with pytest.raises(ValueError, match="cache_positions: 100000000 is outside the cache's"):
+        compiled(q, k, v, positions, k_cache, v_cache, cache_positions)
 
 
 @needs_extension
 def test_queries_whose_numbers_are_far_apart() -> None:
     """What unfold gives: the last dimension has the stride of another."""
-    _, k, v, positions, k_cache, v_cache, slots = cache_inputs("cpu")
+    _, k, v, positions, k_cache, v_cache, cache_positions = cache_inputs("cpu")
     q = randn(300).as_strided((2, 4, k.shape[2], k.shape[3]), (24, 4, 1, 1))
-    expected = apply_rotary_to_cache(q.contiguous(), k, v, positions, k_cache, v_cache, slots)
-    assert torch.equal(apply_rotary_to_cache(q, k, v, positions, k_cache, v_cache, slots), expected)
+    expected = apply_rotary_to_cache(q.contiguous(), k, v, positions, k_cache, v_cache, cache_positions)
+    assert torch.equal(apply_rotary_to_cache(q, k, v, positions, k_cache, v_cache, cache_positions), expected)
 
 
 def test_cache_takes_no_gradients() -> None:
@@ -405,9 +408,9 @@ def test_cache_takes_no_gradients() -> None:
         (5, lambda cache: cache[:, :, :4], ValueError, "v_cache: expected shape"),
         (5, lambda cache: cache.half(), TypeError, "v_cache: has dtype"),
         (4, lambda cache: cache.int(), TypeError, "k_cache: expected float32"),
-        (6, lambda slots: slots.float(), TypeError, "slots: expected int32 or int64"),
-        (6, lambda slots: slots[:, :2], ValueError, "slots: expected shape"),
-        (6, lambda slots: slots[0, :2], ValueError, "slots: expected shape"),
+        (6, lambda cache_positions: cache_positions.float(), TypeError, "cache_positions: expected int32 or int64"),
+        (6, lambda cache_positions: cache_positions[:, :2], ValueError, "cache_positions: expected shape"),
+        (6, lambda cache_positions: cache_positions[0, :2], ValueError, "cache_positions: expected shape"),
     ],
 )
 def test_cache_errors(index: int, change: Callable[[Tensor], Tensor], error: type[Exception], message: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from pg_kernels import backend as use_backend
 from pg_kernels import geglu_mlp
 from pg_kernels.nn import GeGLUMLP
-from pg_kernels.ops import launch
+from pg_kernels.ops._common import devices
 from pg_kernels.ops.geglu_mlp import tiles
 from pg_kernels.ops.geglu_mlp.tiles import Tiles
 
@@ -55,7 +55,7 @@ def test_values_and_gradients(
 @pytest.mark.backends("triton")
 @pytest.mark.parametrize(
     "chosen",
-    [Tiles(16, 32, 32, 1, 4, 2), Tiles(32, 16, 64, 8, 4, 2), *tiles.candidates(9, launch.INTERPRETER)],
+    [Tiles(16, 32, 32, 1, 4, 2), Tiles(32, 16, 64, 8, 4, 2), *tiles.candidates(9, devices.INTERPRETER)],
     ids=lambda chosen: f"{chosen.rows}x{chosen.features}x{chosen.inner}",
 )
 @pytest.mark.parametrize("sizes", [(64, 128, 64), (40, 72, 24), (1, 3, 2), (130, 257, 66)], ids=str)

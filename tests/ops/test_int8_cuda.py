@@ -24,7 +24,7 @@ from helpers import randn
 from torch import Tensor
 
 from pg_kernels import backend, quantize_int8
-from pg_kernels.ops import extension
+from pg_kernels.ops._common import extension
 from pg_kernels.ops.int8_linear import cuda, reference, tiles
 
 ROOT = Path(__file__).parents[2]
@@ -307,6 +307,6 @@ def test_many_rows_are_left_to_cublas(gpu: int, monkeypatch: pytest.MonkeyPatch)
 
 def test_what_does_not_fit() -> None:
     x = randn(2, 64)
-    assert cuda.unfit(x, 64, 64) is None and cuda.unfit(x, 32, 64) is None
-    assert cuda.unfit(x, 16, 64) == "groups of 16 columns are not a multiple of 32"
-    assert "float64" in str(cuda.unfit(x.double(), 64, 64))
+    assert cuda.unsupported_reason(x, 64, 64) is None and cuda.unsupported_reason(x, 32, 64) is None
+    assert cuda.unsupported_reason(x, 16, 64) == "groups of 16 columns are not a multiple of 32"
+    assert "float64" in str(cuda.unsupported_reason(x.double(), 64, 64))

@@ -7,12 +7,12 @@ import torch
 from helpers import DEVICES, gelu_tanh, one_rounding, randn
 from torch import Tensor
 
-from pg_kernels.ops import launch
+from pg_kernels.ops._common import devices
 from pg_kernels.ops.int8_linear import reference, tiles, triton
 from pg_kernels.ops.int8_linear.tiles import Tiles
 from pg_kernels.ops.quantize_int8.reference import quantize_int8
 
-pytestmark = pytest.mark.skipif(launch.obstacle(DEVICES[-1]) is not None, reason="needs triton")
+pytestmark = pytest.mark.skipif(devices.unavailable_reason(DEVICES[-1]) is not None, reason="needs triton")
 DEVICE = DEVICES[-1]
 BOUNDS = {torch.float32: 5e-4, torch.float16: 5e-4, torch.bfloat16: 2.5e-3}
 if DEVICE == "cpu":  # whose interpreter cuts bf16 off
@@ -126,7 +126,7 @@ def test_shared_sums(int8_activations: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_multiprocessor_works_for_few_rows() -> None:
-    device = launch.Device("large", (9, 0), 132)
+    device = devices.Device("large", (9, 0), 132)
     assert tiles.splits(1, 32, 100, device) == 8
     assert tiles.splits(1, 32, 4, device) == 2
     assert tiles.splits(1, 4019, 100, device) == 1
@@ -134,7 +134,7 @@ def test_every_multiprocessor_works_for_few_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    "chosen", [Tiles(64, 16, 32, 1, 4, 2), *tiles.candidates(17, False, launch.INTERPRETER)], ids=str
+    "chosen", [Tiles(64, 16, 32, 1, 4, 2), *tiles.candidates(17, False, devices.INTERPRETER)], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_tiles(chosen: Tiles, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pg_kernels import backend as use_backend
 from pg_kernels import prefix_lm_attention, prefix_lm_attention_varlen
-from pg_kernels.ops import launch
+from pg_kernels.ops._common import devices
 from pg_kernels.ops.prefix_lm_attention import kernels, op, sdpa, tiles
 
 OP = "prefix_lm_attention"
@@ -560,7 +560,9 @@ def small(rows: int, keys: int, dim: int = 16, itemsize: int = 4, **options: boo
         for kernel in ("forward", "backward_q", "backward_kv")
         for rows in (64, 65)
     ]
-    return launch.trying(dict.fromkeys(names, {"rows": rows, "keys": keys, "warps": 4, "stages": 1, **options}))
+    return devices.override_tiles(
+        dict.fromkeys(names, {"rows": rows, "keys": keys, "warps": 4, "stages": 1, **options})
+    )
 
 
 @pytest.fixture(params=[(16, 16), (32, 16), (16, 32)], ids=str)
@@ -600,8 +602,8 @@ def test_decoding_shares_the_keys_among_programs(device: str, backend: str, pref
         options["kv_starts"][1] = min(options["kv_starts"][1], length[1])
         check(tensors(device, heads=8, kv_heads=1, q_len=2, kv_len=160, dim=32), options, dtype)
     q, k, v = tensors(device, heads=8, kv_heads=1, q_len=2, kv_len=160, dim=32)
-    chosen = tiles.choose("forward", 32, 4, 16, launch.device_of(q))
-    assert tiles.splits(2, 160, chosen.keys, launch.device_of(q)) > 1
+    chosen = tiles.choose("forward", 32, 4, 16, devices.device_of(q))
+    assert tiles.splits(2, 160, chosen.keys, devices.device_of(q)) > 1
 
 
 @pytest.mark.backends("triton")

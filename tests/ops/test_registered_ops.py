@@ -57,7 +57,7 @@ def calls() -> dict[str, dict[str, Any]]:
         },
         "apply_rotary_to_cache_native": {
             **{"q": heads, "k": heads, "v": heads, "positions": torch.arange(S)[None], "theta": 1e4},
-            **{"k_cache": heads.clone(), "v_cache": heads.clone(), "slots": torch.arange(S)[None]},
+            **{"k_cache": heads.clone(), "v_cache": heads.clone(), "cache_positions": torch.arange(S)[None]},
         },
         "prefix_lm_attention_few": {
             **{"q": heads, "k": heads, "v": heads, "examples": [0, 0, S, 0]},

@@ -3,7 +3,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pg_kernels.ops.functions import sincos
+from pg_kernels.ops._common.jit_functions import sincos
 
 
 @triton.jit
@@ -12,7 +12,7 @@ def rotate(
     k_ptr,
     v_ptr,
     positions_ptr,
-    slots_ptr,
+    cache_positions_ptr,
     q_out_ptr,
     k_out_ptr,
     v_out_ptr,
@@ -24,7 +24,7 @@ def rotate(
     k_strides,
     v_strides,
     positions_strides,
-    slots_strides,
+    cache_positions_strides,
     q_out_strides,
     k_out_strides,
     v_out_strides,
@@ -37,7 +37,7 @@ def rotate(
     TOKENS: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
-    """Turn some heads of q and k at TOKENS positions; with v and slots, put k and v there instead of at their own tokens."""
+    """Rotate some heads of q and k at TOKENS positions. With v and cache_positions, store k and v there, else at their tokens."""
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     batch, token = (n // length).to(tl.int64), (n % length).to(tl.int64)
     here = n < tokens
@@ -51,8 +51,12 @@ def rotate(
         sin = -sin
 
     slot, stored = token, inside
-    if slots_ptr is not None:
-        slot = tl.load(slots_ptr + batch * slots_strides[0] + token * slots_strides[1], mask=here, other=0).to(tl.int64)
+    if cache_positions_ptr is not None:
+        slot = tl.load(
+            cache_positions_ptr + batch * cache_positions_strides[0] + token * cache_positions_strides[1],
+            mask=here,
+            other=0,
+        ).to(tl.int64)
         fits = (slot >= 0) & (slot < capacity)
         stored = inside & fits[:, None]
         # A slot outside the cache is not written, and what attends from there must not look right.

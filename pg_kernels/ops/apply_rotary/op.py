@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pg_kernels.backends import offer, select
-from pg_kernels.ops import checks, extension, launch
+from pg_kernels.backends import register_backend, select
+from pg_kernels.ops._common import checks, devices, extension
+from pg_kernels.ops._common.autograd import refuse_second_derivative
+from pg_kernels.ops._common.extension import _C, FLOAT_CODES
+from pg_kernels.ops._common.registration import define_composite, define_opaque
 from pg_kernels.ops.apply_rotary import reference, tiles
-from pg_kernels.ops.extension import _C, FLOAT_CODES
-from pg_kernels.ops.library import define_composite, define_opaque, refuse_second_derivative
 
 _FEW_TOKENS = 64
 """For more than these PyTorch's functions, with threads and vectors for sines, are faster than the C++ kernel."""
@@ -28,32 +29,46 @@ def _fake_rotate(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _to_cache(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, theta: float, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    theta: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_positions: Tensor,
 ) -> Tensor:
     q_out = torch.empty_like(q)
-    _launch((q, k, v), positions, theta, (q_out, k_cache, v_cache), slots, inverse=False)
+    _launch((q, k, v), positions, theta, (q_out, k_cache, v_cache), cache_positions, inverse=False)
     return q_out
 
 
 def _to_cache_native(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, theta: float, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    theta: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_positions: Tensor,
 ) -> Tensor:
-    # It takes addresses: the sizes must fit, whoever calls, and within a compiled graph nobody has looked at the slots.
+    # It takes addresses: the sizes must fit, whoever calls, and within a compiled graph nobody has looked at the cache_positions.
     extension.check(q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    checks.check_integer(positions=positions, slots=slots)
-    positions, slots = (t[0] if t.dim() == 2 and len(t) == 1 else t for t in (positions, slots))
+    checks.check_integer(positions=positions, cache_positions=cache_positions)
+    positions, cache_positions = (t[0] if t.dim() == 2 and len(t) == 1 else t for t in (positions, cache_positions))
     positions = _checked(q, k, positions, theta)
-    slots = _checked_cache(q, k, v, k_cache, v_cache, slots)
+    cache_positions = _checked_cache(q, k, v, k_cache, v_cache, cache_positions)
     if q.shape[3] > extension.LONGEST_HEAD:
         raise ValueError(f"q: expected heads of at most {extension.LONGEST_HEAD}, got {q.shape[3]}")
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
         raise ValueError("k_cache: expected caches whose rows are contiguous")
-    _check_slots(slots, k_cache)
+    _check_cache_positions(cache_positions, k_cache)
     q_out = q.new_empty(q.shape)
     batch, _, length, dim = q.shape
     tokens = (batch, length)
     # Kept until the call is over.
-    positions, slots = (t.expand(tokens).to(torch.int64).contiguous() for t in (positions, slots))
+    positions, cache_positions = (t.expand(tokens).to(torch.int64).contiguous() for t in (positions, cache_positions))
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     frequencies = _frequencies(dim, theta)
     _C.rotary(
@@ -64,7 +79,7 @@ def _to_cache_native(
         k_cache=extension.heads(k_cache),
         v_cache=extension.heads(v_cache),
         positions=positions.data_ptr(),
-        slots=slots.data_ptr(),
+        cache_positions=cache_positions.data_ptr(),
         frequencies=frequencies.data_ptr(),
         batch=batch,
         length=length,
@@ -86,7 +101,7 @@ def _launch(
     positions: Tensor,
     theta: float,
     outputs: tuple[Tensor, Tensor, Tensor | None],
-    slots: Tensor | None,
+    cache_positions: Tensor | None,
     *,
     inverse: bool,
 ) -> None:
@@ -98,17 +113,17 @@ def _launch(
     if not tokens or not heads_in_all:
         return
     step = _short(-2.0 / dim * math.log2(theta))
-    device = launch.device_of(q)
+    device = devices.device_of(q)
     chosen = tiles.choose(dim, device)
     blocks = -(-tokens // chosen.tokens)
     heads_per_program = tiles.heads_per_program(blocks, heads_in_all, device)
-    with launch.on_device_of(q):
+    with devices.on_device_of(q):
         kernels.rotate[(blocks, -(-heads_in_all // heads_per_program))](
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,
             positions_ptr=positions,
-            slots_ptr=slots,
+            cache_positions_ptr=cache_positions,
             q_out_ptr=q_out,
             k_out_ptr=k_out,
             v_out_ptr=v_out,
@@ -120,7 +135,7 @@ def _launch(
             k_strides=k.stride(),
             v_strides=(k if v is None else v).stride(),
             positions_strides=_shared(positions, batch),
-            slots_strides=(0, 0) if slots is None else _shared(slots, batch),
+            cache_positions_strides=(0, 0) if cache_positions is None else _shared(cache_positions, batch),
             q_out_strides=q_out.stride(),
             k_out_strides=k_out.stride(),
             v_out_strides=(k_out if v_out is None else v_out).stride(),
@@ -166,9 +181,9 @@ class _Rotate(torch.autograd.Function):
         return *grads, None, None, None
 
 
-offer("apply_rotary", "triton", launch.obstacle)
-offer("apply_rotary_to_cache", "triton", launch.obstacle)
-offer("apply_rotary_to_cache", "native", extension.obstacle)
+register_backend("apply_rotary", "triton", devices.unavailable_reason)
+register_backend("apply_rotary_to_cache", "triton", devices.unavailable_reason)
+register_backend("apply_rotary_to_cache", "native", extension.unavailable_reason)
 define_composite(
     "apply_rotary(Tensor q, Tensor k, Tensor positions, float theta) -> (Tensor, Tensor)", reference.apply_rotary
 )
@@ -179,8 +194,8 @@ define_opaque(
     _Rotate.apply,
 )
 _TO_CACHE = (
-    "(Tensor q, Tensor k, Tensor v, Tensor positions, float theta, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) "
-    "-> Tensor"
+    "(Tensor q, Tensor k, Tensor v, Tensor positions, float theta, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor cache_positions) -> Tensor"
 )
 define_opaque(
     f"apply_rotary_to_cache{_TO_CACHE}", reference.apply_rotary_to_cache, lambda q, *rest: torch.empty_like(q)
@@ -208,7 +223,7 @@ def apply_rotary(q: Tensor, k: Tensor, positions: Tensor, *, theta: float = 10_0
     Source: Su et al., https://arxiv.org/abs/2104.09864; the half-split form as in Gemma's original code.
     """
     positions = _checked(q, k, positions, theta)
-    if select("apply_rotary", q.device.type, {"triton": launch.unfit(q)}) == "triton":
+    if select("apply_rotary", q.device.type, {"triton": devices.unsupported_reason(q)}) == "triton":
         return torch.ops.pg_kernels.apply_rotary_triton(q, k, positions, theta, False)
     return torch.ops.pg_kernels.apply_rotary(q, k, positions, theta)
 
@@ -220,7 +235,7 @@ def apply_rotary_to_cache(
     positions: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    slots: Tensor,
+    cache_positions: Tensor,
     *,
     theta: float = 10_000.0,
 ) -> Tensor:
@@ -231,7 +246,7 @@ def apply_rotary_to_cache(
         k, v: [B, Hkv, S, D], q's dtype.
         positions: [S] or [B, S], int32 or int64.
         k_cache, v_cache: [B, Hkv, capacity, D], of one floating-point dtype; written in place.
-        slots: [S] or [B, S], int32 or int64: where in the cache each token goes, in [0, capacity).
+        cache_positions: [S] or [B, S], int32 or int64: where in the cache each token goes, in [0, capacity).
         theta: base of the angles' geometric series.
 
     Returns:
@@ -244,29 +259,29 @@ def apply_rotary_to_cache(
         RuntimeError: gradients would have to flow through the cache.
     """
     positions = _checked(q, k, positions, theta)
-    slots = _checked_cache(q, k, v, k_cache, v_cache, slots)
+    cache_positions = _checked_cache(q, k, v, k_cache, v_cache, cache_positions)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, k_cache, v_cache)):
         raise RuntimeError(
             "apply_rotary_to_cache: gradients do not flow through a cache; call it under torch.no_grad()"
         )
-    if checks.values_are_free(slots):
-        _check_slots(slots, k_cache)
-    native = extension.unfit(q, k_cache)
+    if checks.values_are_free(cache_positions):
+        _check_cache_positions(cache_positions, k_cache)
+    native = extension.unsupported_reason(q, k_cache)
     if q.shape[3] > extension.LONGEST_HEAD or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
         native = f"heads longer than {extension.LONGEST_HEAD}, or caches whose rows are not contiguous"
-    obstacles = {"triton": launch.unfit(q, k_cache), "native": native}
+    unsupported = {"triton": devices.unsupported_reason(q, k_cache), "native": native}
     # It turns one token after the other, for decoding.
     avoid = ("native",) if q.shape[0] * q.shape[2] > _FEW_TOKENS else ()
-    backend = select("apply_rotary_to_cache", q.device.type, obstacles, avoid)
+    backend = select("apply_rotary_to_cache", q.device.type, unsupported, avoid)
     name = "apply_rotary_to_cache" if backend == "reference" else f"apply_rotary_to_cache_{backend}"
-    return getattr(torch.ops.pg_kernels, name)(q, k, v, positions, theta, k_cache, v_cache, slots)
+    return getattr(torch.ops.pg_kernels, name)(q, k, v, positions, theta, k_cache, v_cache, cache_positions)
 
 
-def _check_slots(slots: Tensor, cache: Tensor) -> None:
-    numbers = slots.flatten().tolist()
+def _check_cache_positions(cache_positions: Tensor, cache: Tensor) -> None:
+    numbers = cache_positions.flatten().tolist()
     wrong = [slot for slot in numbers if not 0 <= slot < cache.shape[2]]
     if wrong:
-        raise ValueError(f"slots: {wrong[0]} is outside the cache's [0, {cache.shape[2]})")
+        raise ValueError(f"cache_positions: {wrong[0]} is outside the cache's [0, {cache.shape[2]})")
 
 
 def _checked(q: Tensor, k: Tensor, positions: Tensor, theta: float) -> Tensor:
@@ -284,17 +299,19 @@ def _checked(q: Tensor, k: Tensor, positions: Tensor, theta: float) -> Tensor:
     return _per_token("positions", positions, q)
 
 
-def _checked_cache(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> Tensor:
-    """Check what is written into a cache, and give the slots as [B or 1, S]."""
+def _checked_cache(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_positions: Tensor
+) -> Tensor:
+    """Check what is written into a cache, and give the cache_positions as [B or 1, S]."""
     checks.check_shape("v", v, list(k.shape), " (k's)")
     checks.check_same(q=q, v=v)
     checks.check_float(k_cache=k_cache, v_cache=v_cache)
     checks.check_shape("k_cache", k_cache, [*k.shape[:2], "capacity", k.shape[3]], " (k's but for the capacity)")
     checks.check_shape("v_cache", v_cache, list(k_cache.shape), " (k_cache's)")
     checks.check_same(k_cache=k_cache, v_cache=v_cache)
-    checks.check_integer(slots=slots)
-    checks.check_device(q=q, k_cache=k_cache, slots=slots)
-    return _per_token("slots", slots, q)
+    checks.check_integer(cache_positions=cache_positions)
+    checks.check_device(q=q, k_cache=k_cache, cache_positions=cache_positions)
+    return _per_token("cache_positions", cache_positions, q)
 
 
 def _per_token(name: str, numbers: Tensor, q: Tensor) -> Tensor:

@@ -29,11 +29,11 @@ def apply_rotary_to_cache(
     theta: float,
     k_cache: Tensor,
     v_cache: Tensor,
-    slots: Tensor,
+    cache_positions: Tensor,
 ) -> Tensor:
-    """Turn q and k; put k and v [B, Hkv, S, D] at slots [B or 1, S] of the caches [B, Hkv, capacity, D], in their dtype."""
+    """Rotate q and k; store k and v [B, Hkv, S, D] at cache_positions [B or 1, S] of the caches [B, Hkv, capacity, D]."""
     q, k = apply_rotary(q, k, positions, theta)
     batch = torch.arange(k.shape[0], device=k.device)[:, None]
     for cache, new in ((k_cache, k), (v_cache, v)):
-        cache[batch, :, slots.long()] = new.transpose(1, 2).to(cache.dtype)
+        cache[batch, :, cache_positions.long()] = new.transpose(1, 2).to(cache.dtype)
     return q

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pg_kernels.backends import offer, select
-from pg_kernels.ops import checks, extension, launch
-from pg_kernels.ops.extension import _C, FLOAT_CODES
+from pg_kernels.backends import register_backend, select
+from pg_kernels.ops._common import checks, devices, extension
+from pg_kernels.ops._common.autograd import refuse_second_derivative
+from pg_kernels.ops._common.extension import _C, FLOAT_CODES
+from pg_kernels.ops._common.registration import define_composite, define_opaque
+from pg_kernels.ops._common.rows import Rows, rows_of
 from pg_kernels.ops.geglu import reference, tiles
-from pg_kernels.ops.library import define_composite, define_opaque, refuse_second_derivative
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -19,9 +21,9 @@ def _forward(gate: Tensor, up: Tensor) -> Tensor:
     y = gate.new_empty(gate.shape)
     if y.numel():
         columns, (gate_rows, up_rows) = _rows(gate, up)
-        chosen = tiles.choose(columns, launch.device_of(gate))
+        chosen = tiles.choose(columns, devices.device_of(gate))
         blocks = -(-columns // chosen.block)
-        with launch.on_device_of(gate):
+        with devices.on_device_of(gate):
             kernels.forward[(gate_rows.count * blocks,)](
                 gate_ptr=gate_rows.tensor,
                 up_ptr=up_rows.tensor,
@@ -44,9 +46,9 @@ def _backward(grad: Tensor, gate: Tensor, up: Tensor, with_product: bool) -> tup
     grad_gate, grad_up, y = _fake_backward(grad, gate, up, with_product)
     if grad.numel():
         columns, (grad_rows, gate_rows, up_rows) = _rows(grad, gate, up)
-        chosen = tiles.choose(columns, launch.device_of(gate))
+        chosen = tiles.choose(columns, devices.device_of(gate))
         blocks = -(-columns // chosen.block)
-        with launch.on_device_of(gate):
+        with devices.on_device_of(gate):
             kernels.backward[(gate_rows.count * blocks,)](
                 grad_ptr=grad_rows.tensor,
                 gate_ptr=gate_rows.tensor,
@@ -109,11 +111,11 @@ def _fake_backward(grad: Tensor, gate: Tensor, up: Tensor, with_product: bool) -
     return gate.new_empty(gate.shape), up.new_empty(up.shape), gate.new_empty(gate.shape if with_product else 0)
 
 
-def _rows(*tensors: Tensor) -> tuple[int, list[launch.Rows]]:
+def _rows(*tensors: Tensor) -> tuple[int, list[Rows]]:
     """The length of a row, and the tensors as rows: one long one where all lie in one piece."""
     if all(tensor.is_contiguous() for tensor in tensors) or tensors[0].dim() == 0:
         tensors = tuple(tensor.reshape(-1) for tensor in tensors)
-    return tensors[0].shape[-1], [launch.rows_of(tensor) for tensor in tensors]
+    return tensors[0].shape[-1], [rows_of(tensor) for tensor in tensors]
 
 
 class _GeGLU(torch.autograd.Function):
@@ -131,8 +133,8 @@ class _GeGLU(torch.autograd.Function):
         return None, *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[1:], strict=True))
 
 
-offer("geglu", "triton", launch.obstacle)
-offer("geglu", "native", extension.obstacle)
+register_backend("geglu", "triton", devices.unavailable_reason)
+register_backend("geglu", "native", extension.unavailable_reason)
 define_composite("geglu(Tensor gate, Tensor up) -> Tensor", reference.geglu)
 for _name, _implementations in {
     "geglu_triton": (_forward, _backward),
@@ -170,7 +172,8 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     checks.check_float(gate=gate, up=up)
     checks.check_shape("up", up, list(gate.shape), " (gate's)")
     checks.check_same(gate=gate, up=up)
-    backend = select("geglu", gate.device.type, {"triton": launch.unfit(gate), "native": extension.unfit(gate)})
+    unsupported = {"triton": devices.unsupported_reason(gate), "native": extension.unsupported_reason(gate)}
+    backend = select("geglu", gate.device.type, unsupported)
     if backend == "reference":
         return torch.ops.pg_kernels.geglu(gate, up)
     return getattr(torch.ops.pg_kernels, f"geglu_{backend}")(gate, up)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pg_kernels.ops.launch import Device, tuned
+from pg_kernels.ops._common.devices import Device, tuned
 
 KEY = "rows of any length"
 

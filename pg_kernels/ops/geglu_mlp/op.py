@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pg_kernels.backends import offer, select
-from pg_kernels.ops import checks, extension, launch
+from pg_kernels.backends import register_backend, select
+from pg_kernels.ops._common import checks, devices, extension
+from pg_kernels.ops._common.autograd import refuse_second_derivative
+from pg_kernels.ops._common.registration import define_composite, define_opaque
 from pg_kernels.ops.geglu_mlp import reference, tiles
-from pg_kernels.ops.library import define_composite, define_opaque, refuse_second_derivative
 
 
 def _forward(
@@ -19,7 +20,7 @@ def _forward(
 
     The third intermediate, their product, costs one pass over memory, which the backward pass makes anyway.
     """
-    chosen = tiles.choose(*_sizes(x, gate_weight), x.dtype, launch.device_of(x))
+    chosen = tiles.choose(*_sizes(x, gate_weight), x.dtype, devices.device_of(x))
     if chosen is not None and not keep:
         y = F.linear(_fused(x, gate_weight, up_weight, chosen), down_weight)
         return y, x.new_empty(0), x.new_empty(0)
@@ -38,7 +39,7 @@ def _fused(x: Tensor, gate_weight: Tensor, up_weight: Tensor, chosen: tiles.Tile
     rows, inner, features = _sizes(x, gate_weight)
     y = x.new_empty(rows, features)
     if y.numel():
-        with launch.on_device_of(x):
+        with devices.on_device_of(x):
             kernels.gate_up[(-(-rows // chosen.rows) * -(-features // chosen.features),)](
                 x_ptr=x,
                 gate_ptr=gate_weight,
@@ -55,7 +56,7 @@ def _fused(x: Tensor, gate_weight: Tensor, up_weight: Tensor, chosen: tiles.Tile
                 BLOCK=chosen.inner,
                 GROUP=chosen.group,
                 EVEN=inner % chosen.inner == 0,
-                WIDEN=launch.widens_products(x),
+                WIDEN=devices.upcasts_dot_operands(x),
                 num_warps=chosen.warps,
                 num_stages=chosen.stages,
                 enable_fp_fusion=True,
@@ -113,8 +114,8 @@ class _GeGLUMLP(torch.autograd.Function):
         )
 
 
-offer("geglu_mlp", "triton", launch.obstacle)
-offer("geglu_mlp", "native", extension.obstacle)
+register_backend("geglu_mlp", "triton", devices.unavailable_reason)
+register_backend("geglu_mlp", "native", extension.unavailable_reason)
 define_composite(
     "geglu_mlp(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor down_weight) -> Tensor", reference.geglu_mlp
 )
@@ -154,7 +155,9 @@ def geglu_mlp(x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Te
     checks.check_shape("down_weight", down_weight, ["N", gate_weight.shape[0]], " (F is gate_weight's first dimension)")
     x, gate_weight, up_weight, down_weight = checks.autocast(x, gate_weight, up_weight, down_weight)
     checks.check_same(x=x, gate_weight=gate_weight, up_weight=up_weight, down_weight=down_weight)
-    backend = select("geglu_mlp", x.device.type, {"triton": launch.unfit(x), "native": extension.unfit(x)})
+    backend = select(
+        "geglu_mlp", x.device.type, {"triton": devices.unsupported_reason(x), "native": extension.unsupported_reason(x)}
+    )
     if backend == "triton":
         tensors = (x.reshape(-1, x.shape[-1]), gate_weight, up_weight, down_weight)
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pg_kernels.ops.launch import Device, tuned
+from pg_kernels.ops._common.devices import Device, tuned
 
 
 @dataclass(frozen=True)

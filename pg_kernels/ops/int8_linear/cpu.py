@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pg_kernels.ops import extension
-from pg_kernels.ops.extension import _C, FLOAT_CODES
+from pg_kernels.ops._common import extension
+from pg_kernels.ops._common.extension import _C, FLOAT_CODES
 
 _STEP = 4
 """Columns of a weight that lie together."""
@@ -26,9 +26,9 @@ def _steps(k: int, group_size: int) -> int:
     return whole * -(-group_size // _STEP) + -(-(k - whole * group_size) // _STEP)
 
 
-def unfit(x: Tensor, group_size: int, columns: int) -> str | None:
+def unsupported_reason(x: Tensor, group_size: int, columns: int) -> str | None:
     """Why the kernels cannot multiply x, or None when they can."""
-    return extension.unfit(x)
+    return extension.unsupported_reason(x)
 
 
 def groups_fit(columns: int, group_size: int) -> bool:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pg_kernels.ops import extension, launch
-from pg_kernels.ops.extension import FLOAT_CODES
+from pg_kernels.ops._common import devices, extension
+from pg_kernels.ops._common.extension import FLOAT_CODES
 from pg_kernels.ops.int8_linear import tiles
 
 _TILE, _CHUNK = 16, 32
@@ -19,11 +19,11 @@ EMULATED = 80
 """The number of the device that the tests' emulator is."""
 
 
-def unfit(x: Tensor, group_size: int, columns: int) -> str | None:
+def unsupported_reason(x: Tensor, group_size: int, columns: int) -> str | None:
     """Why the kernels cannot multiply x [M, K] by a weight in groups of this many columns, or None when they can."""
     if not groups_fit(columns, group_size):
         return f"groups of {group_size} columns are not a multiple of {_CHUNK}"
-    return extension.unfit(x)
+    return extension.unsupported_reason(x)
 
 
 def groups_fit(columns: int, group_size: int) -> bool:
@@ -114,7 +114,7 @@ def multiply(
         options = (group_size, int8_activations, out_dtype)
         return [y for p in halves for y in multiply(x, data[p], scales[p], biases[p], sizes[p], *options)]
     plain = x.dtype == out_dtype == torch.bfloat16 and not int8_activations and not geglu
-    if plain and tiles.dequantizes(rows, launch.device_of(x)):
+    if plain and tiles.dequantizes(rows, devices.device_of(x)):
         copies = (
             dequantize(d, s, n, columns, group_size, x.dtype) for d, s, n in zip(data, scales, sizes, strict=True)
         )

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pg_kernels.backends import BACKENDS, offer, select
-from pg_kernels.ops import checks, extension, launch
+from pg_kernels.backends import BACKENDS, register_backend, select
+from pg_kernels.ops._common import checks, devices, extension
+from pg_kernels.ops._common.autograd import needs_autograd, refuse_second_derivative
+from pg_kernels.ops._common.registration import define_opaque
 from pg_kernels.ops.geglu import geglu
 from pg_kernels.ops.int8_linear import cpu, cuda, reference, triton
-from pg_kernels.ops.library import define_opaque, is_watched, refuse_second_derivative
 from pg_kernels.ops.quantize_int8.reference import dequantize_int8
 
 _SHORT = 2**16
@@ -275,7 +276,11 @@ def _backward(grad: Tensor, weight: Tensor, scale: Tensor, columns: int, group_s
     checks.check_device(grad=grad, weight=weight)
     if backend == "native":
         weight, scale = _unpack(weight, scale, grad.shape[1], columns, group_size)
-    on_gpu = grad.device.type == "cuda" and launch.obstacle("cuda") is None and launch.unfit(grad) is None
+    on_gpu = (
+        grad.device.type == "cuda"
+        and devices.unavailable_reason("cuda") is None
+        and devices.unsupported_reason(grad) is None
+    )
     if backend == "triton" or (backend == "native" and on_gpu):
         return triton.input_gradient(grad, weight, scale, group_size)
     return reference.input_gradient(grad, weight, scale, group_size)
@@ -397,8 +402,8 @@ def _fake_topk(
     return x.new_empty(len(x), k, dtype=torch.float32), x.new_empty(len(x), k, dtype=torch.int64)
 
 
-offer("int8_linear", "native", extension.obstacle_on_any)
-offer("int8_linear", "triton", launch.obstacle)
+register_backend("int8_linear", "native", extension.unavailable_reason_cpu_or_cuda)
+register_backend("int8_linear", "triton", devices.unavailable_reason)
 # With backend "native" weight and scale are in the extension's layout, else int8 [N, K] and [N, groups].
 define_opaque(
     "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, SymInt n, SymInt group_size, bool int8_activations, "
@@ -461,7 +466,7 @@ def pack_int8(qweight: Tensor, scale: Tensor) -> PackedInt8Weight:
     """
     weight = _checked("qweight", qweight, scale)
     fits = _native(weight.device).groups_fit(qweight.shape[1], weight.group_size)
-    if extension.obstacle_on_any(weight.device.type) is not None or not fits:
+    if extension.unavailable_reason_cpu_or_cuda(weight.device.type) is not None or not fits:
         return weight
     data, packed_scale = torch.ops.pg_kernels.pack_int8(weight._data, weight._scale, weight.group_size)
     return PackedInt8Weight(weight.shape, weight.group_size, data, packed_scale, weight._one_scale)
@@ -584,7 +589,7 @@ def int8_projections(
     x, backend = _prepared(x, weights, biases, activations)
     group_sizes = {weight.group_size for weight in weights}
     native = backend == "native" and all(weight._is_native for weight in weights)
-    if not native or len(group_sizes) > 1 or is_watched(x, *biases):
+    if not native or len(group_sizes) > 1 or needs_autograd(x, *biases):
         return tuple(int8_linear(x, w, bias=b, activations=activations) for w, b in zip(weights, biases, strict=True))
     outputs = torch.ops.pg_kernels.int8_projections(
         x.reshape(-1, x.shape[-1]),
@@ -617,7 +622,7 @@ def int8_geglu(x: Tensor, gate: PackedInt8Weight, up: PackedInt8Weight, *, activ
         raise ValueError(f"up: expected shape {list(gate.shape)} (gate's), got {list(up.shape)}")
     x, backend = _prepared(x, [gate, up], [None, None], activations)
     fused = backend == "triton" or (backend == "native" and gate._is_native and up._is_native)
-    if not fused or gate.group_size != up.group_size or is_watched(x):
+    if not fused or gate.group_size != up.group_size or needs_autograd(x):
         return geglu(*int8_projections(x, [gate, up], activations=activations))
     y = torch.ops.pg_kernels.int8_geglu(
         x.reshape(-1, x.shape[-1]),
@@ -700,8 +705,8 @@ def _prepared(
             checks.check_shape("bias", bias, [weight.shape[0]], " (the weight's N)")
         checks.check_device(x=x, weight=weight._data, bias=bias)
     (x,) = checks.autocast(x)
-    unfit = [_native(x.device).unfit(x, weight.group_size, weight.shape[1]) for weight in weights]
-    native = next((reason for reason in unfit if reason is not None), None)
+    unsupported = [_native(x.device).unsupported_reason(x, weight.group_size, weight.shape[1]) for weight in weights]
+    native = next((reason for reason in unsupported if reason is not None), None)
     # Where there are both, the extension's kernels are the faster ones.
-    avoid = ("triton",) if native is None and extension.obstacle_on_any(x.device.type) is None else ()
-    return x, select("int8_linear", x.device.type, {"native": native, "triton": launch.unfit(x)}, avoid)
+    avoid = ("triton",) if native is None and extension.unavailable_reason_cpu_or_cuda(x.device.type) is None else ()
+    return x, select("int8_linear", x.device.type, {"native": native, "triton": devices.unsupported_reason(x)}, avoid)

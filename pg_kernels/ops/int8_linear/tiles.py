@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pg_kernels.ops.launch import Device, tuned
+from pg_kernels.ops._common.devices import Device, tuned
 
 FEW = 16
 """Rows of x up to which the weight's way from memory is all that takes time."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pg_kernels.ops import launch
+from pg_kernels.ops._common import devices
 from pg_kernels.ops.int8_linear import tiles
 
 _ALIGNED = 16
@@ -38,7 +38,7 @@ def multiply(
     geglu: bool = False,
 ) -> list[Tensor]:
     """x [M, K] times each of some weights [N, K], `sizes` their rows; `geglu` makes one of two."""
-    if launch.widens_products(x) and out_dtype == x.dtype:  # the interpreter stores bf16 without rounding
+    if devices.upcasts_dot_operands(x) and out_dtype == x.dtype:  # the interpreter stores bf16 without rounding
         options = (group_size, int8_activations, torch.float32, geglu)
         return [y.to(out_dtype) for y in multiply(x, data, scales, biases, sizes, *options)]
     outputs = [x.new_empty(len(x), n, dtype=out_dtype) for n in (sizes[:1] if geglu else sizes)]
@@ -59,7 +59,7 @@ def multiply(
 
 def input_gradient(grad: Tensor, qweight: Tensor, scale: Tensor, group_size: int) -> Tensor:
     """grad [M, N] times qweight · scale: [M, K]."""
-    if launch.widens_products(grad):
+    if devices.upcasts_dot_operands(grad):
         return input_gradient(grad.float(), qweight, scale, group_size).to(grad.dtype)
     from pg_kernels.ops.int8_linear import kernels
 
@@ -70,7 +70,7 @@ def input_gradient(grad: Tensor, qweight: Tensor, scale: Tensor, group_size: int
     chosen = tiles.gradient(rows, torch.float32 if many else grad.dtype)
     columns = chosen.features if groups == 1 or many else min(chosen.features, group_size)
     if y.numel():
-        with launch.on_device_of(grad):
+        with devices.on_device_of(grad):
             kernels.input_gradient[(-(-rows // chosen.tokens) * -(-inner // columns),)](
                 grad_ptr=grad,
                 weight_ptr=qweight,
@@ -89,7 +89,7 @@ def input_gradient(grad: Tensor, qweight: Tensor, scale: Tensor, group_size: int
                 GROUP_SIZE=group_size if groups > 1 else 1 << 30,
                 MANY=many,
                 # The kernel multiplies bf16 whatever the gradient's dtype is.
-                WIDEN=launch.widens_products(grad.new_empty(0, dtype=torch.bfloat16)),
+                WIDEN=devices.upcasts_dot_operands(grad.new_empty(0, dtype=torch.bfloat16)),
                 num_warps=chosen.warps,
                 num_stages=chosen.stages,
                 enable_fp_fusion=True,
@@ -106,7 +106,7 @@ def _multiply(
     exact, gated = row_scale is not None, up is not None
     if not features:
         return
-    device = launch.device_of(x)
+    device = devices.device_of(x)
     # Shorter groups than the tensor cores multiply at once.
     many = groups > 1 and group_size < (32 if exact else 16)
     chosen = tiles.choose(rows, inner, features, torch.float32 if many else x.dtype, device, gated)
@@ -128,7 +128,7 @@ def _multiply(
         "tokens": rows,
         "features": features,
     }
-    with launch.on_device_of(x):
+    with devices.on_device_of(x):
         kernels.product[(blocks, splits)](
             x_ptr=x,
             weight_ptr=weight.data,
@@ -148,7 +148,7 @@ def _multiply(
             GROUPS=one,
             EXACT=exact,
             EVEN=inner % block == 0,
-            WIDEN=launch.widens_products(x),
+            WIDEN=devices.upcasts_dot_operands(x),
             num_warps=chosen.warps,
             num_stages=chosen.stages,
             enable_fp_fusion=True,
@@ -171,7 +171,7 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
     levels = x.new_empty(x.shape, dtype=torch.int8)
     scale = x.new_empty(len(x), dtype=torch.float32)
-    with launch.on_device_of(x):
+    with devices.on_device_of(x):
         kernels.quantize_rows[(len(x),)](
             x_ptr=x,
             level_ptr=levels,

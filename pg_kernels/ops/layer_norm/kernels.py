@@ -3,7 +3,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pg_kernels.ops.functions import row_start
+from pg_kernels.ops._common.jit_functions import row_start
 
 
 @triton.jit

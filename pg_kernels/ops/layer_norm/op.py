@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pg_kernels.backends import offer, select
-from pg_kernels.ops import checks, launch
+from pg_kernels.backends import register_backend, select
+from pg_kernels.ops._common import checks, devices
+from pg_kernels.ops._common.autograd import refuse_second_derivative
+from pg_kernels.ops._common.registration import define_composite, define_opaque
+from pg_kernels.ops._common.rows import rows_of
 from pg_kernels.ops.layer_norm import reference, tiles
-from pg_kernels.ops.library import define_composite, define_opaque, refuse_second_derivative
 
 
 def _forward(
@@ -17,11 +19,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from pg_kernels.ops.layer_norm import kernels
 
-    rows, other = launch.rows_of(x), launch.rows_of(x if residual is None else residual)
+    rows, other = rows_of(x), rows_of(x if residual is None else residual)
     y, total, mean, rstd = _fake_forward(x, residual)
     if x.numel():
-        chosen = tiles.forward(x.shape[-1], x.element_size(), launch.device_of(x))
-        with launch.on_device_of(x):
+        chosen = tiles.forward(x.shape[-1], x.element_size(), devices.device_of(x))
+        with devices.on_device_of(x):
             kernels.forward[(-(-rows.count // chosen.rows),)](
                 x_ptr=rows.tensor,
                 residual_ptr=None if residual is None else other.tensor,
@@ -64,12 +66,12 @@ def _backward(
     grad_x, grad_parameters = _fake_backward(grad_y, grad_total, x, weight, mean, rstd, needs_parameters)
     if not x.numel():
         return grad_x, grad_parameters.zero_()
-    y_rows, x_rows = launch.rows_of(grad_y), launch.rows_of(x)
-    total_rows = y_rows if grad_total is None else launch.rows_of(grad_total)
-    device = launch.device_of(x)
+    y_rows, x_rows = rows_of(grad_y), rows_of(x)
+    total_rows = y_rows if grad_total is None else rows_of(grad_total)
+    device = devices.device_of(x)
     chosen, programs = tiles.backward(columns, x.element_size(), device), tiles.programs(x_rows.count, device)
     partial = x.new_empty(programs, 2, columns, dtype=torch.float32) if needs_parameters else None
-    with launch.on_device_of(x):
+    with devices.on_device_of(x):
         kernels.backward[(programs,)](
             grad_y_ptr=y_rows.tensor,
             grad_total_ptr=None if grad_total is None else total_rows.tensor,
@@ -127,8 +129,8 @@ class _LayerNorm(torch.autograd.Function):
         )
 
 
-offer("layer_norm", "triton", launch.obstacle)
-offer("layer_norm", "native", lambda device_type: None)  # PyTorch's own kernel
+register_backend("layer_norm", "triton", devices.unavailable_reason)
+register_backend("layer_norm", "native", lambda device_type: None)  # PyTorch's own kernel
 define_composite("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", reference.layer_norm)
 define_composite(
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
@@ -183,12 +185,12 @@ def layer_norm(
     if residual is not None:
         checks.check_shape("residual", residual, list(x.shape), " (x's)")
     mixed = any(tensor is not None and tensor.dtype != x.dtype for tensor in (weight, bias, residual))
-    obstacle = launch.unfit(x, weight, bias, residual)
+    unsupported = devices.unsupported_reason(x, weight, bias, residual)
     if x.shape[-1] > tiles.MAX_COLUMNS:
-        obstacle = f"rows of {x.shape[-1]} are longer than {tiles.MAX_COLUMNS}"
+        unsupported = f"rows of {x.shape[-1]} are longer than {tiles.MAX_COLUMNS}"
     # PyTorch's kernel is hard to beat alone; ours saves a pass over memory where there is an addition or a cast beside it.
     avoid = ("triton",) if residual is None and not mixed else ()
-    chosen = select("layer_norm", x.device.type, {"triton": obstacle}, avoid)
+    chosen = select("layer_norm", x.device.type, {"triton": unsupported}, avoid)
     if chosen == "triton":
         if residual is None:
             return torch.ops.pg_kernels.layer_norm_triton(x, None, weight, bias, eps)[0]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pg_kernels.ops.functions import tanh
+from pg_kernels.ops._common.jit_functions import tanh
 
 
 @triton.jit

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pg_kernels.backends import offer, select
-from pg_kernels.ops import checks, launch
-from pg_kernels.ops.library import define_opaque, refuse_second_derivative
+from pg_kernels.backends import register_backend, select
+from pg_kernels.ops._common import checks, devices
+from pg_kernels.ops._common.autograd import refuse_second_derivative
+from pg_kernels.ops._common.registration import define_opaque
 from pg_kernels.ops.linear_cross_entropy import reference, tiles
 
 _FORWARD = (
@@ -38,7 +39,7 @@ def _forward(
     if not len(counted):
         return losses, lses
     rows, weight, targets = hidden[counted], _adjacent(weight), labels[counted]
-    (tokens, inner), vocabulary, device = rows.shape, weight.shape[0], launch.device_of(hidden)
+    (tokens, inner), vocabulary, device = rows.shape, weight.shape[0], devices.device_of(hidden)
     chosen = tiles.choose(tokens, rows.dtype, device)
     token_blocks, word_blocks = -(-tokens // chosen.tokens), -(-vocabulary // chosen.words)
     words_per_split = -(-word_blocks // tiles.splits(token_blocks, word_blocks, device)) * chosen.words
@@ -46,7 +47,7 @@ def _forward(
     lse_of_splits = losses.new_empty(splits, tokens)
     sum_of_splits = losses.new_empty(splits, tokens) if label_smoothing else None
     picked = losses.new_full((tokens,), float("nan"))
-    with launch.on_device_of(hidden):
+    with devices.on_device_of(hidden):
         kernels.forward[(token_blocks, splits)](
             hidden_ptr=rows,
             weight_ptr=weight,
@@ -65,7 +66,7 @@ def _forward(
             WORDS=chosen.words,
             BLOCK=chosen.inner,
             EVEN=inner % chosen.inner == 0,
-            WIDEN=launch.widens_products(rows),
+            WIDEN=devices.upcasts_dot_operands(rows),
             num_warps=chosen.warps,
             num_stages=chosen.stages,
             enable_fp_fusion=True,
@@ -101,12 +102,12 @@ def _backward(
     rows, weight, targets, lse = hidden[counted], _adjacent(weight), labels[counted], lses[counted]
     scale = reference.label_scale(grad_losses[counted], targets, weight.shape[0]).where(targets != ignore_index, 0.0)
     tokens, inner = rows.shape
-    chosen = tiles.choose(tokens, rows.dtype, launch.device_of(hidden))
+    chosen = tiles.choose(tokens, rows.dtype, devices.device_of(hidden))
 
     def logit_gradients(first: int, last: int) -> Tensor:
         grad = rows.new_empty(tokens, last - first)
         if tokens:
-            with launch.on_device_of(rows):
+            with devices.on_device_of(rows):
                 kernels.logit_gradients[(-(-tokens // chosen.tokens), -(-(last - first) // chosen.words))](
                     hidden_ptr=rows,
                     weight_ptr=weight[first:],
@@ -127,7 +128,7 @@ def _backward(
                     WORDS=chosen.words,
                     BLOCK=chosen.inner,
                     EVEN=inner % chosen.inner == 0,
-                    WIDEN=launch.widens_products(rows),
+                    WIDEN=devices.upcasts_dot_operands(rows),
                     num_warps=chosen.warps,
                     num_stages=chosen.stages,
                     enable_fp_fusion=True,
@@ -189,7 +190,7 @@ def _fake_backward(grad_losses: Tensor, hidden: Tensor, weight: Tensor, *rest: A
     )
 
 
-offer("linear_cross_entropy", "triton", launch.obstacle)
+register_backend("linear_cross_entropy", "triton", devices.unavailable_reason)
 define_opaque(
     f"linear_cross_entropy({_FORWARD}) -> (Tensor, Tensor)", _forward, _fake_forward, _LinearCrossEntropy.apply
 )
@@ -253,7 +254,7 @@ def linear_cross_entropy(
             )
     hidden, weight = checks.autocast(hidden, weight)
     checks.check_same(hidden=hidden, weight=weight)
-    backend = select("linear_cross_entropy", hidden.device.type, {"triton": launch.unfit(hidden)})
+    backend = select("linear_cross_entropy", hidden.device.type, {"triton": devices.unsupported_reason(hidden)})
     losses, _ = torch.ops.pg_kernels.linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pg_kernels.ops.launch import Device, tuned
+from pg_kernels.ops._common.devices import Device, tuned
 
 CHUNK_BYTES = 1 << 29
 """Gradients of logits held at once, in the inputs' dtype: with 8,192 tokens of bf16 32,768 columns, for efficient products."""

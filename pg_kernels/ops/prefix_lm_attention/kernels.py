@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pg_kernels.ops.functions import tanh
+from pg_kernels.ops._common.jit_functions import tanh
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(2**30)

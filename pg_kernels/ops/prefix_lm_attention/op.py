@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pg_kernels.backends import offer, select
-from pg_kernels.ops import checks, launch
-from pg_kernels.ops.library import define_composite, define_opaque, refuse_second_derivative
+from pg_kernels.backends import register_backend, select
+from pg_kernels.ops._common import checks, devices
+from pg_kernels.ops._common.autograd import refuse_second_derivative
+from pg_kernels.ops._common.registration import define_composite, define_opaque
 from pg_kernels.ops.prefix_lm_attention import reference, sdpa, tiles
 
 _LENGTHS = (
@@ -45,7 +46,7 @@ def _forward(
     if cu_seqlens is not None:
         out.fill_(float("nan"))  # of tokens that are in no sequence, or beyond the longest one's length that was given
     q, k, v = (_adjacent(tensor) for tensor in (q, k, v))
-    sizes, device = _sizes(cu_seqlens, lengths, q, k, v), launch.device_of(q)
+    sizes, device = _sizes(cu_seqlens, lengths, q, k, v), devices.device_of(q)
     chosen = tiles.choose("forward", q.shape[3], k.element_size(), sizes.rows, device)
     row_blocks = -(-sizes.rows // chosen.rows)
     programs = row_blocks * sizes.batch * k.shape[1]
@@ -54,7 +55,7 @@ def _forward(
     if splits > 1:
         parts, part_lses = (t.new_empty(splits, *t.shape, dtype=torch.float32) for t in (out.transpose(1, 2), lse))
         parts = parts.transpose(2, 3)
-    with launch.on_device_of(q):
+    with devices.on_device_of(q):
         kernels.forward[(row_blocks, sizes.batch * k.shape[1], splits)](
             q_ptr=q,
             k_ptr=k,
@@ -132,7 +133,7 @@ def _backward(
     if not q.numel() or not k.numel():
         return grad_q, grad_k, grad_v
     grad, q, k, v, out = (_adjacent(tensor) for tensor in (grad, q, k, v, out))
-    sizes, device = _sizes(cu_seqlens, lengths, q, k, v, grad, out), launch.device_of(q)
+    sizes, device = _sizes(cu_seqlens, lengths, q, k, v, grad, out), devices.device_of(q)
     delta = torch.empty_like(lse)
     common = {
         **_example_arguments(prefix_lens, kv_starts, kv_lens, q_starts, cu_seqlens, lengths),
@@ -156,7 +157,7 @@ def _backward(
         "CAUSAL": causal,
     }
     programs = sizes.batch * k.shape[1]
-    with launch.on_device_of(q):
+    with devices.on_device_of(q):
         chosen = tiles.choose("backward_q", q.shape[3], q.element_size(), sizes.rows, device)
         kernels.backward_q[(-(-sizes.rows // chosen.rows), programs)](
             **common,
@@ -241,7 +242,7 @@ def _constants(q: Tensor, sizes: _Sizes, chosen: tiles.Tiles) -> dict[str, Any]:
         "HIGH": high,
         "ROWS": chosen.rows,
         "KEYS": chosen.keys,
-        "WIDEN": launch.widens_products(q),
+        "WIDEN": devices.upcasts_dot_operands(q),
         "num_warps": chosen.warps,
         "num_stages": chosen.stages,
         "enable_fp_fusion": True,
@@ -311,8 +312,8 @@ class _PrefixLMAttention(torch.autograd.Function):
         return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 12
 
 
-offer("prefix_lm_attention", "triton", launch.obstacle)
-offer(
+register_backend("prefix_lm_attention", "triton", devices.unavailable_reason)
+register_backend(
     "prefix_lm_attention",
     "native",
     lambda device_type: None if device_type == "cpu" else "PyTorch's attention, for CPUs",
@@ -516,7 +517,7 @@ def _check_tensors(
 
 
 def _selected(q: Tensor, k: Tensor, lengths: Sequence[Tensor | int]) -> str:
-    triton, native = launch.unfit(q, k), None
+    triton, native = devices.unsupported_reason(q, k), None
     if not tiles.MIN_DIM <= q.shape[3] <= tiles.MAX_DIM:
         triton = f"a head dimension of {q.shape[3]} is not between {tiles.MIN_DIM} and {tiles.MAX_DIM}"
     if torch.compiler.is_compiling() or not all(checks.values_are_free(t) for t in lengths if isinstance(t, Tensor)):

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pg_kernels.ops import checks, extension
-from pg_kernels.ops.library import define_opaque, is_transformed, is_watched
+from pg_kernels.ops._common import checks, extension
+from pg_kernels.ops._common.autograd import is_function_transformed, needs_autograd
+from pg_kernels.ops._common.registration import define_opaque
 from pg_kernels.ops.prefix_lm_attention.reference import visible_keys
 
 ROWS = 256
@@ -64,7 +65,7 @@ def handles(q: Tensor, k: Rows, v: Rows, rows: slice, scores: Scores) -> bool:
 
     PyTorch's kernel takes a score of NaN for −inf, and multiplies the values that a query does not see by 0.
     """
-    known = all(map(checks.values_are_free, (q, k.tensor, v.tensor))) and not is_transformed()
+    known = all(map(checks.values_are_free, (q, k.tensor, v.tensor))) and not is_function_transformed()
     if not known or _are_few(q, k, v):
         return True
     key, value, most = k.largest(rows), v.largest(rows), torch.finfo(q.dtype).max
@@ -104,8 +105,8 @@ def _are_few(q: Tensor, k: Rows, v: Rows) -> bool:
     fits = (
         q.dtype in extension.FLOAT_CODES and k.scale is None and q.shape[3] <= extension.LONGEST_HEAD and q.numel() > 0
     )
-    few = fits and q.shape[2] <= FEW and extension.obstacle(q.device.type) is None
-    return few and not is_watched(q, k.tensor, v.tensor)
+    few = fits and q.shape[2] <= FEW and extension.unavailable_reason(q.device.type) is None
+    return few and not needs_autograd(q, k.tensor, v.tensor)
 
 
 def _few(
@@ -220,7 +221,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores
     Its backward does not, where all query heads of a KV head as rows of one product take a sixth less time (D = 256).
     """
     group = q.shape[1] // k.shape[1]
-    if scores.softcap is None and (group == 1 or not is_watched(q, k, v)):
+    if scores.softcap is None and (group == 1 or not needs_autograd(q, k, v)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scores.scale, enable_gqa=group > 1)
     rows = q if group == 1 else q.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)
     mask = None if mask is None else mask.repeat_interleave(group, 0)

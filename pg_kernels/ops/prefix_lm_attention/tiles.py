@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pg_kernels.ops.launch import INTERPRETER, Device, tuned
+from pg_kernels.ops._common.devices import INTERPRETER, Device, tuned
 
 
 @dataclass(frozen=True)

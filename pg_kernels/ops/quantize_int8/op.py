@@ -3,10 +3,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pg_kernels.backends import offer, select
-from pg_kernels.ops import checks, extension
-from pg_kernels.ops.extension import _C, FLOAT_CODES
-from pg_kernels.ops.library import define_opaque
+from pg_kernels.backends import register_backend, select
+from pg_kernels.ops._common import checks, extension
+from pg_kernels.ops._common.extension import _C, FLOAT_CODES
+from pg_kernels.ops._common.registration import define_opaque
 from pg_kernels.ops.quantize_int8 import reference
 
 
@@ -40,7 +40,7 @@ def _fake(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 # Opaque, although plain PyTorch: where the last group is shorter, Inductor's code for CPUs (torch 2.13) reads beyond the scales.
 define_opaque("quantize_int8(Tensor weight, int group_size) -> (Tensor, Tensor)", reference.quantize_int8, _fake)
 define_opaque("quantize_int8_native(Tensor weight, int group_size) -> (Tensor, Tensor)", _native, _fake)
-offer("quantize_int8", "native", extension.obstacle)
+register_backend("quantize_int8", "native", extension.unavailable_reason)
 
 
 def check_group_size(group_size: int | None) -> None:
@@ -76,7 +76,7 @@ def quantize_int8(weight: Tensor, *, group_size: int | None = None) -> tuple[Ten
     checks.check_shape("weight", weight, ["N", "K"])
     checks.check_row("weight", weight)
     check_group_size(group_size)
-    native = select("quantize_int8", weight.device.type, {"native": extension.unfit(weight)}) == "native"
+    native = select("quantize_int8", weight.device.type, {"native": extension.unsupported_reason(weight)}) == "native"
     quantize = torch.ops.pg_kernels.quantize_int8_native if native else torch.ops.pg_kernels.quantize_int8
     columns = weight.shape[1]
     qweight, scale = quantize(weight.detach(), min(group_size or columns, columns))

@@ -6,10 +6,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from pg_kernels.backends import offer, select
-from pg_kernels.ops import checks, extension, launch
-from pg_kernels.ops.extension import _C, FLOAT_CODES
-from pg_kernels.ops.library import define_composite, define_opaque, refuse_second_derivative
+from pg_kernels.backends import register_backend, select
+from pg_kernels.ops._common import checks, devices, extension
+from pg_kernels.ops._common.autograd import refuse_second_derivative
+from pg_kernels.ops._common.extension import _C, FLOAT_CODES
+from pg_kernels.ops._common.registration import define_composite, define_opaque
+from pg_kernels.ops._common.rows import rows_of
 from pg_kernels.ops.rms_norm import reference, tiles
 
 
@@ -18,11 +20,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from pg_kernels.ops.rms_norm import kernels
 
-    rows, other = launch.rows_of(x), launch.rows_of(x if residual is None else residual)
+    rows, other = rows_of(x), rows_of(x if residual is None else residual)
     y, total, rstd = _fake_forward(x, residual)
     if x.numel():
-        chosen = tiles.forward(x.shape[-1], x.element_size(), launch.device_of(x))
-        with launch.on_device_of(x):
+        chosen = tiles.forward(x.shape[-1], x.element_size(), devices.device_of(x))
+        with devices.on_device_of(x):
             kernels.forward[(-(-rows.count // chosen.rows),)](
                 x_ptr=rows.tensor,
                 residual_ptr=None if residual is None else other.tensor,
@@ -95,13 +97,13 @@ def _backward(
     grad_x, grad_weight = _fake_backward(grad_y, grad_total, x, weight, rstd, weight_offset, needs_weight)
     if not x.numel():
         return grad_x, grad_weight.zero_()
-    y_rows, x_rows = launch.rows_of(grad_y), launch.rows_of(x)
-    total_rows = y_rows if grad_total is None else launch.rows_of(grad_total)
-    device = launch.device_of(x)
+    y_rows, x_rows = rows_of(grad_y), rows_of(x)
+    total_rows = y_rows if grad_total is None else rows_of(grad_total)
+    device = devices.device_of(x)
     chosen, programs = tiles.backward(columns, x.element_size(), device), tiles.programs(x_rows.count, device)
     kernel = kernels.backward if chosen.block >= columns else kernels.backward_wide
     partial = x.new_zeros(programs, columns, dtype=torch.float32) if needs_weight else None
-    with launch.on_device_of(x):
+    with devices.on_device_of(x):
         kernel[(programs,)](
             grad_y_ptr=y_rows.tensor,
             grad_total_ptr=None if grad_total is None else total_rows.tensor,
@@ -182,8 +184,8 @@ class _RMSNorm(torch.autograd.Function):
         )
 
 
-offer("rms_norm", "triton", launch.obstacle)
-offer("rms_norm", "native", extension.obstacle)
+register_backend("rms_norm", "triton", devices.unavailable_reason)
+register_backend("rms_norm", "native", extension.unavailable_reason)
 define_composite("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset) -> Tensor", reference.rms_norm)
 define_composite(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset) -> (Tensor, Tensor)",
@@ -244,10 +246,12 @@ def rms_norm(
     checks.check_number(weight_offset=weight_offset)
     if residual is not None:
         checks.check_shape("residual", residual, list(x.shape), " (x's)")
-    obstacle = launch.unfit(x, weight, residual)
+    unsupported = devices.unsupported_reason(x, weight, residual)
     if x.shape[-1] > tiles.MAX_COLUMNS:
-        obstacle = f"rows of {x.shape[-1]} are longer than {tiles.MAX_COLUMNS}"
-    backend = select("rms_norm", x.device.type, {"triton": obstacle, "native": extension.unfit(x, weight, residual)})
+        unsupported = f"rows of {x.shape[-1]} are longer than {tiles.MAX_COLUMNS}"
+    backend = select(
+        "rms_norm", x.device.type, {"triton": unsupported, "native": extension.unsupported_reason(x, weight, residual)}
+    )
     if backend != "reference":
         fused = getattr(torch.ops.pg_kernels, f"rms_norm_{backend}")
         if residual is None:

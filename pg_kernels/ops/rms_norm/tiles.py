@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pg_kernels.ops.launch import MAX_ROWS_AT_ONCE, Device, tuned
+from pg_kernels.ops._common.devices import MAX_ROWS_AT_ONCE, Device, tuned
 
 MAX_COLUMNS = 32_768
 """The longest row that the forward kernel keeps in registers without spilling, with 1,024 threads."""

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("pg_kernels", "DEF")
 
@@ -31,23 +29,3 @@ def define_opaque(
     torch.library.register_fake(f"pg_kernels::{name}", fake, lib=LIBRARY)
     if autograd is not None:
         LIBRARY.impl(name, autograd, "Autograd")
-
-
-def is_watched(*tensors: Tensor | None) -> bool:
-    """Whether gradients of either kind, or a function transform, must see what happens to these tensors."""
-    recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    return recorded or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-
-
-def is_transformed() -> bool:
-    """Whether a function transform or a tracer is at work, for which numbers must not decide what runs."""
-    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
-
-
-def refuse_second_derivative(op: str) -> None:
-    """Raise in a backward pass that is itself recorded: the op below has no autograd, and would leave out terms without a word.
-
-    `once_differentiable` would not do: it looks at the incoming gradients alone.
-    """
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{op}: it has no second derivative (create_graph=True)")

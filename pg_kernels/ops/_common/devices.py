@@ -1,9 +1,8 @@
-"""Where Triton kernels run, and how tensors reach them: what every op's `op.py` and `tiles.py` share."""
+"""The GPUs that Triton kernels run on: what they can hold, what may run there, and tiles that were tuned for them."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,12 +17,12 @@ from torch import Tensor
 
 MINIMUM_CAPABILITY = (8, 0)
 MAX_ROWS_AT_ONCE = 128
-TUNED = Path(__file__).parent.parent / "tuned"
+TUNED = Path(__file__).parents[2] / "tuned"
 """One JSON for each GPU that `pg-kernels tune` has run on."""
 
 _HAS_TRITON = util.find_spec("triton") is not None
-_pretended: Device | None = None
-_tried: Mapping[tuple[str, str], Mapping[str, Any]] | None = None
+_compile_target: Device | None = None
+_overridden_tiles: Mapping[tuple[str, str], Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,12 @@ class Device:
 INTERPRETER = Device("Triton's interpreter", (8, 0), 2)
 
 
-def obstacle(device_type: str) -> str | None:
+def unavailable_reason(device_type: str) -> str | None:
     """Why Triton kernels cannot run on tensors of a device type here, or None when they can."""
     if not _HAS_TRITON:
         return "triton is not installed"
     if device_type == "cpu":
-        if _interpreting() or _pretended is not None:
+        if _interpreting() or _compile_target is not None:
             return None
         return "needs a CUDA GPU, or TRITON_INTERPRET=1 for Triton's interpreter"
     if device_type != "cuda" or not torch.cuda.is_available():
@@ -60,10 +59,10 @@ def obstacle(device_type: str) -> str | None:
 
 
 # As torch.compiler.assume_constant_result does, which imports all of torch.compile for it: 1.2 s and 150 MB at every start.
-obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def unfit(*tensors: Tensor | None) -> str | None:
+def unsupported_reason(*tensors: Tensor | None) -> str | None:
     """Why kernels, which compute in fp32 and count rows in int32, cannot take these tensors [..., N], or None when they can."""
     given = [tensor for tensor in tensors if tensor is not None]
     if any(tensor.dtype == torch.float64 for tensor in given):
@@ -75,20 +74,20 @@ def unfit(*tensors: Tensor | None) -> str | None:
 
 def device_of(tensor: Tensor) -> Device:
     """The device that a kernel on this tensor will run on."""
-    if _pretended is not None:
-        return _pretended
+    if _compile_target is not None:
+        return _compile_target
     return INTERPRETER if tensor.device.type == "cpu" else _cuda_device(tensor.device.index)
 
 
 @contextmanager
-def pretend(device: Device) -> Iterator[None]:
+def compile_for(device: Device) -> Iterator[None]:
     """Take CPU tensors as if they were on this device: with launches that only compile, to compile what would run there."""
-    global _pretended
-    previous, _pretended = _pretended, device
+    global _compile_target
+    previous, _compile_target = _compile_target, device
     try:
         yield
     finally:
-        _pretended = previous
+        _compile_target = previous
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -98,72 +97,32 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
-def widens_products(tensor: Tensor) -> bool:
+def upcasts_dot_operands(tensor: Tensor) -> bool:
     """Tell whether `tl.dot` must be given fp32: the interpreter multiplies bf16 as if its bits were integers."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and _pretended is None
+    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and _compile_target is None
 
 
 def tuned(device: Device, op: str, key: str) -> Mapping[str, Any] | None:
     """The tiles that `pg-kernels tune` found fastest for an op and its shape's key on this GPU, if it ever ran on one."""
-    if _tried is not None:
-        return _tried.get((op, key))
+    if _overridden_tiles is not None:
+        return _overridden_tiles.get((op, key))
     return _tuned_file(device.name).get(op, {}).get(key)
 
 
 @contextmanager
-def trying(tiles: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[None]:
+def override_tiles(tiles: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[None]:
     """Run ops with these tiles, by op and key, as if they and no others had been tuned."""
-    global _tried
-    previous, _tried = _tried, tiles
+    global _overridden_tiles
+    previous, _overridden_tiles = _overridden_tiles, tiles
     try:
         yield
     finally:
-        _tried = previous
+        _overridden_tiles = previous
 
 
 def tuned_path(name: str) -> Path:
     """Where the tiles of a GPU are kept."""
     return TUNED / f"{name.replace(' ', '_')}.json"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A tensor [..., N] as rows that kernels find: row r starts at (r // inner) · outer_stride + (r % inner) · inner_stride."""
-
-    tensor: Tensor
-    count: int
-    inner: int
-    outer_stride: int
-    inner_stride: int
-
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        """As kernels take them."""
-        return self.inner, self.outer_stride, self.inner_stride
-
-
-def rows_of(x: Tensor) -> Rows:
-    """View x as rows of adjacent elements; a copy only where its layout needs more than two strides."""
-    count = math.prod(x.shape[:-1])
-    if x.stride(-1) == 1 or x.shape[-1] == 1:
-        levels = _merged(
-            [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
-        )
-        if len(levels) <= 2:
-            (_, outer_stride), (inner, inner_stride) = levels + [(1, 0)] * (2 - len(levels))
-            return Rows(x, count, inner, outer_stride, inner_stride)
-    return Rows(x.contiguous(), count, 1, x.shape[-1], 0)
-
-
-def _merged(levels: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join neighbouring dimensions (size, stride) that one stride describes."""
-    merged: list[tuple[int, int]] = []
-    for size, stride in levels:
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    return merged
 
 
 def _interpreting() -> bool:

@@ -7,7 +7,7 @@ from importlib import util
 import torch
 from torch import Tensor
 
-from pg_kernels.ops import checks
+from pg_kernels.ops._common import checks
 
 
 def _unavailable_reason(module: str, compiler: str, error: ImportError) -> str:
@@ -20,32 +20,32 @@ try:
     from pg_kernels import _C
 except ImportError as error:
     _C = None  # type: ignore[assignment]
-    _WHY_NOT = _unavailable_reason("pg_kernels._C", "C++ compiler", error)
+    _UNAVAILABLE = _unavailable_reason("pg_kernels._C", "C++ compiler", error)
 
 try:
     from pg_kernels import _cuda
 except ImportError as error:
     _cuda = None  # type: ignore[assignment]
-    _WHY_NOT_CUDA = _unavailable_reason("pg_kernels._cuda", "GPU or no nvcc", error)
+    _UNAVAILABLE_CUDA = _unavailable_reason("pg_kernels._cuda", "GPU or no nvcc", error)
 
 LONGEST_HEAD = 256
 """Head dimension that its attention and rotary kernels have room for: kMostDim in csrc/cpu/token_ops_impl.h."""
 FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
-def obstacle(device_type: str) -> str | None:
+def unavailable_reason(device_type: str) -> str | None:
     """Why the extension's kernels cannot run on tensors of a device type here, or None when they can."""
     if _C is None:
-        return _WHY_NOT
+        return _UNAVAILABLE
     return None if device_type == "cpu" else "the C++ extension has no kernels for it"
 
 
-def obstacle_on_any(device_type: str) -> str | None:
+def unavailable_reason_cpu_or_cuda(device_type: str) -> str | None:
     """The same for ops that have kernels for both."""
     if device_type != "cuda":
-        return obstacle(device_type)
+        return unavailable_reason(device_type)
     if _cuda is None:
-        return _WHY_NOT_CUDA
+        return _UNAVAILABLE_CUDA
     if not torch.cuda.is_available():
         return "needs a CUDA GPU"
     capability = torch.cuda.get_device_capability()
@@ -53,7 +53,7 @@ def obstacle_on_any(device_type: str) -> str | None:
 
 
 # As in launch.py: torch.compile takes the answer as a constant.
-obstacle_on_any._dynamo_marked_constant = True  # type: ignore[attr-defined]
+unavailable_reason_cpu_or_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def instruction_sets() -> tuple[str, list[str]]:
@@ -64,7 +64,7 @@ def instruction_sets() -> tuple[str, list[str]]:
     return ("", []) if _C is None else (_C.instruction_set(), _C.instruction_sets())
 
 
-def unfit(*tensors: Tensor | None) -> str | None:
+def unsupported_reason(*tensors: Tensor | None) -> str | None:
     """Why the extension's kernels cannot take these tensors, or None when they can."""
     if any(tensor is not None and tensor.dtype not in FLOAT_CODES for tensor in tensors):
         return "float64 runs on backend 'reference' only"
