@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,15 +15,16 @@ from pg_kernels.ops.quantize_int8 import check_group_size
 
 ACTIVATIONS = {"int8": "keep", "int8-dynamic": "int8"}
 """What a mode does to activations, as `int8_linear` calls it."""
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def quantize_(
-    model: nn.Module,
+    model: Model,
     mode: str = "int8",
     *,
     group_size: int | None = None,
     skip: Callable[[str, nn.Module], bool] | None = None,
-) -> nn.Module:
+) -> Model:
     """Replace the linear layers of a model by int8 ones, in place; each float weight is released as soon as it is replaced.
 
     Every nn.Linear becomes an `Int8Linear`, and an nn.Embedding that shares its weight with one an `Int8Embedding` that still
