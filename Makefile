@@ -3,6 +3,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 
 BIN := .venv/bin
+INSTALLED := .venv/installed
 READY := .venv/ready
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 TYPES := build/types/pg_kernels
@@ -24,10 +25,10 @@ ifeq ($(filter bench-compare,$(MAKECMDGOALS))$(BASE),bench-compare)
 $(error bench-compare: say which earlier run to compare with, BASE=folder)
 endif
 
-.PHONY: demo test test-kernels test-transformers fuzz sanitize bench bench-full bench-compare gpu lint format clean
+.PHONY: demo test test-kernels test-transformers fuzz sanitize bench bench-full bench-compare gpu types lint format clean
 
 # The README's picture is such a sheet: `.venv/bin/pg-kernels demo --draw docs/demo.png` draws it anew.
-demo: $(READY)  ## a shipped picture for each task, and a sheet with the answers
+demo: $(INSTALLED)  ## a shipped picture for each task, and a sheet with the answers
 	$(BIN)/pg-kernels demo --draw demo.png
 
 test: lint  ## all tests that run on this machine
@@ -74,9 +75,11 @@ gpu:  ## CUDA tests, the suite and whole models on a GPU within 8 minutes, into 
 	  $(PYTHON) $(REPORT) && exit $$((tests + suite))
 
 # mypy does not read setup.py's package_dir. It checks links that lay the packages out as they are installed.
-lint: $(READY)
+types:
 	rm -rf $(TYPES) && mkdir -p $(TYPES)
 	ln -s $(addprefix ../../../,$(wildcard pg_kernels/*) model benchmarks) $(TYPES)
+
+lint: $(READY) types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -104,9 +107,14 @@ clean:
 	$@/bin/python -m pip install -q $(PIP_ARGS) -c $@/constraints.txt transformers==$*
 	touch $@
 
-$(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+# The package alone, which is all that `make demo` needs.
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	@$(PYTHON) -c "import venv, ensurepip" || { echo "make: $(PYTHON) lacks venv; on Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q $(PIP_ARGS) $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e .
+	touch $@
+
+$(READY): $(INSTALLED)
 	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e '.[test]'
 	touch $@

@@ -13,7 +13,7 @@ from . import drop_in
 from .compare import compare, markdown
 from .extension import extension_kernels, installed_library
 from .manifest import refresh
-from .readme import update
+from .readme import summary, tables, update
 from .report import write
 from .resources import DEVICES, DTYPES, TABLE_HEAD, Kernel, compile_all
 from .results import Run
@@ -53,9 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     comparison.add_argument("after", type=Path, metavar="NEW", help="a run's folder or JSON file")
     comparison.set_defaults(command=_compare)
 
-    readme = commands.add_parser("readme", help="rewrite README.md's performance section from stored runs")
+    readme = commands.add_parser(
+        "readme",
+        help="rewrite the performance sections of README.md (the first run) and docs/performance.md (all runs)",
+    )
     readme.add_argument("results", nargs="+", type=Path, metavar="RESULTS", help="a run's folder or JSON file")
-    readme.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="default: %(default)s")
     readme.set_defaults(command=_readme)
 
     sessions = commands.add_parser(
@@ -125,8 +127,10 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _readme(options: argparse.Namespace) -> int:
-    changed = update(options.readme, [Run.load(path) for path in options.results])
-    print(f"{options.readme} {'rewritten' if changed else 'was up to date'}")
+    runs = [Run.load(path) for path in options.results]
+    page = Path("docs/performance.md")
+    for path, section in ((Path("README.md"), summary(runs[0], Path())), (page, tables(runs, page.parent))):
+        print(f"{path} {'rewritten' if update(path, section) else 'was up to date'}")
     return 0
 
 

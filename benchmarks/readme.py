@@ -1,4 +1,4 @@
-"""README.md's performance section, written from stored runs."""
+"""The performance sections of README.md and docs/performance.md, written from stored runs."""
 
 from __future__ import annotations
 
@@ -19,42 +19,69 @@ END = "<!-- performance: end -->"
 MODEL = "paligemma-3b"
 
 
-def update(readme: Path, runs: Sequence[Run]) -> bool:
-    """Rewrite what stands between the markers and say whether it changed; ValueError naming the file without markers."""
-    text = readme.read_bytes().decode("utf-8")
+SUMMARY = (
+    "prefill",
+    "decode_step",
+    "rms_norm",
+    "apply_rotary",
+    "geglu_mlp",
+    "prefix_lm_attention",
+    "linear_cross_entropy",
+    "int8_linear",
+)
+"""The ops of README's table, forward; chosen once, whatever their times are."""
+
+
+def update(page: Path, section: str) -> bool:
+    """Replace the text between a page's markers. Return whether it changed; ValueError naming a page without markers."""
+    text = page.read_bytes().decode("utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     for marker, found in ((BEGIN, begin), (END, end)):
         if not found:
-            raise ValueError(f"{readme} lacks the marker {marker} of its performance section")
-    written = f"{before}{BEGIN}\n{section(runs, readme.parent)}{END}{after}"
+            raise ValueError(f"{page} lacks the marker {marker} of its performance section")
+    written = f"{before}{BEGIN}\n{section}{END}{after}"
     if written == text:
         return False
-    write_atomically(readme, written.encode())
+    write_atomically(page, written.encode())
     return True
 
 
-def section(runs: Sequence[Run], root: Path) -> str:
-    """The section for runs, with links relative to the folder `root`."""
-    return "\n".join(_device(run, root) for run in runs)
+def summary(run: Run, root: Path) -> str:
+    """Return README's table of one run: the whole model by default and in int8, and one case of each main op."""
+    lines = []
+    for rows in largest_cases(run):
+        if rows[0].op in SUMMARY and rows[0].mode == "forward":
+            shown = [ours for ours in _shown(rows) if ours is None or not ours.contender.endswith("int8-dynamic")]
+            cells = [_cells(run, rows, ours) for ours in shown]
+            lines += [(op, shape, time, best, ratio) for op, _, shape, time, _, best, ratio, _ in cells]
+    table = markdown_table(("op, forward", "shape", "ours", "best other", "ours over it"), lines)
+    return f"On {run.device}, torch {run.versions['torch']}, commit {run.commit}, {date(run)}:\n\n{table}\n\n{_source(run, root)}"
 
 
-def _device(run: Run, root: Path) -> str:
-    path = Path(os.path.relpath(run.path, root)).as_posix()
+def tables(runs: Sequence[Run], root: Path) -> str:
+    """Return every op's row of every run, with links relative to the folder `root`."""
+    return "\n".join(_table(run, root) for run in runs)
+
+
+def _table(run: Run, root: Path) -> str:
     header = ("op", "mode", "shape", "ours", "baseline", "best other", "ours over it", "roofline")
     lines = [_cells(run, rows, ours) for rows in largest_cases(run) for ours in _shown(rows)]
     return (
         f"Measured on {run.device} ({versions(run)}, commit {run.commit}, {date(run)}); `{run.command}`:\n\n"
-        f"{markdown_table(header, lines)}\n\n"
-        f"Stored run: [{path}]({quote(path)})\n"
+        f"{markdown_table(header, lines)}\n\n{_source(run, root)}"
     )
 
 
-def largest_cases(run: Run) -> list[list[Row]]:
-    """For each op and mode the case that the README shows: of PaliGemma 3B or of no model, with the most bytes and arithmetic.
+def _source(run: Run, root: Path) -> str:
+    path = Path(os.path.relpath(run.path, root)).as_posix()
+    return f"Stored run: [{path}]({quote(path)})\n"
 
-    Cases in which two or more others were timed go before those with one, which are there to show growth only. How ours did
-    plays no part.
+
+def largest_cases(run: Run) -> list[list[Row]]:
+    """Return, for each op and mode, the case of PaliGemma 3B or of no model with the most bytes and arithmetic.
+
+    Cases in which two or more others were timed go before those with one, which only show growth. Our own times play no part.
     """
     chosen: dict[tuple[str, str], list[Row]] = {}
     for rows in run.cases().values():

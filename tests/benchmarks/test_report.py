@@ -478,18 +478,18 @@ TEXT = f"# Title\r\n\r\nBefore.\n\n{readme.BEGIN}\nold\n{readme.END}\n\nAfter.\n
 def test_the_readme_is_rewritten_between_its_markers(tmp_path: Path) -> None:
     file, run = tmp_path / "README.md", synthetic_run(path=tmp_path / "docs/runs/h 100/run.json")
     file.write_bytes(TEXT.encode())
-    assert readme.update(file, [run])
+    section = readme.tables([run], tmp_path)
+    assert readme.update(file, section)
     written = file.read_bytes().decode()
-    section = readme.section([run], tmp_path)
     assert written == TEXT.replace("old\n", section)
     assert section.endswith("\nStored run: [docs/runs/h 100/run.json](docs/runs/h%20100/run.json)\n")
     assert section.startswith(
         "Measured on NVIDIA H100 80GB HBM3 (python 3.11.9, torch 2.13.0, triton 3.6.0, commit 0123456789ab, "
         "2026-01-02 03:04); `pytest -q benchmarks/suite --on cuda`:\n"
     )
-    assert not readme.update(file, [run])
+    assert not readme.update(file, section)
     assert file.read_bytes().decode() == written
-    assert readme.update(file, [run, replace(run, device="another")])
+    assert readme.update(file, readme.tables([run, replace(run, device="another")], tmp_path))
     assert file.read_text(encoding="utf-8").count("Measured on") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
@@ -506,18 +506,34 @@ def test_a_readme_without_markers_is_refused_and_named(tmp_path: Path, text: str
     file = tmp_path / "README.md"
     file.write_bytes(text.encode())
     with pytest.raises(ValueError, match=f"README.md lacks the marker {missing}"):
-        readme.update(file, [synthetic_run()])
+        readme.update(file, "new\n")
     assert file.read_bytes() == text.encode()
 
 
 def readme_lines(*rows: Row) -> list[list[str]]:
-    return [cells(line) for line in readme.section([run_of(*rows)], Path()).splitlines() if line.startswith("| ")][2:]
+    return [cells(line) for line in readme.tables([run_of(*rows)], Path()).splitlines() if line.startswith("| ")][2:]
 
 
 def test_a_line_of_the_readme() -> None:
     rows = case("a", {"pg_kernels native": 2, "pg_kernels reference": 1, "eager": 8, "SDPA": 4}, bytes=2_000_000)
     assert readme_lines(*rows) == [
         ["rms_norm", "forward", "a", "2.00 ms", "eager, 8.00 ms", "SDPA, 4.00 ms", "2.00×", "50%"]
+    ]
+
+
+def test_the_summary_leaves_out_other_ops_modes_and_int8_dynamic() -> None:
+    model = {"pg_kernels": 4, "pg_kernels int8": 2, "pg_kernels int8-dynamic": 1, "transformers sdpa": 8}
+    rows = [
+        *case("a", {"pg_kernels native": 2, "eager": 1}),
+        *case("b", {"pg_kernels native": 2, "eager": 1}, mode="both"),
+        *case("c", {"pg_kernels native": 2, "eager": 1}, op="geglu"),
+        *case("d", model, op="prefill"),
+    ]
+    text = readme.summary(replace(run_of(*rows), versions={"torch": "2"}), Path())
+    assert [cells(line) for line in text.splitlines() if line.startswith("| ")][2:] == [
+        ["rms_norm", "a", "2.00 ms", "eager, 1.00 ms", "0.50×"],
+        ["prefill", "d", "4.00 ms", "transformers sdpa, 8.00 ms", "2.00×"],
+        ["prefill", "d", "int8, 2.00 ms", "transformers sdpa, 8.00 ms", "4.00×"],
     ]
 
 

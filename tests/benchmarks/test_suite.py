@@ -13,7 +13,7 @@ import pytest
 from pg_kernels.benchmarks import bench, contenders
 from pg_kernels.benchmarks.__main__ import main
 from pg_kernels.benchmarks.cases import Case
-from pg_kernels.benchmarks.readme import section
+from pg_kernels.benchmarks.readme import summary, tables
 from pg_kernels.benchmarks.results import Ceilings, Run
 from pg_kernels.model.cli import main as pg_kernels_main
 
@@ -80,8 +80,13 @@ def test_bench_refuses_an_unknown_op(capsys) -> None:
     assert "no benchmark is named 'softmax'; there are rms_norm" in capsys.readouterr().err
 
 
-def test_readme_is_up_to_date() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    written = text.partition("<!-- performance: begin -->\n")[2].partition("<!-- performance: end -->")[0]
-    stored = sorted((ROOT / "benchmarks" / "results").glob("*/run.json"))
-    assert stored and written == section([Run.load(path) for path in stored], ROOT)
+def test_published_tables_are_up_to_date() -> None:
+    def published(page: Path) -> str:
+        text = page.read_text(encoding="utf-8")
+        return text.partition("<!-- performance: begin -->\n")[2].partition("<!-- performance: end -->")[0]
+
+    stored = [Run.load(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*/run.json"))]
+    page = ROOT / "docs" / "performance.md"
+    assert stored and published(page) == tables(stored, page.parent)
+    assert published(ROOT / "README.md") == summary(stored[0], ROOT)
+    assert 8 <= published(ROOT / "README.md").count("\n| ") - 2 <= 10

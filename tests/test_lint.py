@@ -1,0 +1,41 @@
+"""`make lint` sees the types of the whole package, although setup.py maps two of its packages to other folders."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Each line's comment is the error that mypy must find in it.
+WRONG_CALLS = """
+from torch import Tensor
+from pg_kernels import quantize_, rms_norm
+from pg_kernels.model import PaliGemma, Processor
+
+def wrong(model: PaliGemma, processor: Processor, x: Tensor) -> None:
+    model.generate_text(x)  # [attr-defined]
+    PaliGemma.from_pretrained("folder", bits=8)  # [call-arg]
+    processor.decode(x, length="all")  # [call-arg]
+    quantize_(model).bits  # [attr-defined]
+    rms_norm(x, x, residual=x).shape  # [attr-defined]
+"""
+
+
+def test_a_wrong_call_fails(tmp_path: Path) -> None:
+    """mypy reads two files as if they ended with wrong calls, one of the benchmarks and one of the tests."""
+    expected, arguments = set(), []
+    for file in ("build/types/pg_kernels/benchmarks/__main__.py", "tests/test_lint.py"):
+        subprocess.run(["make", "-s", "types"], cwd=ROOT, check=True)
+        text = (ROOT / file).read_text(encoding="utf-8") + WRONG_CALLS
+        shadow = tmp_path / file.replace("/", "_")
+        shadow.write_text(text, encoding="utf-8")
+        arguments += ["--shadow-file", file, str(shadow)]
+        lines = enumerate(text.splitlines(), 1)
+        expected |= {
+            (file, number, line.split("# ")[-1]) for number, line in lines if line.endswith("]") and "# [" in line
+        }
+    result = subprocess.run([sys.executable, "-m", "mypy", *arguments], cwd=ROOT, capture_output=True, text=True)
+    errors = re.findall(r"^(\S+?):(\d+): error: .*  (\[[a-z-]+\])$", result.stdout, flags=re.MULTILINE)
+    assert {(file, int(line), code) for file, line, code in errors} == expected, result.stdout + result.stderr
