@@ -110,7 +110,7 @@ def sites(place: Place) -> Iterator[Site]:
             yield Site("linear_cross_entropy", loss_tiles.key(tokens), choices, partial(_loss, tokens, width, place))
     if place.dtype != torch.float32:
         for dim in (72, 128, 256):
-            for kernel in ("forward", "backward_q", "backward_kv"):
+            for kernel in ("forward", "backward_dq", "backward_dkv"):
                 yield _attention(kernel, dim, place.size(1024, 72), place)
             yield _attention("forward", dim, 1, place)
 

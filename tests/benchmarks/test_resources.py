@@ -25,9 +25,9 @@ ROWS = {
     ("int8_linear", "input_gradient"): "TOKENS",
     ("linear_cross_entropy", "forward"): "TOKENS",
     ("linear_cross_entropy", "logit_gradients"): "TOKENS",
-    ("prefix_lm_attention", "forward"): "ROWS",
-    ("prefix_lm_attention", "backward_q"): "ROWS",
-    ("prefix_lm_attention", "backward_kv"): "KEYS",
+    ("prefix_lm_attention", "attn_fwd_kernel"): "BLOCK_M",
+    ("prefix_lm_attention", "attn_bwd_dq_kernel"): "BLOCK_M",
+    ("prefix_lm_attention", "attn_bwd_dkv_kernel"): "BLOCK_N",
 }
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from pg_kernels import backend as use_backend
 from pg_kernels import prefix_lm_attention, prefix_lm_attention_varlen
 from pg_kernels.ops._common import devices
-from pg_kernels.ops.prefix_lm_attention import kernels, op, sdpa, tiles
+from pg_kernels.ops.prefix_lm_attention import cpu, launch, tile_ranges, tiles
 
 OP = "prefix_lm_attention"
 
@@ -130,7 +130,7 @@ def check(inputs: list[Tensor], options: dict[str, Any], dtype: torch.dtype, **s
         return definition(q, k, v, visible, **scores)
 
     assert_accurate(attend, define, inputs, dtype, order=ORDER)
-    if q.shape[2] > sdpa.FEW:
+    if q.shape[2] > cpu.FEW:
         return
     # Without gradients a few queries have a kernel of their own.
     low = [tensor.to(dtype) for tensor in inputs]
@@ -553,15 +553,17 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
 # What tiles bring with them
 
 
-def small(rows: int, keys: int, dim: int = 16, itemsize: int = 4, **options: bool) -> AbstractContextManager[None]:
+def small(
+    block_m: int, block_n: int, dim: int = 16, itemsize: int = 4, **options: bool
+) -> AbstractContextManager[None]:
     """Tiles so small that short sequences have many."""
     names = [
         ("prefix_lm_attention", tiles.key(kernel, dim, itemsize, rows))
-        for kernel in ("forward", "backward_q", "backward_kv")
+        for kernel in ("forward", "backward_dq", "backward_dkv")
         for rows in (64, 65)
     ]
     return devices.override_tiles(
-        dict.fromkeys(names, {"rows": rows, "keys": keys, "warps": 4, "stages": 1, **options})
+        dict.fromkeys(names, {"block_m": block_m, "block_n": block_n, "num_warps": 4, "num_stages": 1, **options})
     )
 
 
@@ -603,7 +605,7 @@ def test_decoding_shares_the_keys_among_programs(device: str, backend: str, pref
         check(tensors(device, heads=8, kv_heads=1, q_len=2, kv_len=160, dim=32), options, dtype)
     q, k, v = tensors(device, heads=8, kv_heads=1, q_len=2, kv_len=160, dim=32)
     chosen = tiles.choose("forward", 32, 4, 16, devices.device_of(q))
-    assert tiles.splits(2, 160, chosen.keys, devices.device_of(q)) > 1
+    assert tiles.num_splits(2, 160, chosen.block_n, devices.device_of(q)) > 1
 
 
 @pytest.mark.backends("triton")
@@ -623,7 +625,7 @@ def test_descriptors_load_what_pointers_do(
     loads = spy(monkeypatch, "_descriptors")
     outs = []
     for descriptors in (False, True):
-        with small(32, 16, dim, dtype.itemsize, descriptors=descriptors):
+        with small(32, 16, dim, dtype.itemsize, use_descriptors=descriptors):
             outs.append(prefix_lm_attention(q, k, v, **options))
         assert [part is not None for part in loads.pop().values()] == [descriptors, descriptors and dim == 72] * 2
     assert_same(*outs)
@@ -634,9 +636,9 @@ def test_descriptors_load_what_pointers_do(
 def test_descriptors_of_packed_sequences(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = packed(device, 9)
     loads = spy(monkeypatch, "_descriptors")
-    with small(16, 16, descriptors=True):
+    with small(16, 16, use_descriptors=True):
         described = pack_of_two(*inputs)
-    assert loads.pop()["k_low"] is not None
+    assert loads.pop()["k_descriptor0"] is not None
     assert_same(described, pack_of_two(*inputs))
 
 
@@ -647,32 +649,42 @@ def test_pointers_where_descriptors_cannot_say_it(device: str, backend: str, mon
     assert unaligned.data_ptr() % 16
     loads = spy(monkeypatch, "_descriptors")
     for inputs in ((q, k, every_row_the_same), (q, unaligned, v)):
-        with small(16, 16, descriptors=True):
+        with small(16, 16, use_descriptors=True):
             out = prefix_lm_attention(*inputs)
         assert set(loads.pop().values()) == {None}
         assert_same(out, prefix_lm_attention(*inputs))
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
-    """What a function of the op's module returns from now on."""
-    function, returned = getattr(op, name), []
+    """What a function of `launch` returns from now on."""
+    function, returned = getattr(launch, name), []
 
     def spied(*args: Any) -> Any:
         returned.append(function(*args))
         return returned[-1]
 
-    monkeypatch.setattr(op, name, spied)
+    monkeypatch.setattr(launch, name, spied)
     return returned
 
 
 @triton.jit
 def _count(
-    out_ptr, start, end, prefix_end, q_start, window, CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
+    out_ptr,
+    kv_start,
+    kv_end,
+    prefix_end,
+    q_start,
+    window,
+    CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    first = q_start + tl.program_id(0) * ROWS
-    whole, bounds = kernels.key_tiles(first, first + ROWS - 1, start, end, prefix_end, window, CAUSAL, KEYS)
-    tl.store(out_ptr + 2 * tl.program_id(0), whole[2])
-    tl.store(out_ptr + 2 * tl.program_id(0) + 1, bounds[3])
+    first = q_start + tl.program_id(0) * BLOCK_M
+    full, partial = tile_ranges.key_tiles(
+        first, first + BLOCK_M - 1, kv_start, kv_end, prefix_end, window, CAUSAL, BLOCK_N
+    )
+    tl.store(out_ptr + 2 * tl.program_id(0), full[2])
+    tl.store(out_ptr + 2 * tl.program_id(0) + 1, partial[3])
 
 
 @pytest.mark.parametrize("device", DEVICES)

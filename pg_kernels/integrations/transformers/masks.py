@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pg_kernels.integrations.transformers.versions import find
-from pg_kernels.ops.prefix_lm_attention.reference import visible_keys
+from pg_kernels.ops.prefix_lm_attention.mask import visible_keys
 
 _HANDS_ON = frozenset(
     (

@@ -1,8 +1,8 @@
-"""Rows of a tile are a KV head's queries, so that its heads share the keys' loads: row r is query r // GROUP of head r % GROUP.
+"""The attention kernels: forward, the sum over splits of the keys, and backward of q and of k and v.
 
-Tiles of keys begin at an example's first valid key. Head dimensions that are no power of two are two blocks, the larger LOW and
-the rest in HIGH (0 for none): 72 is 64 and 16 rather than 128. Strides count UNITs of elements, so that the compiler knows a
-row of 72 to be whole vectors: of a stride itself it only sees multiples of 16. Scores are in base 2, for the hardware's exp2.
+A program's rows are the queries of one KV head, so that all its query heads share the loads of keys: row r is query
+r // HEADS_PER_KV of head r % HEADS_PER_KV. Tiles of keys are counted from an example's first valid key. A head dimension is held
+as one or two blocks, x0 [., BLOCK_D0] and x1 [., BLOCK_D1] (see tile_io.py). Scores are in base 2, for the hardware's exp2.
 """
 
 from __future__ import annotations
@@ -11,33 +11,50 @@ import triton
 import triton.language as tl
 
 from pg_kernels.ops._common.jit_functions import tanh
+from pg_kernels.ops.prefix_lm_attention.tile_io import (
+    head_base,
+    key_offsets,
+    load_described,
+    load_rows,
+    lse_base,
+    row_offsets,
+    store_rows,
+)
+from pg_kernels.ops.prefix_lm_attention.tile_ranges import (
+    block_positions,
+    example_lengths,
+    full_tile,
+    is_visible,
+    key_tiles,
+    partial_tile,
+    row_tiles,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-FAR = tl.constexpr(2**30)
 LOWEST = tl.constexpr(-3e38)
-"""The least that a row's highest score is once it has seen a key, whose own score may be −inf."""
+"""The least row_max of a row that has seen a key: a key's own score may be -inf."""
 LENGTHS = ["q_len", "kv_len", "lengths"]
-"""Arguments whose values are no reason to compile anew."""
+"""Arguments that Triton does not specialise on: other values do not compile the kernel again."""
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def forward(
+def attn_fwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    k_low,
-    k_high,
-    v_low,
-    v_high,
+    k_descriptor0,
+    k_descriptor1,
+    v_descriptor0,
+    v_descriptor1,
     k_scale_ptr,
     v_scale_ptr,
     out_ptr,
     lse_ptr,
-    prefix_ptr,
-    starts_ptr,
-    ends_ptr,
+    prefix_lens_ptr,
+    kv_starts_ptr,
+    kv_lens_ptr,
     q_starts_ptr,
-    offsets_ptr,
+    cu_seqlens_ptr,
     q_strides,
     k_strides,
     v_strides,
@@ -51,171 +68,170 @@ def forward(
     scale,
     softcap,
     window,
-    GROUP: tl.constexpr,
-    UNIT: tl.constexpr,
-    DIM: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    HEADS_PER_KV: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D0: tl.constexpr,
+    BLOCK_D1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
     CAUSAL: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    """Output and log-sum-exp of ROWS rows; with SPLITS > 1, of those over one part of the keys."""
+    """Compute the output and log-sum-exp of BLOCK_M rows; with NUM_SPLITS > 1, over one split of the keys."""
     batch, head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
-    offset, q_len, start, end, prefix_end, q_start, inside = _example(
-        prefix_ptr, starts_ptr, ends_ptr, q_starts_ptr, offsets_ptr, batch, q_len, kv_len, lengths
+    seq_start, q_len, kv_start, kv_end, prefix_end, q_start, allowed = example_lengths(
+        prefix_lens_ptr, kv_starts_ptr, kv_lens_ptr, q_starts_ptr, cu_seqlens_ptr, batch, q_len, kv_len, lengths
     )
-    # The last rows see the most keys: they begin first.
+    # The last rows see the most keys, so they start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    row = block * ROWS + tl.arange(0, ROWS)
-    if block * ROWS < q_len * GROUP:
-        here = row < q_len * GROUP
-        low, high = tl.arange(0, LOW), LOW + tl.arange(0, HIGH if HIGH else 16)
-        q_base = _base(q_ptr, q_strides, batch, head * GROUP, offset, UNIT)
-        q_rows = _rows(row, q_strides, GROUP, UNIT)
-        q0, q1 = _load(q_base, q_rows, low, high, here, True, DIM, LOW, HIGH, WIDEN)
-        k_base = _base(k_ptr, k_strides, batch, head, offset, UNIT)
-        v_base = _base(v_ptr, v_strides, batch, head, offset, UNIT)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    if block * BLOCK_M < q_len * HEADS_PER_KV:
+        row_mask = row < q_len * HEADS_PER_KV
+        dims = (tl.arange(0, BLOCK_D0), BLOCK_D0 + tl.arange(0, BLOCK_D1 if BLOCK_D1 else 16))
+        q_base = head_base(q_ptr, q_strides, batch, head * HEADS_PER_KV, seq_start, STRIDE_UNIT)
+        q_offsets = row_offsets(row, q_strides, HEADS_PER_KV, STRIDE_UNIT)
+        q0, q1 = load_rows(q_base, q_offsets, dims, row_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST)
+        k_base = head_base(k_ptr, k_strides, batch, head, seq_start, STRIDE_UNIT)
+        v_base = head_base(v_ptr, v_strides, batch, head, seq_start, STRIDE_UNIT)
         scale_offset = batch.to(tl.int64) * scale_strides[0] + head * scale_strides[1]
-        example = batch if offsets_ptr is None else 0  # packed sequences are one
+        example = batch if cu_seqlens_ptr is None else 0  # packed sequences are one example
 
-        position = q_start + row // GROUP
-        first, last = (
-            q_start + block * ROWS // GROUP,
-            q_start + tl.minimum((block + 1) * ROWS - 1, q_len * GROUP - 1) // GROUP,
-        )
-        whole, bounds = key_tiles(first, last, start, end, prefix_end, window, CAUSAL, KEYS)
-        if SPLITS > 1:
-            each = tl.cdiv(whole[2] + bounds[3], SPLITS)
-            this, next = tl.program_id(2) * each, (tl.program_id(2) + 1) * each
+        position = q_start + row // HEADS_PER_KV
+        first, last = block_positions(block, q_start, q_len, HEADS_PER_KV, BLOCK_M)
+        full, partial = key_tiles(first, last, kv_start, kv_end, prefix_end, window, CAUSAL, BLOCK_N)
+        if NUM_SPLITS > 1:
+            tiles_per_split = tl.cdiv(full[2] + partial[3], NUM_SPLITS)
+            split_begin, split_end = tl.program_id(2) * tiles_per_split, (tl.program_id(2) + 1) * tiles_per_split
 
-        highest = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        acc0 = tl.zeros([ROWS, LOW], tl.float32)
-        acc1 = tl.zeros([ROWS, HIGH if HIGH else 16], tl.float32)
-        for boundary in tl.static_range(2):
-            begin, stop = 0, bounds[3] if boundary else whole[2]
-            if SPLITS > 1:
-                before = whole[2] if boundary else 0
-                begin, stop = tl.maximum(this - before, 0), tl.minimum(next - before, stop)
+        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        acc0 = tl.zeros([BLOCK_M, BLOCK_D0], tl.float32)
+        acc1 = tl.zeros([BLOCK_M, BLOCK_D1 if BLOCK_D1 else 16], tl.float32)
+        for is_partial in tl.static_range(2):
+            begin, stop = 0, partial[3] if is_partial else full[2]
+            if NUM_SPLITS > 1:
+                before = full[2] if is_partial else 0
+                begin, stop = tl.maximum(split_begin - before, 0), tl.minimum(split_end - before, stop)
             for number in tl.range(begin, stop):
-                tile = _boundary_tile(number, bounds, window) if boundary else _whole_tile(number, whole, window)
-                key = start + tile * KEYS + tl.arange(0, KEYS)
-                valid = key < end
-                if k_low is not None:
-                    place = (example, head, offset + start + tile * KEYS)
-                    k0, k1 = _load_described(k_low, k_high, place, LOW, HIGH, KEYS, WIDEN)
+                tile = partial_tile(number, partial, window) if is_partial else full_tile(number, full, window)
+                key = kv_start + tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+                key_mask = key < kv_end
+                if k_descriptor0 is not None:
+                    place = (example, head, seq_start + kv_start + tile * BLOCK_N)
+                    k0, k1 = load_described(k_descriptor0, k_descriptor1, place, BLOCK_D0, BLOCK_D1, BLOCK_N, UPCAST)
                 else:
-                    k0, k1 = _load(
-                        k_base, _keys(key, k_strides, UNIT), low, high, valid, boundary == 1, DIM, LOW, HIGH, WIDEN
+                    offsets = key_offsets(key, k_strides, STRIDE_UNIT)
+                    k0, k1 = load_rows(
+                        k_base, offsets, dims, key_mask, is_partial == 1, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST
                     )
                 if k_scale_ptr is not None:
                     k0, k1 = k0.to(q0.dtype), k1.to(q0.dtype)
-                scores = _product(q0, q1, k0, k1, HIGH)
+                scores = dot_transposed(q0, q1, k0, k1, BLOCK_D1)  # [BLOCK_M, BLOCK_N]
                 if k_scale_ptr is not None:
-                    scores *= tl.load(k_scale_ptr + scale_offset + key * scale_strides[2], mask=valid, other=0.0)[
+                    scores *= tl.load(k_scale_ptr + scale_offset + key * scale_strides[2], mask=key_mask, other=0.0)[
                         None, :
                     ]
-                scores, _ = _scaled(scores, scale, softcap)
-                if boundary:
-                    visible = _visible(position[:, None], key[None, :], end, prefix_end, window, CAUSAL)
+                scores, _ = scale_scores(scores, scale, softcap)
+                if is_partial:
+                    visible = is_visible(position[:, None], key[None, :], kv_end, prefix_end, window, CAUSAL)
                     scores = tl.where(visible, scores, float("-inf"))
-                    higher = tl.max(tl.where(visible, tl.maximum(scores, LOWEST), float("-inf")), axis=1)
+                    new_max = tl.max(tl.where(visible, tl.maximum(scores, LOWEST), float("-inf")), axis=1)
                 else:
-                    higher = tl.maximum(tl.max(scores, axis=1), LOWEST)
-                higher = tl.maximum(highest, higher)
-                # A row that has seen nothing yet: −inf − −inf would be NaN.
-                finite = tl.where(higher == float("-inf"), 0.0, higher) if boundary == 1 else higher
-                weights = tl.exp2(scores - finite[:, None])
-                shrink = tl.exp2(highest - finite)
-                total = total * shrink + tl.sum(weights, axis=1)
-                highest = higher
-                if v_low is not None:
-                    v0, v1 = _load_described(v_low, v_high, place, LOW, HIGH, KEYS, WIDEN)
-                    if boundary:  # keys beyond the last valid one may hold NaN, and 0 · NaN is not 0
-                        v0, v1 = tl.where(valid[:, None], v0, 0.0), tl.where(valid[:, None], v1, 0.0)
+                    new_max = tl.maximum(tl.max(scores, axis=1), LOWEST)
+                new_max = tl.maximum(row_max, new_max)
+                # A row that has seen no key yet: -inf - -inf would be NaN.
+                safe_max = tl.where(new_max == float("-inf"), 0.0, new_max) if is_partial == 1 else new_max
+                p = tl.exp2(scores - safe_max[:, None])
+                alpha = tl.exp2(row_max - safe_max)
+                row_sum = row_sum * alpha + tl.sum(p, axis=1)
+                row_max = new_max
+                if v_descriptor0 is not None:
+                    v0, v1 = load_described(v_descriptor0, v_descriptor1, place, BLOCK_D0, BLOCK_D1, BLOCK_N, UPCAST)
+                    if is_partial:  # keys past kv_end may hold NaN, and 0 * NaN is NaN
+                        v0, v1 = tl.where(key_mask[:, None], v0, 0.0), tl.where(key_mask[:, None], v1, 0.0)
                 else:
-                    v0, v1 = _load(
-                        v_base, _keys(key, v_strides, UNIT), low, high, valid, boundary == 1, DIM, LOW, HIGH, WIDEN
+                    offsets = key_offsets(key, v_strides, STRIDE_UNIT)
+                    v0, v1 = load_rows(
+                        v_base, offsets, dims, key_mask, is_partial == 1, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST
                     )
                 if v_scale_ptr is not None:
-                    weights *= tl.load(v_scale_ptr + scale_offset + key * scale_strides[2], mask=valid, other=0.0)[
-                        None, :
-                    ]
+                    p *= tl.load(v_scale_ptr + scale_offset + key * scale_strides[2], mask=key_mask, other=0.0)[None, :]
                     v0, v1 = v0.to(q0.dtype), v1.to(q0.dtype)
-                weights = weights.to(v0.dtype)
-                acc0 = tl.dot(weights, v0, acc0 * shrink[:, None], input_precision="ieee")
-                if HIGH:
-                    acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision="ieee")
+                p = p.to(v0.dtype)
+                acc0 = tl.dot(p, v0, acc0 * alpha[:, None], input_precision="ieee")
+                if BLOCK_D1:
+                    acc1 = tl.dot(p, v1, acc1 * alpha[:, None], input_precision="ieee")
 
-        # A row that sees nothing is 0, and one that sees −inf alone 0 / 0. Lengths outside what is allowed must not look right.
-        some = tl.where(total == 0.0 if SPLITS > 1 else highest == float("-inf"), 1.0, total)
-        share = tl.where(inside, 1.0 / some, float("nan"))
-        lse = highest + tl.log2(some)
-        if SPLITS == 1:
-            lse = tl.where(highest == float("-inf"), float("inf"), lse)
-        out_base = _base(out_ptr, out_strides, batch, head * GROUP, offset, UNIT)
-        if SPLITS > 1:
+        # A row that sees no key is 0; one that sees only -inf is 0 / 0. Lengths out of range give NaN, not a plausible number.
+        denominator = tl.where(row_sum == 0.0 if NUM_SPLITS > 1 else row_max == float("-inf"), 1.0, row_sum)
+        factor = tl.where(allowed, 1.0 / denominator, float("nan"))
+        lse = row_max + tl.log2(denominator)
+        if NUM_SPLITS == 1:
+            lse = tl.where(row_max == float("-inf"), float("inf"), lse)
+        out_base = head_base(out_ptr, out_strides, batch, head * HEADS_PER_KV, seq_start, STRIDE_UNIT)
+        if NUM_SPLITS > 1:
             out_base += tl.program_id(2).to(tl.int64) * out_strides[3]
             lse_ptr += tl.program_id(2).to(tl.int64) * lse_strides[2]
-        _store(
+        offsets = row_offsets(row, out_strides, HEADS_PER_KV, STRIDE_UNIT)
+        store_rows(
             out_base,
-            _rows(row, out_strides, GROUP, UNIT),
-            low,
-            high,
-            here,
-            acc0 * share[:, None],
-            acc1 * share[:, None],
-            DIM,
-            LOW,
-            HIGH,
+            offsets,
+            dims,
+            row_mask,
+            acc0 * factor[:, None],
+            acc1 * factor[:, None],
+            HEAD_DIM,
+            BLOCK_D0,
+            BLOCK_D1,
         )
-        tl.store(_lse(lse_ptr, lse_strides, batch, head, offset, GROUP) + row, lse, mask=here)
+        tl.store(lse_base(lse_ptr, lse_strides, batch, head, seq_start, HEADS_PER_KV) + row, lse, mask=row_mask)
 
 
 @triton.jit
-def combine(
-    parts_ptr,
-    part_lses_ptr,
+def attn_combine_kernel(
+    partial_out_ptr,
+    partial_lse_ptr,
     out_ptr,
     lse_ptr,
-    parts_strides,
+    partial_out_strides,
     out_strides,
-    rows,
+    num_rows,
     kv_heads,
-    GROUP: tl.constexpr,
-    UNIT: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLIT_BLOCK: tl.constexpr,
+    HEADS_PER_KV: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
 ):
-    """One row from its parts, each weighed by its share of the sum of exponentials."""
-    number = tl.program_id(0)
-    batch, head, row = number // rows // kv_heads, number // rows % kv_heads, number % rows
-    split, column = tl.arange(0, SPLIT_BLOCK), tl.arange(0, BLOCK)
-    lses = part_lses_ptr + split * tl.num_programs(0).to(tl.int64) + number
-    lses = tl.load(lses, mask=split < SPLITS, other=float("-inf"))
-    highest = tl.max(lses, axis=0)
-    weights = tl.where(lses > LOWEST, tl.exp2(lses - highest), 0.0)
-    weights = tl.where(lses == lses, weights, lses)  # NaN
-    total = tl.sum(weights, axis=0)
-    place = _base(parts_ptr, parts_strides, batch, head * GROUP, 0, UNIT) + _rows(row, parts_strides, GROUP, UNIT)
-    parts = place + (split.to(tl.int64) * parts_strides[3])[:, None] + column[None, :]
-    parts = tl.load(parts, mask=(split < SPLITS)[:, None] & (column < DIM)[None, :], other=0.0)
-    # Nothing in sight is 0, and −inf alone 0 / 0.
-    some = tl.where(highest == float("-inf"), 1.0, total)
-    out = tl.sum(parts * weights[:, None], axis=0) / some
-    place = _base(out_ptr, out_strides, batch, head * GROUP, 0, UNIT) + _rows(row, out_strides, GROUP, UNIT)
-    tl.store(place + column, out.to(out_ptr.dtype.element_ty), mask=column < DIM)
-    tl.store(lse_ptr + number, tl.where(highest == float("-inf"), float("inf"), highest + tl.log2(some)))
+    """Combine the splits of one row, each weighted by its part of the sum of exponentials."""
+    index = tl.program_id(0)
+    batch, head, row = index // num_rows // kv_heads, index // num_rows % kv_heads, index % num_rows
+    split, column = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_D)
+    lses = partial_lse_ptr + split * tl.num_programs(0).to(tl.int64) + index
+    lses = tl.load(lses, mask=split < NUM_SPLITS, other=float("-inf"))
+    row_max = tl.max(lses, axis=0)
+    p = tl.where(lses > LOWEST, tl.exp2(lses - row_max), 0.0)
+    p = tl.where(lses == lses, p, lses)  # NaN
+    row_sum = tl.sum(p, axis=0)
+    base = head_base(partial_out_ptr, partial_out_strides, batch, head * HEADS_PER_KV, 0, STRIDE_UNIT)
+    base += row_offsets(row, partial_out_strides, HEADS_PER_KV, STRIDE_UNIT)
+    partial_out = base + (split.to(tl.int64) * partial_out_strides[3])[:, None] + column[None, :]
+    partial_out = tl.load(partial_out, mask=(split < NUM_SPLITS)[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
+    # A row that sees no key is 0. A row that sees only scores of -inf is 0 / 0 = NaN.
+    denominator = tl.where(row_max == float("-inf"), 1.0, row_sum)
+    out = tl.sum(partial_out * p[:, None], axis=0) / denominator
+    base = head_base(out_ptr, out_strides, batch, head * HEADS_PER_KV, 0, STRIDE_UNIT)
+    base += row_offsets(row, out_strides, HEADS_PER_KV, STRIDE_UNIT)
+    tl.store(base + column, out.to(out_ptr.dtype.element_ty), mask=column < HEAD_DIM)
+    tl.store(lse_ptr + index, tl.where(row_max == float("-inf"), float("inf"), row_max + tl.log2(denominator)))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def backward_q(
-    grad_ptr,
+def attn_bwd_dq_kernel(
+    grad_out_ptr,
     out_ptr,
     q_ptr,
     k_ptr,
@@ -223,12 +239,12 @@ def backward_q(
     lse_ptr,
     delta_ptr,
     grad_q_ptr,
-    prefix_ptr,
-    starts_ptr,
-    ends_ptr,
+    prefix_lens_ptr,
+    kv_starts_ptr,
+    kv_lens_ptr,
     q_starts_ptr,
-    offsets_ptr,
-    grad_strides,
+    cu_seqlens_ptr,
+    grad_out_strides,
     out_strides,
     q_strides,
     k_strides,
@@ -242,87 +258,95 @@ def backward_q(
     scale,
     softcap,
     window,
-    GROUP: tl.constexpr,
-    UNIT: tl.constexpr,
-    DIM: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    HEADS_PER_KV: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D0: tl.constexpr,
+    BLOCK_D1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    """Gradient of ROWS rows of q; and for the other kernel delta, each row's sum of out · grad."""
+    """Compute the gradient of BLOCK_M rows of q, and delta for the other kernel: each row's sum of out * grad_out."""
     batch, head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
-    offset, q_len, start, end, prefix_end, q_start, inside = _example(
-        prefix_ptr, starts_ptr, ends_ptr, q_starts_ptr, offsets_ptr, batch, q_len, kv_len, lengths
+    seq_start, q_len, kv_start, kv_end, prefix_end, q_start, allowed = example_lengths(
+        prefix_lens_ptr, kv_starts_ptr, kv_lens_ptr, q_starts_ptr, cu_seqlens_ptr, batch, q_len, kv_len, lengths
     )
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    row = block * ROWS + tl.arange(0, ROWS)
-    if block * ROWS < q_len * GROUP:
-        here = row < q_len * GROUP
-        low, high = tl.arange(0, LOW), LOW + tl.arange(0, HIGH if HIGH else 16)
-        q_base = _base(q_ptr, q_strides, batch, head * GROUP, offset, UNIT)
-        q0, q1 = _load(q_base, _rows(row, q_strides, GROUP, UNIT), low, high, here, True, DIM, LOW, HIGH, WIDEN)
-        grad_base = _base(grad_ptr, grad_strides, batch, head * GROUP, offset, UNIT)
-        grad0, grad1 = _load(
-            grad_base, _rows(row, grad_strides, GROUP, UNIT), low, high, here, True, DIM, LOW, HIGH, WIDEN
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    if block * BLOCK_M < q_len * HEADS_PER_KV:
+        row_mask = row < q_len * HEADS_PER_KV
+        dims = (tl.arange(0, BLOCK_D0), BLOCK_D0 + tl.arange(0, BLOCK_D1 if BLOCK_D1 else 16))
+        q_base = head_base(q_ptr, q_strides, batch, head * HEADS_PER_KV, seq_start, STRIDE_UNIT)
+        offsets = row_offsets(row, q_strides, HEADS_PER_KV, STRIDE_UNIT)
+        q0, q1 = load_rows(q_base, offsets, dims, row_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST)
+        grad_out_base = head_base(grad_out_ptr, grad_out_strides, batch, head * HEADS_PER_KV, seq_start, STRIDE_UNIT)
+        offsets = row_offsets(row, grad_out_strides, HEADS_PER_KV, STRIDE_UNIT)
+        grad_out0, grad_out1 = load_rows(
+            grad_out_base, offsets, dims, row_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST
         )
-        out_base = _base(out_ptr, out_strides, batch, head * GROUP, offset, UNIT)
-        out0, out1 = _load(out_base, _rows(row, out_strides, GROUP, UNIT), low, high, here, True, DIM, LOW, HIGH, WIDEN)
-        delta = tl.sum(out0.to(tl.float32) * grad0.to(tl.float32), axis=1)
-        if HIGH:
-            delta += tl.sum(out1.to(tl.float32) * grad1.to(tl.float32), axis=1)
-        # NaN would reach keys that the row does not see, as 0 · NaN; to those it sees its weights bring NaN anyway.
-        known = tl.where(delta == delta, delta, 0.0)
-        tl.store(_lse(delta_ptr, lse_strides, batch, head, offset, GROUP) + row, known, mask=here)
-        lse = tl.load(_lse(lse_ptr, lse_strides, batch, head, offset, GROUP) + row, mask=here, other=float("inf"))
-        k_base = _base(k_ptr, k_strides, batch, head, offset, UNIT)
-        v_base = _base(v_ptr, v_strides, batch, head, offset, UNIT)
+        out_base = head_base(out_ptr, out_strides, batch, head * HEADS_PER_KV, seq_start, STRIDE_UNIT)
+        offsets = row_offsets(row, out_strides, HEADS_PER_KV, STRIDE_UNIT)
+        out0, out1 = load_rows(out_base, offsets, dims, row_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST)
+        delta = tl.sum(out0.to(tl.float32) * grad_out0.to(tl.float32), axis=1)
+        if BLOCK_D1:
+            delta += tl.sum(out1.to(tl.float32) * grad_out1.to(tl.float32), axis=1)
+        # A NaN delta would reach keys that the row does not see, as 0 * NaN. Keys that it sees get NaN from p.
+        finite_delta = tl.where(delta == delta, delta, 0.0)
+        tl.store(
+            lse_base(delta_ptr, lse_strides, batch, head, seq_start, HEADS_PER_KV) + row, finite_delta, mask=row_mask
+        )
+        lse = tl.load(
+            lse_base(lse_ptr, lse_strides, batch, head, seq_start, HEADS_PER_KV) + row,
+            mask=row_mask,
+            other=float("inf"),
+        )
+        k_base = head_base(k_ptr, k_strides, batch, head, seq_start, STRIDE_UNIT)
+        v_base = head_base(v_ptr, v_strides, batch, head, seq_start, STRIDE_UNIT)
 
-        position = q_start + row // GROUP
-        first, last = (
-            q_start + block * ROWS // GROUP,
-            q_start + tl.minimum((block + 1) * ROWS - 1, q_len * GROUP - 1) // GROUP,
-        )
-        whole, bounds = key_tiles(first, last, start, end, prefix_end, window, CAUSAL, KEYS)
-        acc0 = tl.zeros([ROWS, LOW], tl.float32)
-        acc1 = tl.zeros([ROWS, HIGH if HIGH else 16], tl.float32)
-        for boundary in tl.static_range(2):
-            for number in tl.range(0, bounds[3] if boundary else whole[2]):
-                tile = _boundary_tile(number, bounds, window) if boundary else _whole_tile(number, whole, window)
-                key = start + tile * KEYS + tl.arange(0, KEYS)
-                valid = key < end
-                k0, k1 = _load(
-                    k_base, _keys(key, k_strides, UNIT), low, high, valid, boundary == 1, DIM, LOW, HIGH, WIDEN
+        position = q_start + row // HEADS_PER_KV
+        first, last = block_positions(block, q_start, q_len, HEADS_PER_KV, BLOCK_M)
+        full, partial = key_tiles(first, last, kv_start, kv_end, prefix_end, window, CAUSAL, BLOCK_N)
+        acc0 = tl.zeros([BLOCK_M, BLOCK_D0], tl.float32)
+        acc1 = tl.zeros([BLOCK_M, BLOCK_D1 if BLOCK_D1 else 16], tl.float32)
+        for is_partial in tl.static_range(2):
+            for number in tl.range(0, partial[3] if is_partial else full[2]):
+                tile = partial_tile(number, partial, window) if is_partial else full_tile(number, full, window)
+                key = kv_start + tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+                key_mask = key < kv_end
+                offsets = key_offsets(key, k_strides, STRIDE_UNIT)
+                k0, k1 = load_rows(
+                    k_base, offsets, dims, key_mask, is_partial == 1, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST
                 )
-                v0, v1 = _load(
-                    v_base, _keys(key, v_strides, UNIT), low, high, valid, boundary == 1, DIM, LOW, HIGH, WIDEN
+                offsets = key_offsets(key, v_strides, STRIDE_UNIT)
+                v0, v1 = load_rows(
+                    v_base, offsets, dims, key_mask, is_partial == 1, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST
                 )
-                scores, slope = _scaled(_product(q0, q1, k0, k1, HIGH), scale, softcap)
-                weights = tl.exp2(scores - lse[:, None])
-                if boundary:
-                    visible = _visible(position[:, None], key[None, :], end, prefix_end, window, CAUSAL)
-                    weights = tl.where(visible, weights, 0.0)
-                grad_scores = weights * (_product(grad0, grad1, v0, v1, HIGH) - delta[:, None])
+                # [BLOCK_M, BLOCK_N]
+                scores, slope = scale_scores(dot_transposed(q0, q1, k0, k1, BLOCK_D1), scale, softcap)
+                p = tl.exp2(scores - lse[:, None])
+                if is_partial:
+                    visible = is_visible(position[:, None], key[None, :], kv_end, prefix_end, window, CAUSAL)
+                    p = tl.where(visible, p, 0.0)
+                grad_s = p * (dot_transposed(grad_out0, grad_out1, v0, v1, BLOCK_D1) - delta[:, None])
                 if softcap is not None:
-                    grad_scores *= slope
-                if boundary:  # 0 · NaN is NaN, also of a key or value that a row does not see
-                    grad_scores = tl.where(weights == 0.0, 0.0, grad_scores)
-                grad_scores = grad_scores.to(k0.dtype)
-                acc0 = tl.dot(grad_scores, k0, acc0, input_precision="ieee")
-                if HIGH:
-                    acc1 = tl.dot(grad_scores, k1, acc1, input_precision="ieee")
-        factor = tl.where(inside, tl.cast(scale, tl.float32), float("nan"))
-        base = _base(grad_q_ptr, grad_q_strides, batch, head * GROUP, offset, UNIT)
-        _store(
-            base, _rows(row, grad_q_strides, GROUP, UNIT), low, high, here, acc0 * factor, acc1 * factor, DIM, LOW, HIGH
-        )
+                    grad_s *= slope
+                if is_partial:  # a hidden key or value may be NaN, and 0 * NaN is NaN
+                    grad_s = tl.where(p == 0.0, 0.0, grad_s)
+                grad_s = grad_s.to(k0.dtype)
+                acc0 = tl.dot(grad_s, k0, acc0, input_precision="ieee")
+                if BLOCK_D1:
+                    acc1 = tl.dot(grad_s, k1, acc1, input_precision="ieee")
+        factor = tl.where(allowed, tl.cast(scale, tl.float32), float("nan"))
+        base = head_base(grad_q_ptr, grad_q_strides, batch, head * HEADS_PER_KV, seq_start, STRIDE_UNIT)
+        offsets = row_offsets(row, grad_q_strides, HEADS_PER_KV, STRIDE_UNIT)
+        store_rows(base, offsets, dims, row_mask, acc0 * factor, acc1 * factor, HEAD_DIM, BLOCK_D0, BLOCK_D1)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def backward_kv(
-    grad_ptr,
+def attn_bwd_dkv_kernel(
+    grad_out_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
@@ -330,12 +354,12 @@ def backward_kv(
     delta_ptr,
     grad_k_ptr,
     grad_v_ptr,
-    prefix_ptr,
-    starts_ptr,
-    ends_ptr,
+    prefix_lens_ptr,
+    kv_starts_ptr,
+    kv_lens_ptr,
     q_starts_ptr,
-    offsets_ptr,
-    grad_strides,
+    cu_seqlens_ptr,
+    grad_out_strides,
     q_strides,
     k_strides,
     v_strides,
@@ -349,282 +373,109 @@ def backward_kv(
     scale,
     softcap,
     window,
-    GROUP: tl.constexpr,
-    UNIT: tl.constexpr,
-    DIM: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    HEADS_PER_KV: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D0: tl.constexpr,
+    BLOCK_D1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    """Gradients of KEYS keys and values, summed over the rows of all their heads; 0 for keys that are not valid."""
+    """Compute the gradients of BLOCK_N keys and values, summed over the rows of all their heads; 0 for invalid keys."""
     batch, head = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
-    offset, q_len, start, end, prefix_end, q_start, inside = _example(
-        prefix_ptr, starts_ptr, ends_ptr, q_starts_ptr, offsets_ptr, batch, q_len, kv_len, lengths
+    seq_start, q_len, kv_start, kv_end, prefix_end, q_start, allowed = example_lengths(
+        prefix_lens_ptr, kv_starts_ptr, kv_lens_ptr, q_starts_ptr, cu_seqlens_ptr, batch, q_len, kv_len, lengths
     )
-    if offsets_ptr is not None:
+    if cu_seqlens_ptr is not None:
         kv_len = q_len
     block = tl.program_id(0)
-    if block * KEYS < kv_len:
-        key = block * KEYS + tl.arange(0, KEYS)
-        valid = (key >= start) & (key < end)
-        low, high = tl.arange(0, LOW), LOW + tl.arange(0, HIGH if HIGH else 16)
-        k_base = _base(k_ptr, k_strides, batch, head, offset, UNIT)
-        v_base = _base(v_ptr, v_strides, batch, head, offset, UNIT)
-        k0, k1 = _load(k_base, _keys(key, k_strides, UNIT), low, high, valid, True, DIM, LOW, HIGH, WIDEN)
-        v0, v1 = _load(v_base, _keys(key, v_strides, UNIT), low, high, valid, True, DIM, LOW, HIGH, WIDEN)
-        q_base = _base(q_ptr, q_strides, batch, head * GROUP, offset, UNIT)
-        grad_base = _base(grad_ptr, grad_strides, batch, head * GROUP, offset, UNIT)
-        lses = _lse(lse_ptr, lse_strides, batch, head, offset, GROUP)
-        deltas = _lse(delta_ptr, lse_strides, batch, head, offset, GROUP)
+    if block * BLOCK_N < kv_len:
+        key = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        key_mask = (key >= kv_start) & (key < kv_end)
+        dims = (tl.arange(0, BLOCK_D0), BLOCK_D0 + tl.arange(0, BLOCK_D1 if BLOCK_D1 else 16))
+        k_base = head_base(k_ptr, k_strides, batch, head, seq_start, STRIDE_UNIT)
+        v_base = head_base(v_ptr, v_strides, batch, head, seq_start, STRIDE_UNIT)
+        offsets = key_offsets(key, k_strides, STRIDE_UNIT)
+        k0, k1 = load_rows(k_base, offsets, dims, key_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST)
+        offsets = key_offsets(key, v_strides, STRIDE_UNIT)
+        v0, v1 = load_rows(v_base, offsets, dims, key_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST)
+        q_base = head_base(q_ptr, q_strides, batch, head * HEADS_PER_KV, seq_start, STRIDE_UNIT)
+        grad_out_base = head_base(grad_out_ptr, grad_out_strides, batch, head * HEADS_PER_KV, seq_start, STRIDE_UNIT)
+        lses = lse_base(lse_ptr, lse_strides, batch, head, seq_start, HEADS_PER_KV)
+        deltas = lse_base(delta_ptr, lse_strides, batch, head, seq_start, HEADS_PER_KV)
 
-        first, last = tl.maximum(block * KEYS, start), tl.minimum((block + 1) * KEYS, end) - 1
-        a, b, c, d = row_tiles(first, last, q_len, q_start, prefix_end, window, CAUSAL, GROUP, ROWS)
-        grad_k0 = tl.zeros([KEYS, LOW], tl.float32)
-        grad_k1 = tl.zeros([KEYS, HIGH if HIGH else 16], tl.float32)
-        grad_v0 = tl.zeros([KEYS, LOW], tl.float32)
-        grad_v1 = tl.zeros([KEYS, HIGH if HIGH else 16], tl.float32)
-        for boundary in tl.static_range(2):
-            for number in tl.range(0, b - a + d - c if boundary else c - b):
-                tile = tl.where(number < b - a, a + number, c - b + a + number) if boundary else b + number
-                row = tile * ROWS + tl.arange(0, ROWS)
-                here = row < q_len * GROUP
-                q0, q1 = _load(q_base, _rows(row, q_strides, GROUP, UNIT), low, high, here, True, DIM, LOW, HIGH, WIDEN)
-                grad0, grad1 = _load(
-                    grad_base, _rows(row, grad_strides, GROUP, UNIT), low, high, here, True, DIM, LOW, HIGH, WIDEN
+        first, last = tl.maximum(block * BLOCK_N, kv_start), tl.minimum((block + 1) * BLOCK_N, kv_end) - 1
+        begin, full_begin, full_end, end = row_tiles(
+            first, last, q_len, q_start, prefix_end, window, CAUSAL, HEADS_PER_KV, BLOCK_M
+        )
+        before = full_begin - begin  # partial tiles before the full ones
+        grad_k0 = tl.zeros([BLOCK_N, BLOCK_D0], tl.float32)
+        grad_k1 = tl.zeros([BLOCK_N, BLOCK_D1 if BLOCK_D1 else 16], tl.float32)
+        grad_v0 = tl.zeros([BLOCK_N, BLOCK_D0], tl.float32)
+        grad_v1 = tl.zeros([BLOCK_N, BLOCK_D1 if BLOCK_D1 else 16], tl.float32)
+        for is_partial in tl.static_range(2):
+            for number in tl.range(0, before + end - full_end if is_partial else full_end - full_begin):
+                tile = full_begin + number
+                if is_partial:
+                    tile = tl.where(number < before, begin + number, full_end - full_begin + begin + number)
+                row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+                row_mask = row < q_len * HEADS_PER_KV
+                offsets = row_offsets(row, q_strides, HEADS_PER_KV, STRIDE_UNIT)
+                q0, q1 = load_rows(q_base, offsets, dims, row_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST)
+                offsets = row_offsets(row, grad_out_strides, HEADS_PER_KV, STRIDE_UNIT)
+                grad_out0, grad_out1 = load_rows(
+                    grad_out_base, offsets, dims, row_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST
                 )
-                lse = tl.load(lses + row, mask=here, other=float("inf"))
-                delta = tl.load(deltas + row, mask=here, other=0.0)
-                scores, slope = _scaled(_product(k0, k1, q0, q1, HIGH), scale, softcap)
-                weights = tl.exp2(scores - lse[None, :])
-                if boundary:
-                    position = q_start + row // GROUP
-                    visible = _visible(position[None, :], key[:, None], end, prefix_end, window, CAUSAL)
-                    weights = tl.where(visible, weights, 0.0)
-                grad_scores = weights * (_product(v0, v1, grad0, grad1, HIGH) - delta[None, :])
+                lse = tl.load(lses + row, mask=row_mask, other=float("inf"))
+                delta = tl.load(deltas + row, mask=row_mask, other=0.0)
+                # [BLOCK_N, BLOCK_M]: transposed, so that p and grad_s are left operands of the products below.
+                scores, slope = scale_scores(dot_transposed(k0, k1, q0, q1, BLOCK_D1), scale, softcap)
+                p = tl.exp2(scores - lse[None, :])
+                if is_partial:
+                    position = q_start + row // HEADS_PER_KV
+                    visible = is_visible(position[None, :], key[:, None], kv_end, prefix_end, window, CAUSAL)
+                    p = tl.where(visible, p, 0.0)
+                grad_s = p * (dot_transposed(v0, v1, grad_out0, grad_out1, BLOCK_D1) - delta[None, :])
                 if softcap is not None:
-                    grad_scores *= slope
-                weights, grad_scores = weights.to(grad0.dtype), grad_scores.to(q0.dtype)
-                grad_v0 = tl.dot(weights, grad0, grad_v0, input_precision="ieee")
-                grad_k0 = tl.dot(grad_scores, q0, grad_k0, input_precision="ieee")
-                if HIGH:
-                    grad_v1 = tl.dot(weights, grad1, grad_v1, input_precision="ieee")
-                    grad_k1 = tl.dot(grad_scores, q1, grad_k1, input_precision="ieee")
-        # Keys of the tile that are not valid have gathered what is not theirs, infinity among it.
-        valid = valid[:, None]
-        grad_v0, grad_v1 = tl.where(valid, grad_v0, 0.0), tl.where(valid, grad_v1, 0.0)
-        grad_k0, grad_k1 = tl.where(valid, grad_k0, 0.0), tl.where(valid, grad_k1, 0.0)
-        factor = tl.where(inside, 1.0, float("nan"))
-        there = key < kv_len
-        base = _base(grad_v_ptr, grad_v_strides, batch, head, offset, UNIT)
-        rows = _keys(key, grad_v_strides, UNIT)
-        _store(base, rows, low, high, there, grad_v0 * factor, grad_v1 * factor, DIM, LOW, HIGH)
-        base = _base(grad_k_ptr, grad_k_strides, batch, head, offset, UNIT)
-        rows = _keys(key, grad_k_strides, UNIT)
+                    grad_s *= slope
+                p, grad_s = p.to(grad_out0.dtype), grad_s.to(q0.dtype)
+                grad_v0 = tl.dot(p, grad_out0, grad_v0, input_precision="ieee")
+                grad_k0 = tl.dot(grad_s, q0, grad_k0, input_precision="ieee")
+                if BLOCK_D1:
+                    grad_v1 = tl.dot(p, grad_out1, grad_v1, input_precision="ieee")
+                    grad_k1 = tl.dot(grad_s, q1, grad_k1, input_precision="ieee")
+        # Invalid keys of the tile have accumulated numbers, infinity among them: set them to 0.
+        key_mask = key_mask[:, None]
+        grad_v0, grad_v1 = tl.where(key_mask, grad_v0, 0.0), tl.where(key_mask, grad_v1, 0.0)
+        grad_k0, grad_k1 = tl.where(key_mask, grad_k0, 0.0), tl.where(key_mask, grad_k1, 0.0)
+        factor = tl.where(allowed, 1.0, float("nan"))
+        stored = key < kv_len
+        base = head_base(grad_v_ptr, grad_v_strides, batch, head, seq_start, STRIDE_UNIT)
+        rows = key_offsets(key, grad_v_strides, STRIDE_UNIT)
+        store_rows(base, rows, dims, stored, grad_v0 * factor, grad_v1 * factor, HEAD_DIM, BLOCK_D0, BLOCK_D1)
+        base = head_base(grad_k_ptr, grad_k_strides, batch, head, seq_start, STRIDE_UNIT)
+        rows = key_offsets(key, grad_k_strides, STRIDE_UNIT)
         factor *= tl.cast(scale, tl.float32)
-        _store(base, rows, low, high, there, grad_k0 * factor, grad_k1 * factor, DIM, LOW, HIGH)
+        store_rows(base, rows, dims, stored, grad_k0 * factor, grad_k1 * factor, HEAD_DIM, BLOCK_D0, BLOCK_D1)
 
 
 @triton.jit
-def key_tiles(first, last, start, end, prefix_end, window, CAUSAL: tl.constexpr, KEYS: tl.constexpr):
-    """Tiles of keys, counted from `start`, for queries at positions first to last.
-
-    Those that all of them see whole are [0, a), and with a window, which may leave a gap behind the prefix, some from d on: given
-    as (a, d, how many). Those that some see in part begin at a, at c behind the gap, and at e: as (a, c, e, how many, how many
-    before those at c, before those at e).
-    """
-    seen_end, all_end = end, end
-    if CAUSAL:
-        seen_end, all_end = tl.minimum(end, last + 1), tl.minimum(end, first + 1)
-    prefix_end = tl.maximum(prefix_end, start)
-    if window is None:
-        a, b = tl.maximum(all_end, prefix_end) - start, tl.maximum(seen_end, prefix_end) - start
-        a, b = a // KEYS, tl.cdiv(b, KEYS)
-        whole, bounds = (a, a, a), (a, b, b, b - a, b - a, b - a)
-    else:
-        seen_begin, all_begin = first - window + 1, last - window + 1
-        a = tl.where(all_begin <= prefix_end, tl.maximum(all_end, prefix_end), prefix_end) - start
-        a, b = a // KEYS, tl.cdiv(prefix_end - start, KEYS)
-        b = tl.maximum(a, b)
-        c = tl.maximum(b, (seen_begin - start) // KEYS)
-        f = tl.where(seen_begin < seen_end, tl.maximum(c, tl.cdiv(seen_end - start, KEYS)), c)
-        d = tl.minimum(tl.maximum(c, tl.cdiv(all_begin - start, KEYS)), f)
-        e = tl.minimum(tl.maximum(d, (all_end - start) // KEYS), f)
-        whole, bounds = (a, d, a + e - d), (a, c, e, b - a + d - c + f - e, b - a, b - a + d - c)
-    return whole, bounds
-
-
-@triton.jit
-def _whole_tile(number, whole, window):
-    tile = number
-    if window is not None:
-        tile = tl.where(number < whole[0], number, whole[1] + number - whole[0])
-    return tile
-
-
-@triton.jit
-def _boundary_tile(number, bounds, window):
-    tile = bounds[0] + number
-    if window is not None:
-        tile = tl.where(number < bounds[4], tile, bounds[1] + number - bounds[4])
-        tile = tl.where(number < bounds[5], tile, bounds[2] + number - bounds[5])
-    return tile
-
-
-@triton.jit
-def row_tiles(
-    first, last, q_len, q_start, prefix_end, window, CAUSAL: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr
-):
-    """Tiles of rows for the keys first to last: all of [b, c) see all these keys, of [a, b) and [c, d) some see some."""
-    seen_begin, seen_end, all_begin, all_end = 0, q_len, 0, q_len
-    if CAUSAL:
-        seen_begin, all_begin = first - q_start, last - q_start
-    if window is not None:
-        seen_end, all_end = tl.minimum(q_len, last + window - q_start), tl.minimum(q_len, first + window - q_start)
-    # The prefix is seen by every row.
-    seen_begin = tl.where(first < prefix_end, 0, tl.minimum(tl.maximum(seen_begin, 0), q_len))
-    seen_end = tl.where(first < prefix_end, q_len, tl.maximum(seen_end, seen_begin))
-    all_begin = tl.where(last < prefix_end, 0, tl.minimum(tl.maximum(all_begin, 0), q_len))
-    all_end = tl.where(last < prefix_end, q_len, tl.maximum(all_end, all_begin))
-    a, d = seen_begin * GROUP // ROWS, tl.cdiv(seen_end * GROUP, ROWS)
-    d = tl.where((last < first) | (seen_end <= seen_begin), a, d)
-    b = tl.minimum(tl.maximum(tl.cdiv(all_begin * GROUP, ROWS), a), d)
-    # Rows beyond the last query load as 0 and weigh nothing: to the end, a tile is a whole one.
-    c = tl.where(all_end == q_len, tl.cdiv(all_end * GROUP, ROWS), all_end * GROUP // ROWS)
-    return a, b, tl.minimum(tl.maximum(c, b), d), d
-
-
-@triton.jit
-def _example(prefix_ptr, starts_ptr, ends_ptr, q_starts_ptr, offsets_ptr, batch, q_len, kv_len, lengths):
-    """An example's first row among packed sequences, its number of queries, bounds of its keys, and whether they are allowed.
-
-    A length that no tensor gives is that of `lengths`, (prefix length, start, end, position of the first query).
-    """
-    if offsets_ptr is not None:
-        offset = tl.minimum(tl.maximum(tl.load(offsets_ptr + batch), 0), kv_len)
-        q_len = tl.minimum(tl.maximum(tl.load(offsets_ptr + batch + 1) - offset, 0), kv_len - offset)
-        start, end, q_start, kv_len = 0, q_len, 0, q_len
-    else:
-        offset = 0
-        start = lengths[1] if starts_ptr is None else tl.load(starts_ptr + batch)
-        end = lengths[2] if ends_ptr is None else tl.load(ends_ptr + batch)
-        q_start = lengths[3] if q_starts_ptr is None else tl.load(q_starts_ptr + batch)
-    prefix = lengths[0] if prefix_ptr is None else tl.load(prefix_ptr + batch)
-    inside = (start >= 0) & (start <= kv_len) & (end >= 0) & (end <= kv_len) & (prefix >= 0)
-    start = tl.minimum(tl.maximum(start, 0), kv_len)
-    end = tl.maximum(tl.minimum(end, kv_len), start)
-    prefix_end = tl.minimum(start + tl.minimum(tl.maximum(prefix, 0), FAR), end)
-    return offset, q_len, start, end, prefix_end, tl.minimum(tl.maximum(q_start, -FAR), FAR), inside
-
-
-@triton.jit
-def _base(pointer, strides, batch, head, offset, UNIT: tl.constexpr):
-    """Where an example's rows of one head begin in [B, H, S, D]; packed sequences begin `offset` rows into the only example."""
-    rows = tl.cast(head, tl.int64) * strides[1] + tl.cast(offset, tl.int64) * strides[2]
-    return pointer + (tl.cast(batch, tl.int64) * strides[0] + rows) * UNIT
-
-
-@triton.jit
-def _rows(row, strides, GROUP: tl.constexpr, UNIT: tl.constexpr):
-    """Where rows begin, from the first head's first one."""
-    return (tl.cast(row // GROUP, tl.int64) * strides[2] + (row % GROUP) * strides[1]) * UNIT
-
-
-@triton.jit
-def _keys(key, strides, UNIT: tl.constexpr):
-    return key.to(tl.int64) * strides[2] * UNIT
-
-
-@triton.jit
-def _lse(pointer, strides, batch, head, offset, GROUP: tl.constexpr):
-    """Where the numbers [B, Hkv, Sq · GROUP] of one head's rows begin."""
-    base = tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
-    return pointer + base + tl.cast(offset, tl.int64) * GROUP
-
-
-@triton.jit
-def _load(
-    base, rows, low, high, here, MASKED: tl.constexpr, DIM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    WIDEN: tl.constexpr,
-):  # fmt: skip
-    """Both blocks of rows; MASKED reads 0 where `here` is false."""
-    if MASKED and LOW > DIM:
-        x0 = tl.load(base + rows[:, None] + low[None, :], mask=here[:, None] & (low < DIM)[None, :], other=0.0)
-    elif MASKED:
-        x0 = tl.load(base + rows[:, None] + low[None, :], mask=here[:, None], other=0.0)
-    elif LOW > DIM:
-        x0 = tl.load(base + rows[:, None] + low[None, :], mask=(low < DIM)[None, :], other=0.0)
-    else:
-        x0 = tl.load(base + rows[:, None] + low[None, :])
-    x1 = x0
-    if HIGH:
-        if MASKED:
-            x1 = tl.load(base + rows[:, None] + high[None, :], mask=here[:, None] & (high < DIM)[None, :], other=0.0)
-        elif LOW + HIGH > DIM:
-            x1 = tl.load(base + rows[:, None] + high[None, :], mask=(high < DIM)[None, :], other=0.0)
-        else:
-            x1 = tl.load(base + rows[:, None] + high[None, :])
-    if WIDEN:
-        x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
-    return x0, x1
-
-
-@triton.jit
-def _load_described(low, high, place, LOW: tl.constexpr, HIGH: tl.constexpr, KEYS: tl.constexpr, WIDEN: tl.constexpr):
-    """Both blocks of rows from place on, (batch, head, row), by descriptors of [B, H, S, D]: TMA, where there is one."""
-    x0 = low.load([place[0], place[1], place[2], 0]).reshape([KEYS, LOW])
-    x1 = x0
-    if HIGH:
-        x1 = high.load([place[0], place[1], place[2], LOW]).reshape([KEYS, HIGH])
-    if WIDEN:
-        x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
-    return x0, x1
-
-
-@triton.jit
-def _store(base, rows, low, high, here, x0, x1, DIM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    type = base.dtype.element_ty
-    if LOW > DIM:
-        tl.store(base + rows[:, None] + low[None, :], x0.to(type), mask=here[:, None] & (low < DIM)[None, :])
-    else:
-        tl.store(base + rows[:, None] + low[None, :], x0.to(type), mask=here[:, None])
-    if HIGH:
-        tl.store(base + rows[:, None] + high[None, :], x1.to(type), mask=here[:, None] & (high < DIM)[None, :])
-
-
-@triton.jit
-def _product(a0, a1, b0, b1, HIGH: tl.constexpr):
-    """a · bᵀ."""
+def dot_transposed(a0, a1, b0, b1, BLOCK_D1: tl.constexpr):
+    """Return a · bᵀ, summed over both blocks of the head dimension."""
     product = tl.dot(a0, tl.trans(b0), input_precision="ieee")
-    if HIGH:
+    if BLOCK_D1:
         product = tl.dot(a1, tl.trans(b1), product, input_precision="ieee")
     return product
 
 
 @triton.jit
-def _scaled(products, scale, softcap):
-    """Scores in base 2, and with a softcap its slope."""
+def scale_scores(products, scale, softcap):
+    """Return scores in base 2, and the derivative of the softcap (1.0 without one)."""
     if softcap is None:
         scores, slope = products * (tl.cast(scale, tl.float32) * LOG2_E), 1.0
     else:
         bounded = tanh(products * (tl.cast(scale, tl.float32) / tl.cast(softcap, tl.float32)))
         scores, slope = bounded * (tl.cast(softcap, tl.float32) * LOG2_E), 1.0 - bounded * bounded
     return scores, slope
-
-
-@triton.jit
-def _visible(position, key, end, prefix_end, window, CAUSAL: tl.constexpr):
-    """The mask contract, of keys that are not before the first valid one."""
-    visible = key < prefix_end
-    if CAUSAL:
-        seen = key <= position
-        if window is not None:
-            seen &= position - key < window
-        visible |= seen
-    elif window is not None:
-        visible |= position - key < window
-    else:
-        visible = key < end
-    return visible & (key < end)

@@ -16,7 +16,7 @@ from torch import Tensor
 from pg_kernels.ops._common import checks, extension
 from pg_kernels.ops._common.autograd import is_function_transformed, needs_autograd
 from pg_kernels.ops._common.registration import define_opaque
-from pg_kernels.ops.prefix_lm_attention.reference import visible_keys
+from pg_kernels.ops.prefix_lm_attention.mask import visible_keys
 
 ROWS = 256
 """Queries that share a mask, where they need any: [ROWS, keys in sight], never [Sq, Skv]."""
