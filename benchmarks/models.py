@@ -20,7 +20,7 @@ from pg_kernels.model import PaliGemma
 from pg_kernels.model.config import PaliGemmaConfig
 from pg_kernels.model.generation import Decoder
 from pg_kernels.model.graphs import Recorder, Replayed, capture_unsupported_reason
-from pg_kernels.nn import Int8Embedding, Int8Linear, merge_projections_
+from pg_kernels.nn import Int8Embedding, Int8Linear, fuse_qkv_
 from pg_kernels.quantization import ACTIVATIONS, quantize_
 
 from .cases import ANSWER, PROMPT, Case
@@ -278,7 +278,7 @@ def _as_generated(model: PaliGemma, stage: Callable[[], Tensor]) -> Callable[[],
     """A stage as `generate` runs it: replayed as a CUDA graph, and captured by now, where there can be one."""
     if capture_unsupported_reason(model, next(model.parameters()).device) is not None:
         return stage
-    merge_projections_(model)
+    fuse_qkv_(model)
     found: list[Tensor] = []
 
     def keep() -> None:

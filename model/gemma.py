@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pg_kernels.nn import GeGLUMLP, PrefixLMAttention, RMSNorm, normed_sum
+from pg_kernels.nn import GeGLUMLP, PrefixLMAttention, RMSNorm, add_and_norm
 
 from .adapters import AdapterParent
 from .config import TextConfig
@@ -71,7 +71,7 @@ class GemmaDecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, added: Tensor | None, positions: Tensor, query_index: Tensor | None, **attention: Any
     ) -> tuple[Tensor, Tensor]:
-        normed, x = normed_sum(self.input_layernorm, x, added)
+        normed, x = add_and_norm(self.input_layernorm, x, added)
         attended = self.self_attn(normed, positions, query_index=query_index, **attention)
         normed, x = self.post_attention_layernorm(attended, residual=_picked(x, query_index))
         return x, self.mlp(normed)
@@ -92,7 +92,7 @@ class Gemma2DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, added: Tensor | None, positions: Tensor, query_index: Tensor | None, **attention: Any
     ) -> tuple[Tensor, Tensor]:
-        normed, x = normed_sum(self.input_layernorm, x, added)
+        normed, x = add_and_norm(self.input_layernorm, x, added)
         attended = self.post_attention_layernorm(
             self.self_attn(normed, positions, query_index=query_index, **attention)
         )
@@ -153,4 +153,4 @@ class GemmaModel(AdapterParent):
                 cache=None if cache is None else (cache.keys[index], cache.values[index]),
                 cache_positions=cache_positions,
             )
-        return normed_sum(self.norm, x, added)[0]
+        return add_and_norm(self.norm, x, added)[0]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pg_kernels.nn import merge_projections_
+from pg_kernels.nn import fuse_qkv_
 from pg_kernels.ops._common.devices import on_device_of
 
 from .arguments import check_prompt, integer, number, token_ids
@@ -133,7 +133,7 @@ def generate(
         key = (batch, capacity, choice)
         session = model.graph_cache.of(model).take(key)
         if session is None:
-            merge_projections_(model)
+            fuse_qkv_(model)
             model.graph_cache.of(model)  # which that may have changed
             session = DecodingSession(model, batch, capacity, choice, graphs=True)
         answer = session.answer(model, prompt, *rest)

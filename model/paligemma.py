@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pg_kernels import int8_linear, int8_topk, linear_cross_entropy
-from pg_kernels.nn import LayerNorm, RMSNorm, is_only_a_product, is_only_an_int8_product
+from pg_kernels.nn import LayerNorm, RMSNorm, is_plain_int8_linear, is_plain_linear
 from pg_kernels.ops._common.checks import values_are_free
 
 from .adapters import Adaptable, AdapterParent
@@ -216,7 +216,7 @@ class PaliGemma(Adaptable):
     def logits(self, hidden: Tensor) -> Tensor:
         """Score hidden states [..., D] over the vocabulary: fp32 [..., V], softcapped where the configuration says so."""
         head = self.lm_head
-        if is_only_an_int8_product(head):  # its sums are fp32, and need not be rounded
+        if is_plain_int8_linear(head):  # its sums are fp32, and need not be rounded
             logits = int8_linear(hidden, head.weight, activations=head.activations, out_dtype=torch.float32)
         else:
             logits = head(hidden).float()
@@ -225,7 +225,7 @@ class PaliGemma(Adaptable):
 
     def topk_logits(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest of the same logits, fp32 [..., k] and the largest first, and their ids [..., k]."""
-        if is_only_an_int8_product(self.lm_head):
+        if is_plain_int8_linear(self.lm_head):
             softcap = self.config.text_config.final_logit_softcapping
             return int8_topk(hidden, self.lm_head.weight, k, softcap=softcap, activations=self.lm_head.activations)
         logits = self.logits(hidden)
@@ -259,8 +259,8 @@ class PaliGemma(Adaptable):
     def _loss(self, hidden: Tensor, labels: Tensor, reduction: str, label_smoothing: float) -> Tensor:
         hidden, targets = hidden[:, :-1], labels[:, 1:]
         head: Any = self.lm_head
-        int8 = is_only_an_int8_product(head)
-        if int8 or is_only_a_product(head):
+        int8 = is_plain_int8_linear(head)
+        if int8 or is_plain_linear(head):
             losses = linear_cross_entropy(
                 hidden,
                 head.weight.dequantize(hidden.dtype) if int8 else head.weight,

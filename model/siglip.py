@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pg_kernels import prefix_lm_attention
-from pg_kernels.nn import LayerNorm, normed_sum, projections
+from pg_kernels.nn import LayerNorm, add_and_norm, project
 
 from .config import VisionConfig
 
@@ -34,7 +34,7 @@ class SiglipAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
             y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for y in projections(x, (self.q_proj, self.k_proj, self.v_proj))
+            for y in project(x, (self.q_proj, self.k_proj, self.v_proj))
         )
         return self.out_proj(prefix_lm_attention(q, k, v, causal=False).transpose(1, 2).flatten(2))
 
@@ -60,7 +60,7 @@ class SiglipEncoderLayer(nn.Module):
         self.mlp = SiglipMLP(config)
 
     def forward(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
-        normed, x = normed_sum(self.layer_norm1, x, added)
+        normed, x = add_and_norm(self.layer_norm1, x, added)
         normed, x = self.layer_norm2(self.self_attn(normed), residual=x)
         return x, self.mlp(normed)
 
@@ -90,7 +90,7 @@ class SiglipVisionTower(nn.Module):
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return normed_sum(self.post_layernorm, *self.encoder(self.embeddings(pixel_values)))[0]
+        return add_and_norm(self.post_layernorm, *self.encoder(self.embeddings(pixel_values)))[0]
 
 
 def resample_position_embedding(weight: Tensor, num_image_tokens: int) -> Tensor:

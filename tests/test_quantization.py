@@ -17,10 +17,10 @@ from pg_kernels.nn import (
     GeGLUMLP,
     Int8Embedding,
     Int8Linear,
-    is_only_a_product,
-    is_only_an_int8_product,
-    merge_projections_,
-    projections,
+    fuse_qkv_,
+    is_plain_int8_linear,
+    is_plain_linear,
+    project,
 )
 
 MODES = {"int8": "keep", "int8-dynamic": "int8"}
@@ -223,7 +223,7 @@ def test_projections_are_those_of_each_layer(activations: str) -> None:
     ]
     mixed, x = [*layers, linear(), Int8Linear.from_linear(linear())], torch.randn(2, 70)
     for chosen in (layers, mixed):
-        for y, layer in zip(projections(x, chosen), chosen, strict=True):
+        for y, layer in zip(project(x, chosen), chosen, strict=True):
             assert torch.equal(y, layer(x))
 
 
@@ -270,22 +270,22 @@ def test_watched_layers_are_called(
 ) -> None:
     """Where one product of several layers would else read their weights."""
     layers = nn.ModuleDict({name: nn.Linear(64, 64, bias=False) for name in ("q_proj", "k_proj", "v_proj")})
-    merge_projections_(layers)
+    fuse_qkv_(layers)
     if quantised:
         quantize_(layers)
-    is_product, kind = (is_only_an_int8_product, Int8Linear) if quantised else (is_only_a_product, nn.Linear)
+    is_product, kind = (is_plain_int8_linear, Int8Linear) if quantised else (is_plain_linear, nn.Linear)
     forward, calls = kind.forward, []
     monkeypatch.setattr(kind, "forward", lambda self, x: calls.append(self) or forward(self, x))
     with torch.no_grad():
-        projections(torch.randn(3, 64), list(layers.values()))
+        project(torch.randn(3, 64), list(layers.values()))
         assert not calls and all(map(is_product, layers.values()))
         watch(layers["k_proj"])
-        projections(torch.randn(3, 64), list(layers.values()))
+        project(torch.randn(3, 64), list(layers.values()))
     assert calls == list(layers.values()) and not is_product(layers["k_proj"])
 
 
 def test_a_bias_is_more_than_a_product() -> None:
-    assert not is_only_a_product(nn.Linear(64, 8)) and not is_only_an_int8_product(Int8Linear(64, 8))
+    assert not is_plain_linear(nn.Linear(64, 8)) and not is_plain_int8_linear(Int8Linear(64, 8))
 
 
 def test_int8_of_torchao_is_not_only_a_product() -> None:
@@ -293,7 +293,7 @@ def test_int8_of_torchao_is_not_only_a_product() -> None:
 
     mlp, x = GeGLUMLP(64, 96).bfloat16(), torch.randn(3, 64, dtype=torch.bfloat16)
     torchao.quantize_(mlp, torchao.Int8DynamicActivationInt8WeightConfig())
-    assert not is_only_a_product(mlp.gate_proj)
+    assert not is_plain_linear(mlp.gate_proj)
     expected = mlp.down_proj(F.gelu(mlp.gate_proj(x), approximate="tanh") * mlp.up_proj(x))
     torch.testing.assert_close(mlp(x), expected, rtol=0.05, atol=1e-2)
 

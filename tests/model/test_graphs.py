@@ -25,6 +25,8 @@ from pg_kernels import quantize_
 from pg_kernels.model import PaliGemma, PaliGemmaConfig, gemma, generation, graphs, siglip
 from pg_kernels.model.config import TextConfig, VisionConfig
 from pg_kernels.model.generation import Choice, DecodingSession
+from pg_kernels.nn import attention as nn_attention
+from pg_kernels.nn import fusion as nn_fusion
 
 VISION = VisionConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
@@ -352,21 +354,21 @@ def test_merged_projections(model_type: str, tmp_path: Path, monkeypatch: pytest
     model = make(model_type=model_type)
     given, before = prompts(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected, parameters = model.generate(**given, max_new_tokens=8, eos_token_id=-1), list(model.parameters())
-    pg_nn.merge_projections_(model)
+    pg_nn.fuse_qkv_(model)
     assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
     for _ in range(2):  # the second time there is nothing to do
         addresses = [parameter.data_ptr() for parameter in parameters]
-        pg_nn.merge_projections_(model)
+        pg_nn.fuse_qkv_(model)
         assert addresses == [parameter.data_ptr() for parameter in parameters]
     products: list[int] = []
-    linear = pg_nn.F.linear
+    linear = nn_fusion.F.linear
 
     def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         products.append(len(weight))
         return linear(x, weight, bias)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pg_nn.F, "linear", counted)
+        patch.setattr(nn_fusion.F, "linear", counted)
         assert torch.equal(model.generate(**given, max_new_tokens=8, eos_token_id=-1), expected)
     # Heads, and key-value heads twice, of 16 columns; the image encoder's three times 32.
     assert products.count(4 * 16 + 2 * 2 * 16) == 8 * TEXT.num_hidden_layers
@@ -385,11 +387,11 @@ def test_merged_projections(model_type: str, tmp_path: Path, monkeypatch: pytest
 
 
 FUSIONS: dict[str, tuple[Any, str, Any]] = {
-    "QKV": (pg_nn, "projections", _separately),
-    "QKV of the image encoder": (siglip, "projections", _separately),
-    "sum and norm": (gemma, "normed_sum", _normed_after_adding),
-    "sum and norm in the image encoder": (siglip, "normed_sum", _normed_after_adding),
-    "rotary and cache": (pg_nn, "apply_rotary_to_cache", _rotated_then_written),
+    "QKV": (nn_attention, "project", _separately),
+    "QKV of the image encoder": (siglip, "project", _separately),
+    "sum and norm": (gemma, "add_and_norm", _normed_after_adding),
+    "sum and norm in the image encoder": (siglip, "add_and_norm", _normed_after_adding),
+    "rotary and cache": (nn_attention, "apply_rotary_to_cache", _rotated_then_written),
     "gate and up": (
         pg_nn.GeGLUMLP,
         "forward",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pg_kernels import apply_rotary, linear_cross_entropy, rms_norm
 from pg_kernels.backends import requested, select
 from pg_kernels.integrations.transformers.versions import RELIES_ON, class_path, find, unknown_reason
-from pg_kernels.nn import GeGLUMLP, Int8Linear, is_only_a_product, is_only_an_int8_product
+from pg_kernels.nn import GeGLUMLP, Int8Linear, is_plain_int8_linear, is_plain_linear
 
 Forward = Callable[..., Any]
 
@@ -133,9 +133,7 @@ def _computes_loss(model: Any, logits_to_keep: int | Tensor) -> bool:
         return False
     head = model.lm_head
     whole = not isinstance(logits_to_keep, Tensor) and logits_to_keep == 0
-    return (
-        whole and model.loss_function is ForCausalLMLoss and (is_only_a_product(head) or is_only_an_int8_product(head))
-    )
+    return whole and model.loss_function is ForCausalLMLoss and (is_plain_linear(head) or is_plain_int8_linear(head))
 
 
 def _loss_forward(cls: Any) -> Forward:

@@ -122,9 +122,9 @@ def attn_fwd_kernel(
                     place = (example, head, seq_start + kv_start + tile * BLOCK_N)
                     k0, k1 = load_described(k_descriptor0, k_descriptor1, place, BLOCK_D0, BLOCK_D1, BLOCK_N, UPCAST)
                 else:
-                    offsets = key_offsets(key, k_strides, STRIDE_UNIT)
+                    k_offsets = key_offsets(key, k_strides, STRIDE_UNIT)
                     k0, k1 = load_rows(
-                        k_base, offsets, dims, key_mask, is_partial == 1, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST
+                        k_base, k_offsets, dims, key_mask, is_partial == 1, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST
                     )
                 if k_scale_ptr is not None:
                     k0, k1 = k0.to(q0.dtype), k1.to(q0.dtype)
@@ -152,9 +152,9 @@ def attn_fwd_kernel(
                     if is_partial:  # keys past kv_end may hold NaN, and 0 * NaN is NaN
                         v0, v1 = tl.where(key_mask[:, None], v0, 0.0), tl.where(key_mask[:, None], v1, 0.0)
                 else:
-                    offsets = key_offsets(key, v_strides, STRIDE_UNIT)
+                    v_offsets = key_offsets(key, v_strides, STRIDE_UNIT)
                     v0, v1 = load_rows(
-                        v_base, offsets, dims, key_mask, is_partial == 1, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST
+                        v_base, v_offsets, dims, key_mask, is_partial == 1, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST
                     )
                 if v_scale_ptr is not None:
                     p *= tl.load(v_scale_ptr + scale_offset + key * scale_strides[2], mask=key_mask, other=0.0)[None, :]
@@ -174,10 +174,10 @@ def attn_fwd_kernel(
         if NUM_SPLITS > 1:
             out_base += tl.program_id(2).to(tl.int64) * out_strides[3]
             lse_ptr += tl.program_id(2).to(tl.int64) * lse_strides[2]
-        offsets = row_offsets(row, out_strides, HEADS_PER_KV, STRIDE_UNIT)
+        out_offsets = row_offsets(row, out_strides, HEADS_PER_KV, STRIDE_UNIT)
         store_rows(
             out_base,
-            offsets,
+            out_offsets,
             dims,
             row_mask,
             acc0 * factor[:, None],
@@ -279,16 +279,16 @@ def attn_bwd_dq_kernel(
         row_mask = row < q_len * HEADS_PER_KV
         dims = (tl.arange(0, BLOCK_D0), BLOCK_D0 + tl.arange(0, BLOCK_D1 if BLOCK_D1 else 16))
         q_base = head_base(q_ptr, q_strides, batch, head * HEADS_PER_KV, seq_start, STRIDE_UNIT)
-        offsets = row_offsets(row, q_strides, HEADS_PER_KV, STRIDE_UNIT)
-        q0, q1 = load_rows(q_base, offsets, dims, row_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST)
+        q_offsets = row_offsets(row, q_strides, HEADS_PER_KV, STRIDE_UNIT)
+        q0, q1 = load_rows(q_base, q_offsets, dims, row_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST)
         grad_out_base = head_base(grad_out_ptr, grad_out_strides, batch, head * HEADS_PER_KV, seq_start, STRIDE_UNIT)
-        offsets = row_offsets(row, grad_out_strides, HEADS_PER_KV, STRIDE_UNIT)
+        grad_out_offsets = row_offsets(row, grad_out_strides, HEADS_PER_KV, STRIDE_UNIT)
         grad_out0, grad_out1 = load_rows(
-            grad_out_base, offsets, dims, row_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST
+            grad_out_base, grad_out_offsets, dims, row_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST
         )
         out_base = head_base(out_ptr, out_strides, batch, head * HEADS_PER_KV, seq_start, STRIDE_UNIT)
-        offsets = row_offsets(row, out_strides, HEADS_PER_KV, STRIDE_UNIT)
-        out0, out1 = load_rows(out_base, offsets, dims, row_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST)
+        out_offsets = row_offsets(row, out_strides, HEADS_PER_KV, STRIDE_UNIT)
+        out0, out1 = load_rows(out_base, out_offsets, dims, row_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST)
         delta = tl.sum(out0.to(tl.float32) * grad_out0.to(tl.float32), axis=1)
         if BLOCK_D1:
             delta += tl.sum(out1.to(tl.float32) * grad_out1.to(tl.float32), axis=1)
@@ -315,13 +315,13 @@ def attn_bwd_dq_kernel(
                 tile = partial_tile(number, partial, window) if is_partial else full_tile(number, full, window)
                 key = kv_start + tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
                 key_mask = key < kv_end
-                offsets = key_offsets(key, k_strides, STRIDE_UNIT)
+                k_offsets = key_offsets(key, k_strides, STRIDE_UNIT)
                 k0, k1 = load_rows(
-                    k_base, offsets, dims, key_mask, is_partial == 1, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST
+                    k_base, k_offsets, dims, key_mask, is_partial == 1, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST
                 )
-                offsets = key_offsets(key, v_strides, STRIDE_UNIT)
+                v_offsets = key_offsets(key, v_strides, STRIDE_UNIT)
                 v0, v1 = load_rows(
-                    v_base, offsets, dims, key_mask, is_partial == 1, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST
+                    v_base, v_offsets, dims, key_mask, is_partial == 1, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST
                 )
                 # [BLOCK_M, BLOCK_N]
                 scores, slope = scale_scores(dot_transposed(q0, q1, k0, k1, BLOCK_D1), scale, softcap)
@@ -340,8 +340,8 @@ def attn_bwd_dq_kernel(
                     acc1 = tl.dot(grad_s, k1, acc1, input_precision="ieee")
         factor = tl.where(allowed, tl.cast(scale, tl.float32), float("nan"))
         base = head_base(grad_q_ptr, grad_q_strides, batch, head * HEADS_PER_KV, seq_start, STRIDE_UNIT)
-        offsets = row_offsets(row, grad_q_strides, HEADS_PER_KV, STRIDE_UNIT)
-        store_rows(base, offsets, dims, row_mask, acc0 * factor, acc1 * factor, HEAD_DIM, BLOCK_D0, BLOCK_D1)
+        grad_q_offsets = row_offsets(row, grad_q_strides, HEADS_PER_KV, STRIDE_UNIT)
+        store_rows(base, grad_q_offsets, dims, row_mask, acc0 * factor, acc1 * factor, HEAD_DIM, BLOCK_D0, BLOCK_D1)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -397,10 +397,10 @@ def attn_bwd_dkv_kernel(
         dims = (tl.arange(0, BLOCK_D0), BLOCK_D0 + tl.arange(0, BLOCK_D1 if BLOCK_D1 else 16))
         k_base = head_base(k_ptr, k_strides, batch, head, seq_start, STRIDE_UNIT)
         v_base = head_base(v_ptr, v_strides, batch, head, seq_start, STRIDE_UNIT)
-        offsets = key_offsets(key, k_strides, STRIDE_UNIT)
-        k0, k1 = load_rows(k_base, offsets, dims, key_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST)
-        offsets = key_offsets(key, v_strides, STRIDE_UNIT)
-        v0, v1 = load_rows(v_base, offsets, dims, key_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST)
+        k_offsets = key_offsets(key, k_strides, STRIDE_UNIT)
+        k0, k1 = load_rows(k_base, k_offsets, dims, key_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST)
+        v_offsets = key_offsets(key, v_strides, STRIDE_UNIT)
+        v0, v1 = load_rows(v_base, v_offsets, dims, key_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST)
         q_base = head_base(q_ptr, q_strides, batch, head * HEADS_PER_KV, seq_start, STRIDE_UNIT)
         grad_out_base = head_base(grad_out_ptr, grad_out_strides, batch, head * HEADS_PER_KV, seq_start, STRIDE_UNIT)
         lses = lse_base(lse_ptr, lse_strides, batch, head, seq_start, HEADS_PER_KV)
@@ -422,11 +422,11 @@ def attn_bwd_dkv_kernel(
                     tile = tl.where(number < before, begin + number, full_end - full_begin + begin + number)
                 row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
                 row_mask = row < q_len * HEADS_PER_KV
-                offsets = row_offsets(row, q_strides, HEADS_PER_KV, STRIDE_UNIT)
-                q0, q1 = load_rows(q_base, offsets, dims, row_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST)
-                offsets = row_offsets(row, grad_out_strides, HEADS_PER_KV, STRIDE_UNIT)
+                q_offsets = row_offsets(row, q_strides, HEADS_PER_KV, STRIDE_UNIT)
+                q0, q1 = load_rows(q_base, q_offsets, dims, row_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST)
+                grad_out_offsets = row_offsets(row, grad_out_strides, HEADS_PER_KV, STRIDE_UNIT)
                 grad_out0, grad_out1 = load_rows(
-                    grad_out_base, offsets, dims, row_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST
+                    grad_out_base, grad_out_offsets, dims, row_mask, True, HEAD_DIM, BLOCK_D0, BLOCK_D1, UPCAST
                 )
                 lse = tl.load(lses + row, mask=row_mask, other=float("inf"))
                 delta = tl.load(deltas + row, mask=row_mask, other=0.0)
@@ -453,12 +453,12 @@ def attn_bwd_dkv_kernel(
         factor = tl.where(allowed, 1.0, float("nan"))
         stored = key < kv_len
         base = head_base(grad_v_ptr, grad_v_strides, batch, head, seq_start, STRIDE_UNIT)
-        rows = key_offsets(key, grad_v_strides, STRIDE_UNIT)
-        store_rows(base, rows, dims, stored, grad_v0 * factor, grad_v1 * factor, HEAD_DIM, BLOCK_D0, BLOCK_D1)
+        grad_v_offsets = key_offsets(key, grad_v_strides, STRIDE_UNIT)
+        store_rows(base, grad_v_offsets, dims, stored, grad_v0 * factor, grad_v1 * factor, HEAD_DIM, BLOCK_D0, BLOCK_D1)
         base = head_base(grad_k_ptr, grad_k_strides, batch, head, seq_start, STRIDE_UNIT)
-        rows = key_offsets(key, grad_k_strides, STRIDE_UNIT)
+        grad_k_offsets = key_offsets(key, grad_k_strides, STRIDE_UNIT)
         factor *= tl.cast(scale, tl.float32)
-        store_rows(base, rows, dims, stored, grad_k0 * factor, grad_k1 * factor, HEAD_DIM, BLOCK_D0, BLOCK_D1)
+        store_rows(base, grad_k_offsets, dims, stored, grad_k0 * factor, grad_k1 * factor, HEAD_DIM, BLOCK_D0, BLOCK_D1)
 
 
 @triton.jit
