@@ -120,12 +120,18 @@ cuda_extension = Pybind11Extension(
     optional=True,
 )
 
+# These folders are installed as packages of pg_kernels.
+FOLDERS = {"pg_kernels.model": "model", "pg_kernels.benchmarks": "benchmarks"}
+
 ParallelCompile(default=0).install()  # one compiler for each core
 setup(
-    # The folders model/ and benchmarks/ are installed as pg_kernels.model and pg_kernels.benchmarks.
-    packages=[*find_packages(include=["pg_kernels", "pg_kernels.*"]), "pg_kernels.model", "pg_kernels.benchmarks"]
-    + [f"pg_kernels.model.{name}" for name in find_packages("model")],
-    package_dir={"pg_kernels.model": "model", "pg_kernels.benchmarks": "benchmarks"},
+    packages=find_packages(include=["pg_kernels", "pg_kernels.*"])
+    + [
+        name
+        for package in FOLDERS
+        for name in (package, *(f"{package}.{sub}" for sub in find_packages(FOLDERS[package])))
+    ],
+    package_dir=FOLDERS,
     ext_modules=[cpu_extension, *([cuda_extension] if builds_cuda() else [])],
     cmdclass={"build_ext": BuildExtension},
 )

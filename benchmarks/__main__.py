@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
-from . import drop_in
-from .compare import compare, markdown
-from .extension import extension_kernels, installed_library
-from .manifest import refresh
-from .readme import summary, tables, update
-from .report import write
-from .resources import DEVICES, DTYPES, TABLE_HEAD, Kernel, compile_all
-from .results import Run
-from .session import contenders
-from .session import markdown as markdown_sessions
-from .session import run as sessions
-from .session_process import CONTENDERS
+from pg_kernels.benchmarks.kernels.extension import extension_kernels, installed_library
+from pg_kernels.benchmarks.kernels.manifest import refresh
+from pg_kernels.benchmarks.kernels.resources import DEVICES, DTYPES, TABLE_HEAD, Kernel, compile_all
+from pg_kernels.benchmarks.report.compare import compare, markdown
+from pg_kernels.benchmarks.report.markdown import write
+from pg_kernels.benchmarks.report.readme import summary, tables, update
+from pg_kernels.benchmarks.report.results import Run
+from pg_kernels.benchmarks.sessions import drop_in
+from pg_kernels.benchmarks.sessions.end_to_end import contenders
+from pg_kernels.benchmarks.sessions.end_to_end import markdown as markdown_sessions
+from pg_kernels.benchmarks.sessions.end_to_end import run as sessions
+from pg_kernels.benchmarks.sessions.end_to_end_process import CONTENDERS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from .cases import OPS, WHOLE_MODEL_OPS, select
-from .machine import ceilings, device_name
-from .results import Ceilings, Row
-from .runner import FULL, QUICK, Suite
-from .text import duration, times
+from pg_kernels.benchmarks.cases.catalogue import OPS, WHOLE_MODEL_OPS, select
+from pg_kernels.benchmarks.measure.machine import ceilings, device_name
+from pg_kernels.benchmarks.measure.runner import FULL, QUICK, Suite
+from pg_kernels.benchmarks.report.results import Ceilings, Row
+from pg_kernels.benchmarks.report.text import duration, times
 
 NAMES = (*OPS, *WHOLE_MODEL_OPS)
 

@@ -465,7 +465,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     scores = evaluation.score(answers, processor)
     counts = {file: len(questions) for file, questions in evaluation.subsets.items()}
     if options.json:
-        from pg_kernels.benchmarks.machine import device_name, versions
+        from pg_kernels.benchmarks.measure.machine import device_name, versions
 
         asked = {"task": options.task, "prompt": evaluation.template, "questions": counts}
         machine = {"device": device_name(device), "versions": versions()}
@@ -492,7 +492,7 @@ def _compare(options: argparse.Namespace) -> None:
     models = {"original": original, options.quantize: quantised}
     scores = {} if score is None else {name: score(model) for name, model in models.items()}
     if options.json:
-        from pg_kernels.benchmarks.machine import device_name, versions
+        from pg_kernels.benchmarks.measure.machine import device_name, versions
 
         origin = {"checkpoint": str(checkpoint), "quantize": options.quantize, "device": device_name(device)}
         if not options.images:
@@ -623,7 +623,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    from pg_kernels.benchmarks.tuning import tune
+    from pg_kernels.benchmarks.kernels.tuning import tune
 
     command = " ".join(["pg-kernels tune", *options.ops])
     _note(f"wrote {tune(options.ops, _device(options.device), command)}")

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from pg_kernels.benchmarks.cases import Case, select
-from pg_kernels.benchmarks.machine import ceilings, device_name, versions
-from pg_kernels.benchmarks.results import Row
-from pg_kernels.benchmarks.runner import FULL, QUICK, Plan, Suite, contenders_of
+from pg_kernels.benchmarks.cases.catalogue import Case, select
+from pg_kernels.benchmarks.measure.machine import ceilings, device_name, versions
+from pg_kernels.benchmarks.measure.runner import FULL, QUICK, Plan, Suite, contenders_of
+from pg_kernels.benchmarks.report.results import Row
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--deadline", type=float, metavar="S", help="skip the cases that come after so many seconds")
 
 
-class Session:
+class SuiteRun:
     """The suite of one pytest session. All contenders of a case run at the first test that asks for one of them."""
 
     def __init__(self, config: pytest.Config) -> None:
@@ -65,7 +65,7 @@ def _is_about_the_run(argument: str) -> bool:
     return not argument.startswith(("--benchmark-json", "--benchmark-quiet", "--durations", "-r"))
 
 
-_SESSION = pytest.StashKey[Session]()
+_SUITE_RUN = pytest.StashKey[SuiteRun]()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -102,9 +102,9 @@ def _selected(config: pytest.Config) -> list[Case]:
 def row(request: pytest.FixtureRequest, case: str, contender: str) -> Row:
     """One contender's result on a case."""
     stash = request.config.stash
-    if _SESSION not in stash:
-        stash[_SESSION] = Session(request.config)
-    found = stash[_SESSION].row(case, contender)
+    if _SUITE_RUN not in stash:
+        stash[_SUITE_RUN] = SuiteRun(request.config)
+    found = stash[_SUITE_RUN].row(case, contender)
     if found.status == "timed":
         # pytest-benchmark times one function after the other. Ours took turns, so it gets their times to store.
         request.node.add_marker(pytest.mark.benchmark(timer=_Replay(found.samples), group=case))
@@ -126,4 +126,4 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    output_json["pg_kernels"] = config.stash[_SESSION].content()
+    output_json["pg_kernels"] = config.stash[_SUITE_RUN].content()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pg_kernels.benchmarks.results import Row
+from pg_kernels.benchmarks.report.results import Row
 
 
 def test_contender(row: Row, benchmark: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pg_kernels.benchmarks.results import Ceilings, Row, Run
+from pg_kernels.benchmarks.report.results import Ceilings, Row, Run
 
 CEILINGS = Ceilings(2.6e12, 2.9e12, {"float32": 5.0e13, "bfloat16": 7.0e14, "float16": 7.1e14, "int8": 0.0})
 OVERHEAD_S = 5e-6

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pg_kernels.benchmarks.__main__ import main
-from pg_kernels.benchmarks.compare import compare, markdown
-from pg_kernels.benchmarks.results import Ceilings, Row, Run
+from pg_kernels.benchmarks.report.compare import compare, markdown
+from pg_kernels.benchmarks.report.results import Ceilings, Row, Run
 
 CONTENDERS = {"pg_kernels native": 0.5, "pg_kernels reference": 1.2, "eager": 1.0, "torch.compile": 0.6, "SDPA": 0.7}
 

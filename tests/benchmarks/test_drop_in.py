@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pg_kernels.benchmarks import drop_in
 from pg_kernels.benchmarks.__main__ import main
-from pg_kernels.benchmarks.drop_in import LORA, PATCHED, PLAIN, STEP
+from pg_kernels.benchmarks.sessions import drop_in
+from pg_kernels.benchmarks.sessions.drop_in import LORA, PATCHED, PLAIN, STEP
 
 
 def test_both_tasks_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

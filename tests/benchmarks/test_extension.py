@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 
 from pg_kernels.benchmarks.__main__ import main
-from pg_kernels.benchmarks.resources import TABLE_HEAD
+from pg_kernels.benchmarks.kernels.resources import TABLE_HEAD
 
 pytest.importorskip("triton")
 needs_cuda_extension = pytest.mark.skipif(
@@ -29,6 +29,6 @@ def test_a_target_without_machine_code(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("pg_kernels.benchmarks.extension.find_spec", lambda name: None)
+    monkeypatch.setattr("pg_kernels.benchmarks.kernels.extension.find_spec", lambda name: None)
     assert main(["resources", "--extension"]) == 1
     assert "pg_kernels._cuda is not built: install with PG_KERNELS_CUDA=1" in capsys.readouterr().err

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pg_kernels.benchmarks import llama_cpp as ours
-from pg_kernels.benchmarks.llama_cpp import LlamaDecoder, quantize_q8_0, write_gguf
+from pg_kernels.benchmarks.contenders import llama_cpp as ours
+from pg_kernels.benchmarks.contenders.llama_cpp import LlamaDecoder, quantize_q8_0, write_gguf
 from pg_kernels.model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
 
 gguf = pytest.importorskip("gguf")

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pg_kernels import backend
-from pg_kernels.benchmarks import models
-from pg_kernels.benchmarks.cases import ANSWER, WHOLE_MODEL_OPS, Case
-from pg_kernels.benchmarks.measure import Effort
-from pg_kernels.benchmarks.models import ModelTrial
-from pg_kernels.benchmarks.results import Ceilings, Row
-from pg_kernels.benchmarks.runner import Plan, Suite
+from pg_kernels.benchmarks.cases import models
+from pg_kernels.benchmarks.cases.catalogue import ANSWER, WHOLE_MODEL_OPS, Case
+from pg_kernels.benchmarks.contenders import ours
+from pg_kernels.benchmarks.measure.model_trial import ModelTrial
+from pg_kernels.benchmarks.measure.runner import Plan, Suite
+from pg_kernels.benchmarks.measure.timing import Effort
+from pg_kernels.benchmarks.report.results import Ceilings, Row
 from pg_kernels.model import graphs
 from pg_kernels.model.config import PaliGemmaConfig, TextConfig, VisionConfig
 
@@ -89,7 +90,7 @@ def test_transformers_does_the_same_on_the_same_weights(device: str, op: str, mo
 def test_a_wrong_mask_is_noticed(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = ModelTrial(case(op, batch=4), CPU)
     trial.draw()
-    right = trial.inputs["model"].visibility
+    right = trial.inputs["model"].attention_lengths
 
     def causal(ids: Tensor, mask: Tensor | None, types: Tensor | None) -> Any:
         visible, positions = right(ids, mask, types)
@@ -97,9 +98,9 @@ def test_a_wrong_mask_is_noticed(op: str, monkeypatch: pytest.MonkeyPatch) -> No
 
     contender = trial.contenders()[0]
     assert trial.error(contender, trial.build(contender)[0].results()) <= 1
-    monkeypatch.setattr(trial.inputs["model"], "visibility", causal)
+    monkeypatch.setattr(trial.inputs["model"], "attention_lengths", causal)
     results = trial.build(contender)[0].results()
-    monkeypatch.setattr(trial.inputs["model"], "visibility", right)
+    monkeypatch.setattr(trial.inputs["model"], "attention_lengths", right)
     assert trial.error(contender, results) > 1
 
 
@@ -123,7 +124,7 @@ def test_stages_are_replayed_where_there_are_graphs(op: str, monkeypatch: pytest
         captured.append(function)
         return SimpleNamespace(replay=function, pool=lambda: None)
 
-    monkeypatch.setattr(models, "capture_unsupported_reason", lambda model, device: None)
+    monkeypatch.setattr(ours, "capture_unsupported_reason", lambda model, device: None)
     monkeypatch.setattr(graphs, "capture", capture)
     contender = trial.contenders()[0]
     candidate = trial.build(contender)[0]

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 from synthetic import synthetic_run, timed_row
 
-from pg_kernels.benchmarks import growth, plots, readme, report
-from pg_kernels.benchmarks.results import Ceilings, Row, Run
-from pg_kernels.benchmarks.text import duration, markdown_table, times
+from pg_kernels.benchmarks.report import growth, plots, readme
+from pg_kernels.benchmarks.report import markdown as report
+from pg_kernels.benchmarks.report.results import Ceilings, Row, Run
+from pg_kernels.benchmarks.report.text import duration, markdown_table, times
 
 CEILINGS = Ceilings(1e9, 2e9, {"bfloat16": 1e12, "int8": 0.0})
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from pg_kernels.benchmarks.__main__ import main
-from pg_kernels.benchmarks.extension import sources_id
-from pg_kernels.benchmarks.manifest import MANIFEST, read
-from pg_kernels.benchmarks.resources import DEVICES, TABLE_HEAD, Kernel
-from pg_kernels.benchmarks.tuning import OPS
+from pg_kernels.benchmarks.kernels.extension import sources_id
+from pg_kernels.benchmarks.kernels.manifest import MANIFEST, read
+from pg_kernels.benchmarks.kernels.resources import DEVICES, TABLE_HEAD, Kernel
+from pg_kernels.benchmarks.kernels.tuning import OPS
 
 pytest.importorskip("triton")
 TENSOR_CORES = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}

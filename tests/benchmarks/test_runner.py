@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pg_kernels.backends import available
-from pg_kernels.benchmarks import contenders, machine
-from pg_kernels.benchmarks.cases import MODES, OPS, WHOLE_MODEL_OPS, Case, select
-from pg_kernels.benchmarks.contenders import COMPILED, PEERS, Contender
-from pg_kernels.benchmarks.machine import ceilings
-from pg_kernels.benchmarks.measure import Effort, Task, interleave, peak_bytes
-from pg_kernels.benchmarks.ops import OPS as DEFINED
-from pg_kernels.benchmarks.ops import Draw, dense_mask, visible_pairs
-from pg_kernels.benchmarks.results import Ceilings, Row
-from pg_kernels.benchmarks.runner import Plan, Suite
-from pg_kernels.benchmarks.trial import OpTrial
+from pg_kernels.benchmarks.cases.catalogue import MODES, OPS, WHOLE_MODEL_OPS, Case, select
+from pg_kernels.benchmarks.cases.ops import OPS as DEFINED
+from pg_kernels.benchmarks.cases.ops import Draw, dense_mask, visible_pairs
+from pg_kernels.benchmarks.contenders import ops as contenders
+from pg_kernels.benchmarks.contenders.ops import COMPILED, PEERS, Contender
+from pg_kernels.benchmarks.measure import machine
+from pg_kernels.benchmarks.measure.machine import ceilings
+from pg_kernels.benchmarks.measure.runner import Plan, Suite
+from pg_kernels.benchmarks.measure.timing import Effort, Task, interleave, peak_bytes
+from pg_kernels.benchmarks.measure.trial import OpTrial
+from pg_kernels.benchmarks.report.results import Ceilings, Row
 
 CPU = torch.device("cpu")
 SHORT = Effort(0.0, 3, 3)
@@ -188,7 +189,7 @@ def test_reasons_to_be_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_does_not_fit_into_memory_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pg_kernels.benchmarks.runner.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("pg_kernels.benchmarks.measure.runner.free_bytes", lambda device: 1000)
     rows = run(case("rms_norm"))
     assert {row.status for row in rows.values()} == {"skipped"}
     assert "are free" in rows["eager"].reason
@@ -237,7 +238,7 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
 
 
 def test_inputs_outgrow_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pg_kernels.benchmarks.trial.cache_bytes", lambda device: 10_000)
+    monkeypatch.setattr("pg_kernels.benchmarks.measure.trial.cache_bytes", lambda device: 10_000)
     trial = OpTrial(case("geglu"), CPU)  # 2 * 2 * 5 * 64 * 2 bytes
     trial.draw()
     sets = [inputs["gate"] for inputs in trial.sets]

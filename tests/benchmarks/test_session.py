@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from pg_kernels.benchmarks import session as sessions
-from pg_kernels.benchmarks import session_process
 from pg_kernels.benchmarks.__main__ import main
-from pg_kernels.benchmarks.cases import ANSWER
-from pg_kernels.benchmarks.models import LARGEST_REGRET
-from pg_kernels.benchmarks.results import Ceilings
-from pg_kernels.benchmarks.session import markdown
-from pg_kernels.benchmarks.session_process import CONTENDERS, Answer, Part
+from pg_kernels.benchmarks.cases.catalogue import ANSWER
+from pg_kernels.benchmarks.measure.model_trial import LARGEST_REGRET
+from pg_kernels.benchmarks.report.results import Ceilings
+from pg_kernels.benchmarks.sessions import end_to_end as sessions
+from pg_kernels.benchmarks.sessions import end_to_end_process
+from pg_kernels.benchmarks.sessions.end_to_end import markdown
+from pg_kernels.benchmarks.sessions.end_to_end_process import CONTENDERS, Answer, Part
 from pg_kernels.model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
 from pg_kernels.model.checkpoints import save_huggingface
 
@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", sessions.contenders(CPU))
 def test_a_session(checkpoint: Path, name: str) -> None:
-    found = session_process.session(name, checkpoint, CPU, [1, 3], None)
+    found = end_to_end_process.run(name, checkpoint, CPU, [1, 3], None)
     assert found.load_s > 0 and list(found.answers) == [1, 3]
     for answer in found.answers.values():
         assert answer is not None and answer.first_token_s > 0 and answer.tokens_per_s > 0 and answer.peak_bytes > 1e7
@@ -100,13 +100,13 @@ def test_tables_of_kernels() -> None:
 @pytest.mark.parametrize("name", ["pg_kernels int8", "transformers bfloat16"])
 def test_how_a_gpu_is_clocked(checkpoint: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole answers, and what the profiler saw: here of a CPU's operators instead of kernels."""
-    monkeypatch.setitem(session_process.TOKENS, "cpu", 7)
-    monkeypatch.setattr(session_process, "KERNELS", 1000)
+    monkeypatch.setitem(end_to_end_process.TOKENS, "cpu", 7)
+    monkeypatch.setattr(end_to_end_process, "KERNELS", 1000)
     contender = CONTENDERS[name]
-    load = session_process._load_ours if contender.package == "pg_kernels" else session_process._load_theirs
+    load = end_to_end_process._load_ours if contender.package == "pg_kernels" else end_to_end_process._load_theirs
     model, trace = load(checkpoint, contender, CPU), tmp_path / "new" / "trace.json.gz"
-    inputs = session_process.prompts(model.config, 2, CPU)
-    found = session_process._clocked(model, contender, inputs, CPU, trace)
+    inputs = end_to_end_process.prompts(model.config, 2, CPU)
+    found = end_to_end_process._clocked(model, contender, inputs, CPU, trace)
     assert found.first_token_s > 0 and found.tokens_per_s > 0 and len(found.tokens) == 7
     if contender.package == "transformers":
         assert not found.parts and not trace.exists()
@@ -122,9 +122,9 @@ def test_kernels_of_a_further_token(monkeypatch: pytest.MonkeyPatch) -> None:
         "one": {"gemm": (1.0, 10), "norm": (0.5, 4), "encoder": (2.0, 5)},
         "all": {"gemm": (2.0, 30), "norm": (0.9, 8), "encoder": (2.1, 5), "head": (0.2, 4)},
     }
-    monkeypatch.setattr(session_process, "_profiled", lambda call, device, trace=None: seen[call()])
-    monkeypatch.setattr(session_process, "KERNELS", 2)
-    found = session_process._kernels(lambda: "one", lambda: "all", CPU, 4, Part(5.0, 0.5), None)
+    monkeypatch.setattr(end_to_end_process, "_profiled", lambda call, device, trace=None: seen[call()])
+    monkeypatch.setattr(end_to_end_process, "KERNELS", 2)
+    found = end_to_end_process._kernels(lambda: "one", lambda: "all", CPU, 4, Part(5.0, 0.5), None)
     assert list(found) == ["gemm", "norm", "other kernels", "between kernels"]
     assert found["gemm"] == Part(1.0, 0.25, 5.0)
     assert found["norm"] == Part(0.5, pytest.approx(0.1), 1.0)
@@ -133,16 +133,16 @@ def test_kernels_of_a_further_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_kernel_by_a_name_that_fits_into_a_table() -> None:
-    assert session_process.short_name("nvjet_tst_64x8_64x16_4x1_v_bz_TNT") == "nvjet_tst_64x8_64x16_4x1_v_bz_TNT"
+    assert end_to_end_process.short_name("nvjet_tst_64x8_64x16_4x1_v_bz_TNT") == "nvjet_tst_64x8_64x16_4x1_v_bz_TNT"
     ours = "void pg_kernels::cuda::(anonymous namespace)::few_rows_kernel<pg_kernels::cuda::BFloat16, 1, 1>(Product)"
-    assert session_process.short_name(ours) == "few_rows_kernel"
+    assert end_to_end_process.short_name(ours) == "few_rows_kernel"
     add = "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>, A>(int, B)"
-    assert session_process.short_name(add) == "vectorized_elementwise_kernel<CUDAFunctor_add>"
-    assert session_process.short_name("Memcpy DtoD (Device -> Device)") == "Memcpy DtoD"
+    assert end_to_end_process.short_name(add) == "vectorized_elementwise_kernel<CUDAFunctor_add>"
+    assert end_to_end_process.short_name("Memcpy DtoD (Device -> Device)") == "Memcpy DtoD"
 
 
 def test_the_first_prompt_is_in_every_batch() -> None:
-    one, three = (session_process.prompts(CONFIG, batch, CPU) for batch in (1, 3))
+    one, three = (end_to_end_process.prompts(CONFIG, batch, CPU) for batch in (1, 3))
     assert all(torch.equal(one[name][0], three[name][0]) for name in one)
     assert not torch.equal(three["input_ids"][0], three["input_ids"][1])
 
@@ -150,7 +150,7 @@ def test_the_first_prompt_is_in_every_batch() -> None:
 def test_the_clocks_leave_the_model_as_it_was(checkpoint: Path) -> None:
     model = PaliGemma.from_pretrained(checkpoint)
     contender = CONTENDERS["pg_kernels bfloat16"]
-    session_process._breakdown(model, contender, session_process.prompts(model.config, 1, CPU))
+    end_to_end_process._breakdown(model, contender, end_to_end_process.prompts(model.config, 1, CPU))
     assert "topk_logits" not in vars(model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -204,7 +204,7 @@ def test_a_run_is_stored(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_wrong_tokens_are_found(checkpoint: Path) -> None:
     model = PaliGemma.from_pretrained(checkpoint)
-    inputs = session_process.prompts(CONFIG, 1, CPU)
+    inputs = end_to_end_process.prompts(CONFIG, 1, CPU)
     right = model.generate(**inputs, max_new_tokens=3, eos_token_id=-1)[0].tolist()
     found = {
         name: [{"answers": {"1": {"tokens": tokens}, "8": None}}]

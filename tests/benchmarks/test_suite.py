@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from pg_kernels.benchmarks import bench, contenders
+from pg_kernels.benchmarks import bench
 from pg_kernels.benchmarks.__main__ import main
-from pg_kernels.benchmarks.cases import Case
-from pg_kernels.benchmarks.readme import summary, tables
-from pg_kernels.benchmarks.results import Ceilings, Run
+from pg_kernels.benchmarks.cases.catalogue import Case
+from pg_kernels.benchmarks.contenders import ops as contenders
+from pg_kernels.benchmarks.report.readme import summary, tables
+from pg_kernels.benchmarks.report.results import Ceilings, Run
 from pg_kernels.model.cli import main as pg_kernels_main
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ def test_a_run_is_stored_reported_and_compared(tmp_path: Path, capsys) -> None:
     environment["PYTHONPATH"] = str(tmp_path)
     # Some processors take most of a minute for a large product in 16 bits.
     (tmp_path / "small_ceilings.py").write_text(
-        "from pg_kernels.benchmarks.machine import _SIDES\n_SIDES['cpu'] = 256\n"
+        "from pg_kernels.benchmarks.measure.machine import _SIDES\n_SIDES['cpu'] = 256\n"
     )
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import pg_kernels
-from pg_kernels.benchmarks import tuning
-from pg_kernels.benchmarks.measure import Samples
-from pg_kernels.benchmarks.tuning import OPS, Place, Site, sites, tune
+from pg_kernels.benchmarks.kernels import tuning
+from pg_kernels.benchmarks.kernels.tuning import OPS, Place, Site, sites, tune
+from pg_kernels.benchmarks.measure.timing import Samples
 from pg_kernels.model import cli
 from pg_kernels.ops._common import devices
 from pg_kernels.ops.rms_norm import tiles

@@ -42,7 +42,7 @@ from transformers import (
 from transformers import masking_utils as masks
 
 import pg_kernels as pg
-from pg_kernels.benchmarks.measure import peak_bytes
+from pg_kernels.benchmarks.measure.timing import peak_bytes
 from pg_kernels.integrations.transformers import apply_to_paligemma, attention, layers, patch, register, unpatch
 from pg_kernels.integrations.transformers.masks import dense_mask, lengths_mask
 from pg_kernels.nn import Int8Linear

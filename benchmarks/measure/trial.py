@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 from typing import Any, Protocol
@@ -13,23 +12,14 @@ import torch
 from torch import Tensor
 
 from pg_kernels import backend
-
-from .cases import Case
-from .contenders import Contender, contenders
-from .machine import cache_bytes
-from .measure import Task
-from .ops import OPS, Build, Draw, Inputs
+from pg_kernels.benchmarks.cases.catalogue import Case
+from pg_kernels.benchmarks.cases.ops import OPS, Build, Draw, Inputs
+from pg_kernels.benchmarks.contenders.ops import Contender, contenders
+from pg_kernels.benchmarks.measure.machine import cache_bytes
+from pg_kernels.benchmarks.measure.timing import Candidate, Task
 
 MAX_INPUT_SETS = 64
 _OVERHEAD_CALLS = 50
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One contender on one set of inputs: what to time, and everything it computes, to be judged."""
-
-    task: Task
-    results: Callable[[], list[Tensor]]
 
 
 class Trial(Protocol):

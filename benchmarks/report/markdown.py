@@ -10,12 +10,11 @@ from pathlib import Path
 from statistics import geometric_mean, median
 from urllib.parse import quote
 
+from pg_kernels.benchmarks.report import growth
+from pg_kernels.benchmarks.report.plots import draw
+from pg_kernels.benchmarks.report.results import Row, Run
+from pg_kernels.benchmarks.report.text import duration, markdown_table, scaled, times
 from pg_kernels.model.files import write_atomically
-
-from . import growth
-from .plots import draw
-from .results import Row, Run
-from .text import duration, markdown_table, scaled, times
 
 REPEATED = 3
 """A reason for not being timed that this many cases share is said once instead of in each."""

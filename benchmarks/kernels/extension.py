@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from .resources import DEVICES, Kernel
+from pg_kernels.benchmarks.kernels.resources import DEVICES, Kernel
 
 TARGETS = {"sm_80": "sm_80", "sm_90": "sm_90a"}
 """Those that machine code is there for, as the compiler calls them."""
-_SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+_SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 _KERNELS = "few_rows|many_rows|many_rows_sm90|quantize_rows|dequantize_rows|dequantize|add_parts"
 _INSTRUCTIONS = {"HGMMA": "wgmma", "IGMMA": "wgmma", "HMMA": "mma", "IMMA": "mma"}
 _COPIES = {"UTMALDG": "TMA", "LDGSTS": "cp.async"}

@@ -18,11 +18,10 @@ from torch import Tensor
 
 import pg_kernels
 from pg_kernels import backend
+from pg_kernels.benchmarks.kernels.tuning import OPS, Place, Site, choosing, sites
 from pg_kernels.ops._common import devices
 from pg_kernels.ops._common.devices import Device
 from pg_kernels.ops.int8_linear import triton as int8_triton
-
-from .tuning import OPS, Place, Site, choosing, sites
 
 DEVICES = {
     "sm_80": Device("NVIDIA A100-SXM4-80GB", (8, 0), 108),

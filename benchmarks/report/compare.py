@@ -9,8 +9,8 @@ from statistics import median
 
 import numpy as np
 
-from .results import Row, Run
-from .text import markdown_table, times
+from pg_kernels.benchmarks.report.results import Row, Run
+from pg_kernels.benchmarks.report.text import markdown_table, times
 
 SMALLEST_CHANGE = 0.05
 """Nothing below 5 % is called a change, however quiet the machine was."""

@@ -11,8 +11,8 @@ from statistics import median
 
 import torch
 
-from .measure import seconds
-from .results import Ceilings
+from pg_kernels.benchmarks.measure.timing import seconds
+from pg_kernels.benchmarks.report.results import Ceilings
 
 PACKAGES = (
     "pg_kernels",

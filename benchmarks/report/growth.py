@@ -9,8 +9,8 @@ from functools import cached_property
 from itertools import product
 from statistics import linear_regression
 
-from .results import Row, Run
-from .text import duration, markdown_table
+from pg_kernels.benchmarks.report.results import Row, Run
+from pg_kernels.benchmarks.report.text import duration, markdown_table
 
 AXES = ("tokens", "batch", "vocabulary", "resolution")
 FEWEST_VALUES = 3

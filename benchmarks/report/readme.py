@@ -7,12 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from pg_kernels.benchmarks.cases.catalogue import WHOLE_MODEL_OPS
+from pg_kernels.benchmarks.report.markdown import (
+    baseline,
+    best_other,
+    date,
+    default,
+    percent,
+    roofline_share,
+    timed,
+    versions,
+)
+from pg_kernels.benchmarks.report.results import Row, Run
+from pg_kernels.benchmarks.report.text import duration, markdown_table, times
 from pg_kernels.model.files import write_atomically
-
-from .cases import WHOLE_MODEL_OPS
-from .report import baseline, best_other, date, default, percent, roofline_share, timed, versions
-from .results import Row, Run
-from .text import duration, markdown_table, times
 
 BEGIN = "<!-- performance: begin -->"
 END = "<!-- performance: end -->"

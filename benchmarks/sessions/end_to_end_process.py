@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pg_kernels.benchmarks.cases.catalogue import ANSWER, PROMPT
+from pg_kernels.benchmarks.measure.timing import seconds
 from pg_kernels.model import PaliGemma
 from pg_kernels.model.paligemma import MultiModalProjector
 from pg_kernels.model.siglip import SiglipAttention, SiglipMLP
 from pg_kernels.nn import GeGLUMLP, LayerNorm, PrefixLMAttention, RMSNorm
-
-from .cases import ANSWER, PROMPT
-from .measure import seconds
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Session:
+class EndToEndRun:
     """What one process saw."""
 
     load_s: float
@@ -90,7 +89,7 @@ class Session:
     """By batch size; None where the GPU's memory was too small."""
 
 
-def session(name: str, checkpoint: Path, device: torch.device, batches: Sequence[int], trace: Path | None) -> Session:
+def run(name: str, checkpoint: Path, device: torch.device, batches: Sequence[int], trace: Path | None) -> EndToEndRun:
     """Load a checkpoint and answer batches of prompts; `trace` is where a GPU's timeline of the first one goes."""
     contender = CONTENDERS[name]
     load = _load_ours if contender.package == "pg_kernels" else _load_theirs
@@ -104,7 +103,7 @@ def session(name: str, checkpoint: Path, device: torch.device, batches: Sequence
             answers[batch] = None
         if contender.package == "pg_kernels":
             models[0].graph_cache.clear()
-    return Session(load_s, answers)
+    return EndToEndRun(load_s, answers)
 
 
 def _load_ours(checkpoint: Path, contender: Contender, device: torch.device) -> PaliGemma:
@@ -357,7 +356,7 @@ def _main() -> None:
     parser.add_argument("--batch", type=int, action="append")
     parser.add_argument("--trace", type=Path)
     options = parser.parse_args()
-    found = session(options.name, options.checkpoint, options.device, options.batch or [1], options.trace)
+    found = run(options.name, options.checkpoint, options.device, options.batch or [1], options.trace)
     print(json.dumps(asdict(found)))
 
 

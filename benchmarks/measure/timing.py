@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,14 @@ class Task:
 
     run: Callable[[Any], object]
     prepare: Callable[[], Any] = lambda: None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One contender on one set of inputs: what to time, and everything it computes, to be judged."""
+
+    task: Task
+    results: Callable[[], list[Tensor]]
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from pg_kernels.benchmarks.kernels.extension import TARGETS, build_library, extension_kernels, sources_id
+from pg_kernels.benchmarks.kernels.resources import DEVICES, Kernel, compile_all
 from pg_kernels.model.files import write_atomically
 
-from .extension import TARGETS, build_library, extension_kernels, sources_id
-from .resources import DEVICES, Kernel, compile_all
-
-MANIFEST = Path(__file__).with_name("kernels.csv")
+MANIFEST = Path(__file__).parents[1] / "kernels.csv"
 # float16 gets bfloat16's tiles, and float32 the same ones on every target.
 MATRIX = [*((target, torch.bfloat16) for target in DEVICES), ("sm_90", torch.float32)]
 _CPP = " (C++)"

@@ -20,6 +20,9 @@ from tqdm import tqdm
 
 import pg_kernels
 from pg_kernels import backend
+from pg_kernels.benchmarks.measure.machine import versions
+from pg_kernels.benchmarks.measure.timing import Effort, Task, interleave
+from pg_kernels.benchmarks.report.text import duration
 from pg_kernels.model.files import json_bytes, read_json_object, write_atomically
 from pg_kernels.ops._common import devices
 from pg_kernels.ops._common.devices import Device
@@ -32,10 +35,6 @@ from pg_kernels.ops.layer_norm import tiles as layer_norm_tiles
 from pg_kernels.ops.linear_cross_entropy import tiles as loss_tiles
 from pg_kernels.ops.prefix_lm_attention import tiles as attention_tiles
 from pg_kernels.ops.rms_norm import tiles as rms_norm_tiles
-
-from .machine import versions
-from .measure import Effort, Task, interleave
-from .text import duration
 
 OPS = (
     "rms_norm",

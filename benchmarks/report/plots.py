@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pg_kernels.benchmarks.report.growth import AXES, Series, fixed_sizes, series
+from pg_kernels.benchmarks.report.results import Row, Run
+from pg_kernels.benchmarks.report.text import three_digits, times
 from pg_kernels.model.files import temporary_sibling
-
-from .growth import AXES, Series, fixed_sizes, series
-from .results import Row, Run
-from .text import three_digits, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,9 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pg_kernels import backend
 from pg_kernels.backends import available
-
-from . import ops
-from .ops import OPS, Build, Inputs, rotary_tables
+from pg_kernels.benchmarks.cases import ops
+from pg_kernels.benchmarks.cases.ops import OPS, Build, Inputs, rotary_tables
 
 COMPILED = "torch.compile"
 

@@ -20,18 +20,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from pg_kernels.benchmarks.cases.catalogue import PROMPT
+from pg_kernels.benchmarks.cases.models import filled
+from pg_kernels.benchmarks.cases.ops import visible_pairs
+from pg_kernels.benchmarks.measure.machine import ceilings, device_name, versions
+from pg_kernels.benchmarks.measure.model_trial import LARGEST_REGRET, regret
+from pg_kernels.benchmarks.report.results import Ceilings
+from pg_kernels.benchmarks.report.text import duration, markdown_table
+from pg_kernels.benchmarks.sessions import end_to_end_process
+from pg_kernels.benchmarks.sessions.end_to_end_process import CONTENDERS, HEAD, Part, prompts
 from pg_kernels.model import PaliGemma, PaliGemmaConfig
 from pg_kernels.model.checkpoints import save_huggingface
 from pg_kernels.model.files import json_bytes, write_atomically
-
-from . import session_process
-from .cases import PROMPT
-from .machine import ceilings, device_name, versions
-from .models import LARGEST_REGRET, filled, regret
-from .ops import visible_pairs
-from .results import Ceilings
-from .session_process import CONTENDERS, HEAD, Part, prompts
-from .text import duration, markdown_table
 
 BASELINE = "transformers bfloat16"
 
@@ -207,7 +207,7 @@ def _higher(one: Ceilings, other: Ceilings) -> Ceilings:
 def _in_a_process(
     name: str, checkpoint: Path, device: torch.device, batches: Sequence[int], folder: Path
 ) -> dict[str, Any]:
-    command = [sys.executable, "-m", session_process.__name__, name, str(checkpoint), "--device", str(device)]
+    command = [sys.executable, "-m", end_to_end_process.__name__, name, str(checkpoint), "--device", str(device)]
     command += [option for batch in batches for option in ("--batch", str(batch))]
     if device.type == "cuda":
         command += ["--trace", str(folder / f"trace-{name.replace(' ', '-')}.json.gz")]

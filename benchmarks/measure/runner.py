@@ -8,13 +8,14 @@ from statistics import median
 
 import torch
 
-from . import models
-from .cases import WHOLE_MODEL_OPS, Case
-from .contenders import Contender
-from .machine import free_bytes
-from .measure import Effort, Samples, interleave, peak_bytes
-from .results import Ceilings, Row
-from .trial import Candidate, OpTrial, Trial
+from pg_kernels.benchmarks.cases import models
+from pg_kernels.benchmarks.cases.catalogue import WHOLE_MODEL_OPS, Case
+from pg_kernels.benchmarks.contenders.ops import Contender
+from pg_kernels.benchmarks.measure.machine import free_bytes
+from pg_kernels.benchmarks.measure.model_trial import ModelTrial
+from pg_kernels.benchmarks.measure.timing import Effort, Samples, interleave, peak_bytes
+from pg_kernels.benchmarks.measure.trial import Candidate, OpTrial, Trial
+from pg_kernels.benchmarks.report.results import Ceilings, Row
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def contenders_of(case: Case, device: torch.device, plan: Plan) -> list[str]:
 
 def _trial(case: Case, device: torch.device, plan: Plan) -> Trial:
     if case.op in WHOLE_MODEL_OPS:
-        return models.ModelTrial(case, device, full=plan.full)
+        return ModelTrial(case, device, full=plan.full)
     return OpTrial(case, device)
 
 

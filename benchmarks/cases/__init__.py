@@ -1,0 +1,1 @@
+"""What is measured: the cases, the ops' inputs and plain PyTorch definitions, and models with random weights."""

@@ -1,0 +1,1 @@
+"""What comes out: stored runs, tables, plots, comparisons."""
