@@ -1,7 +1,7 @@
-"""Everything is an address of contiguous memory on a device, or a size; 0 is "not there". See csrc/cuda/int8_linear.h."""
+"""Arguments are addresses of contiguous memory on a device, where 0 means "not given", and sizes. See csrc/cuda/int8_linear.h."""
 
 Weight = tuple[int, int, int, int, int]
-"""Rows of the weight, packed data, scales, bias or 0, and the product."""
+"""N, and the addresses of packed data, scales, bias (or 0) and output."""
 
 def int8_linear(
     *,
@@ -16,12 +16,12 @@ def int8_linear(
     weights: list[Weight],
     int8_activations: bool,
     geglu: bool,
-    splits: int,
-    parts: int,
+    num_splits: int,
+    partial: int,
     device: int,
     stream: int,
 ) -> None: ...
-def splits_for(
+def num_splits(
     *, m: int, k: int, group: int, int8_activations: bool, geglu: bool, sizes: list[int], device: int
 ) -> int: ...
 def quantize_rows(*, x: int, type: int, m: int, k: int, q: int, scale: int, device: int, stream: int) -> None: ...

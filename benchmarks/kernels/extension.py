@@ -17,7 +17,7 @@ from pg_kernels.benchmarks.kernels.resources import DEVICES, Kernel
 TARGETS = {"sm_80": "sm_80", "sm_90": "sm_90a"}
 """Those that machine code is there for, as the compiler calls them."""
 _SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
-_KERNELS = "few_rows|many_rows|many_rows_sm90|quantize_rows|dequantize_rows|dequantize|add_parts"
+_KERNELS = "few_rows|many_rows|many_rows_sm90|quantize_rows|dequantize_rows|dequantize|reduce_split_k"
 _INSTRUCTIONS = {"HGMMA": "wgmma", "IGMMA": "wgmma", "HMMA": "mma", "IMMA": "mma"}
 _COPIES = {"UTMALDG": "TMA", "LDGSTS": "cp.async"}
 

@@ -21,7 +21,8 @@ from pg_kernels import backend
 from pg_kernels.benchmarks.kernels.tuning import OPS, Place, Site, choosing, sites
 from pg_kernels.ops._common import devices
 from pg_kernels.ops._common.devices import Device
-from pg_kernels.ops.int8_linear import triton as int8_triton
+from pg_kernels.ops.int8_linear import launch as int8_launch
+from pg_kernels.ops.int8_linear.product import Int8Product
 
 DEVICES = {
     "sm_80": Device("NVIDIA A100-SXM4-80GB", (8, 0), 108),
@@ -161,11 +162,9 @@ def _int8_extremes(place: Place) -> Iterator[Site]:
             for int8_activations in (False,) if place.dtype == torch.float32 else (False, True):
                 for weights in (1, 2):
                     lists = [q] * weights, [scale] * weights, [bias] * weights, [64] * weights
-                    call = partial(
-                        int8_triton.multiply, x, *lists, group, int8_activations, place.dtype, geglu=weights == 2
-                    )
-                    yield Site("int8_linear", "", (), _ready(call))
-            gradient = partial(int8_triton.input_gradient, place.draw(rows, 64), q, scale, group)
+                    product = Int8Product(*lists, group, int8_activations, place.dtype, geglu=weights == 2)
+                    yield Site("int8_linear", "", (), _ready(partial(int8_launch.multiply, x, product)))
+            gradient = partial(int8_launch.input_grad, place.draw(rows, 64), q, scale, group)
             yield Site("int8_linear", "", (), _ready(gradient))
 
 

@@ -29,8 +29,9 @@ from pg_kernels.ops._common.devices import Device
 from pg_kernels.ops.apply_rotary import tiles as rotary_tiles
 from pg_kernels.ops.geglu import tiles as geglu_tiles
 from pg_kernels.ops.geglu_mlp import tiles as mlp_tiles
+from pg_kernels.ops.int8_linear import launch as int8_launch
 from pg_kernels.ops.int8_linear import tiles as int8_tiles
-from pg_kernels.ops.int8_linear import triton as int8_triton
+from pg_kernels.ops.int8_linear.product import Int8Product
 from pg_kernels.ops.layer_norm import tiles as layer_norm_tiles
 from pg_kernels.ops.linear_cross_entropy import tiles as loss_tiles
 from pg_kernels.ops.prefix_lm_attention import tiles as attention_tiles
@@ -190,7 +191,7 @@ def _int8_product(
     ]
     scales = [torch.full((features, 1), 1e-3, device=place.device) for _ in data]
     biases, sizes, x = [None for _ in data], [features for _ in data], place.draw(rows, inner)
-    return partial(int8_triton.multiply, x, data, scales, biases, sizes, inner, False, dtype, gated)
+    return partial(int8_launch.multiply, x, Int8Product(data, scales, biases, sizes, inner, False, dtype, gated))
 
 
 def _loss(tokens: int, width: int, place: Place) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-// pg_kernels._cuda: tensors come in as addresses of contiguous memory on a device, which the Python side has checked.
+// pg_kernels._cuda. Tensors are addresses of contiguous memory on a device; the Python side has checked them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -20,7 +20,7 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-int splits_for_of(int m, int k, int group, bool int8_activations, bool geglu, const std::vector<int>& sizes,
+int num_splits_of(int m, int k, int group, bool int8_activations, bool geglu, const std::vector<int>& sizes,
                   int device) {
   Product p{};
   p.m = m;
@@ -29,13 +29,13 @@ int splits_for_of(int m, int k, int group, bool int8_activations, bool geglu, co
   p.int8_activations = int8_activations;
   p.geglu = geglu;
   for (int n : sizes) p.weights[p.count++].n = n;
-  return splits_for(p, device);
+  return num_splits(p, device);
 }
 
 void int8_linear_of(Address x, Address row_scale, int m, int k, int group, int x_type, int bias_type, int y_type,
                     const std::vector<std::tuple<int, Address, Address, Address, Address>>& weights,
-                    bool int8_activations, bool geglu, int splits, Address parts, int device, Address stream) {
-  if (weights.empty() || weights.size() > kMostWeights) throw std::invalid_argument("weights: expected 1 to 4");
+                    bool int8_activations, bool geglu, int num_splits, Address partial, int device, Address stream) {
+  if (weights.empty() || weights.size() > kMaxWeights) throw std::invalid_argument("weights: expected 1 to 4");
   py::gil_scoped_release release;
   Product p{};
   for (const auto& [n, data, scale, bias, y] : weights) {
@@ -49,8 +49,8 @@ void int8_linear_of(Address x, Address row_scale, int m, int k, int group, int x
   p.m = m;
   p.k = k;
   p.group = group;
-  p.splits = splits;
-  p.parts = pointer<uint32_t>(parts);
+  p.num_splits = num_splits;
+  p.partial = pointer<uint32_t>(partial);
   p.x_type = Float(x_type);
   p.bias_type = Float(bias_type);
   p.y_type = Float(y_type);
@@ -81,10 +81,10 @@ void dequantize_rows_of(Address data, Address scale, Address indices, int64_t co
 PYBIND11_MODULE(PG_KERNELS_CUDA_MODULE, module) {
   module.def("int8_linear", &int8_linear_of, py::kw_only(), py::arg("x"), py::arg("row_scale"), py::arg("m"),
              py::arg("k"), py::arg("group"), py::arg("x_type"), py::arg("bias_type"), py::arg("y_type"),
-             py::arg("weights"), py::arg("int8_activations"), py::arg("geglu"), py::arg("splits"), py::arg("parts"),
-             py::arg("device"), py::arg("stream"),
-             "Each weight is its rows, packed data, scales, bias or 0, and the product.");
-  module.def("splits_for", &splits_for_of, py::kw_only(), py::arg("m"), py::arg("k"), py::arg("group"),
+             py::arg("weights"), py::arg("int8_activations"), py::arg("geglu"), py::arg("num_splits"),
+             py::arg("partial"), py::arg("device"), py::arg("stream"),
+             "Each weight is N and the addresses of packed data, scales, bias (or 0) and output.");
+  module.def("num_splits", &num_splits_of, py::kw_only(), py::arg("m"), py::arg("k"), py::arg("group"),
              py::arg("int8_activations"), py::arg("geglu"), py::arg("sizes"), py::arg("device"));
   module.def("quantize_rows", &quantize_rows_of, py::kw_only(), py::arg("x"), py::arg("type"), py::arg("m"),
              py::arg("k"), py::arg("q"), py::arg("scale"), py::arg("device"), py::arg("stream"));

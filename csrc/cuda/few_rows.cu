@@ -1,5 +1,5 @@
-// Up to 16 rows of x, for which the product waits for the weights to come from memory: each warp streams chunks of them
-// straight into registers, several ahead, and the warps of a block share the columns between them.
+// The product for up to 16 rows of x, which waits for the weights to come from memory. Each warp streams chunks of the
+// weights straight into registers, several ahead. The warps of a block share the sum over k.
 #include "cuda/fragments.h"
 
 namespace pg_kernels::cuda {
@@ -8,23 +8,23 @@ namespace {
 
 constexpr int kWarps = 16;
 
-// kTokens tiles of 8 rows of x, kTiles of 16 rows of each weight.
+// One block computes kTokens tiles of 8 rows of x times kTiles tiles of 16 rows of each weight.
 template <class Type, int kTokens, int kTiles, bool kGeglu, bool kGrouped>
 __global__ void __launch_bounds__(kWarps * 32, kTokens == 1 ? 2 : 1) few_rows_kernel(const Product p) {
   using Sums = Accumulator<Type, kGrouped>;
   constexpr int kStreams = kTiles * (kGeglu ? 2 : 1);
-  // Of 8 rows a block has 32 KB of weights on the way, and a multiprocessor holds two: one streams while the other
-  // begins or adds up, which with 2,048 columns takes as long as its chunks do. Of 16 rows registers hold one, with 48
-  // KB.
+  // With 8 rows of x a block has 32 KB of weights in flight, and a multiprocessor holds two blocks: one streams while
+  // the other starts or adds up, which with 2,048 columns takes as long as streaming its chunks. With 16 rows the
+  // registers hold one block, with 48 KB in flight.
   constexpr int kAhead = kTokens == 1 ? 4 / kStreams : 3;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row_in_tile = lane / 4, quad = lane % 4;
-  const Place place = place_of(p, blockIdx.x, kTiles * kTileRows);
+  const BlockOrigin origin = block_origin(p, blockIdx.x, kTiles * kTileRows);
   const int chunks = chunks_of(p);
 
-  // Stream s is a tile of one weight: with geglu those of the second weight come after those of the first.
-  const auto weight_of = [&](int s) -> const Weight& { return p.weights[kGeglu ? s / kTiles : place.weight]; };
-  const auto row_of = [&](int s) { return place.row + s % kTiles * kTileRows; };
+  // Stream s is a tile of one weight. With geglu the streams of the second weight follow those of the first.
+  const auto weight_of = [&](int s) -> const Weight& { return p.weights[kGeglu ? s / kTiles : origin.weight]; };
+  const auto row_of = [&](int s) { return origin.row + s % kTiles * kTileRows; };
   const uint8_t* streams[kStreams];
   Scales<kGrouped> scales[kStreams];
   for (int s = 0; s < kStreams; ++s) {
@@ -32,10 +32,10 @@ __global__ void __launch_bounds__(kWarps * 32, kTokens == 1 ? 2 : 1) few_rows_ke
     scales[s].find(p, weight_of(s), row_of(s) + row_in_tile);
   }
 
-  // Instructions must not take longer than the weights do: loads are at constant distances from pointers, and know by
-  // one comparison whether there is something, as words of x, 16 bytes of a row apart, end with it.
+  // Instructions must not take longer than loading the weights: every load is at a constant distance from a pointer,
+  // and one comparison tells whether it is in range. Words of x, 16 bytes of a row apart, end with the row.
   constexpr int kBytes = kChunk * Type::kBytes;
-  const uint64_t once = ptx::evict_first();
+  const uint64_t policy = ptx::evict_first();
   int chunks_left = chunks - warp, bytes_left[kTokens];
   const uint8_t* rows[kTokens];
   for (int i = 0; i < kTokens; ++i) {
@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kWarps * 32, kTokens == 1 ? 2 : 1) few_rows_ke
   const auto load = [&](int stage, int ahead) {
 #pragma unroll
     for (int s = 0; s < kStreams; ++s) {
-      // Beyond the last chunk x is zero, and the weights may be what they were.
-      if (chunks_left > ahead) weights[stage][s] = ptx::load_once(streams[s] + ahead * kChunkBytes, once);
+      // Past the last chunk x is zero: the weights may keep their old values.
+      if (chunks_left > ahead) weights[stage][s] = ptx::load_streaming(streams[s] + ahead * kChunkBytes, policy);
     }
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
@@ -87,17 +87,17 @@ __global__ void __launch_bounds__(kWarps * 32, kTokens == 1 ? 2 : 1) few_rows_ke
     }
   }
 
-  // The warps' parts, added in their order: the same bits every time.
+  // Add the warps' sums in a fixed order: every run gives the same bits.
   using Sum = typename Sums::Sum;
-  Sum* parts = reinterpret_cast<Sum*>(ptx::shared());  // [warps][streams][tokens][4][lanes]
-  constexpr int kPart = kStreams * kTokens * 4 * 32;
+  Sum* partial = reinterpret_cast<Sum*>(ptx::shared());  // [warps][streams][tokens][4][lanes]
+  constexpr int kPartialSize = kStreams * kTokens * 4 * 32;
 #pragma unroll
   for (int s = 0; s < kStreams; ++s) {
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        parts[warp * kPart + ((s * kTokens + i) * 4 + j) * 32 + lane] = sums[s][i].sums[j];
+        partial[warp * kPartialSize + ((s * kTokens + i) * 4 + j) * 32 + lane] = sums[s][i].sums[j];
       }
     }
   }
@@ -105,19 +105,19 @@ __global__ void __launch_bounds__(kWarps * 32, kTokens == 1 ? 2 : 1) few_rows_ke
   const auto total = [&](int s, int row, int token) {
     const int at = ((s * kTokens + token / 8) * 4 + row / 8 * 2 + token % 2) * 32 + row % 8 * 4 + token % 8 / 2;
     Sum sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += parts[w * kPart + at];
+    for (int w = 0; w < kWarps; ++w) sum += partial[w * kPartialSize + at];
     return float(sum);
   };
   for (int i = threadIdx.x; i < kTiles * kTileRows * kTokens * 8; i += kWarps * 32) {
-    const int row_here = i % (kTiles * kTileRows), token = i / (kTiles * kTileRows);
-    const int tile = row_here / kTileRows, row = place.row + row_here;
+    const int block_row = i % (kTiles * kTileRows), token = i / (kTiles * kTileRows);
+    const int tile = block_row / kTileRows, row = origin.row + block_row;
     const Weight& weight = weight_of(0);
     if (row >= weight.n || token >= p.m) continue;
     const float row_scale = row_scale_of<Type>(p, token);
-    float y = Finish<Type, kGrouped>(p, weight, row)(total(tile, row_here % kTileRows, token), row_scale);
+    float y = Epilogue<Type, kGrouped>(p, weight, row)(total(tile, block_row % kTileRows, token), row_scale);
     if (kGeglu) {
-      const float up = total(kTiles + tile, row_here % kTileRows, token);
-      y = gelu(y) * Finish<Type, kGrouped>(p, p.weights[1], row)(up, row_scale);
+      const float up = total(kTiles + tile, block_row % kTileRows, token);
+      y = gelu(y) * Epilogue<Type, kGrouped>(p, p.weights[1], row)(up, row_scale);
     }
     store_float(weight.y, int64_t(token) * weight.n + row, p.y_type, y);
   }
@@ -133,10 +133,10 @@ void launch(const Product& p, cudaStream_t stream) {
 }  // namespace
 
 void few_rows(const Product& p, cudaStream_t stream) {
-  with_type(p, [&](auto type, auto grouped) {
+  dispatch_type(p, [&](auto type, auto grouped) {
     using Type = decltype(type);
     constexpr bool kGrouped = decltype(grouped)::value;
-    // x comes from the L2 cache for every block again: more rows take more of a weight at once.
+    // Every block reads x from the L2 cache again: with more rows of x a block takes more rows of a weight.
     if (p.m <= 8) {
       p.geglu ? launch<Type, 1, 1, true, kGrouped>(p, stream) : launch<Type, 1, 1, false, kGrouped>(p, stream);
     } else {

@@ -1,5 +1,5 @@
-// What the product's kernels share: activations' types, int8 weights as tensor cores' operands, and what becomes of
-// sums.
+// What the product's kernels share: the types of x, int8 weights as operands of tensor cores, accumulators and
+// epilogues.
 #pragma once
 
 #include "cuda/int8_linear.h"
@@ -7,13 +7,14 @@
 
 namespace pg_kernels::cuda {
 
-// Each type of x: its bytes, its sums, and how a chunk of 16 rows (16 bytes a lane) is multiplied by 32 columns of 8 of
-// its rows (`b`, as load_matrices gives them).
+// The types of x: bytes of an element, type of the sums, and how a chunk of 16 rows of the weight (16 bytes a lane) is
+// multiplied by 32 columns of 8 rows of x (`b`, as load_matrices loads them).
 struct BFloat16 {
   static constexpr int kBytes = 2;
   using Sum = float;
 
-  // Of w = 128 s + low with s the sign bit, w = (128 + low) − (128 + 128 s), both exact.
+  // The byte of w has the sign bit s and seven low bits: w = low − 128 s = (128 + low) − (128 + 128 s), all exact in
+  // bf16.
   static __device__ uint32_t pair(uint32_t bytes) {
     return ptx::subtract_bf16(ptx::and_or(bytes, 0x007F007Fu, 0x43004300u),
                               ptx::and_or(bytes, 0x00800080u, 0x43004300u));
@@ -30,7 +31,7 @@ struct Float16 {
   static constexpr int kBytes = 2;
   using Sum = float;
 
-  // 1024 + (w + 128) is a byte below 0x64; taking 1152 off is exact.
+  // The float16 with the bytes 0x64 and w + 128 is 1024 + (w + 128). Subtracting 1152 is exact.
   static __device__ uint32_t even(uint32_t bytes) {
     return ptx::subtract_f16(ptx::permute(bytes ^ 0x80808080u, 0x64646464u, 0x4240), 0x64806480u);
   }
@@ -55,11 +56,11 @@ struct Int8 {
 
 __host__ __device__ inline int min_of(int a, int b) { return a < b ? a : b; }
 
-// Words of b that a chunk takes.
+// Words of b for one chunk.
 template <class Type>
 constexpr int kWords = 2 * Type::kBytes;
 
-// The first operand: of floats, two matrices of 16 columns.
+// The first operand of the product for one chunk: for floats, two matrices of 16 columns.
 template <class Type>
 struct Operand {
   uint32_t words[8];
@@ -75,7 +76,8 @@ struct Operand<Int8> {
   __device__ explicit Operand(uint4 w) : words{w.x, w.z, w.y, w.w} {}
 };
 
-// Sums of a group of columns become floats when it ends; where a row has one scale, they stay as they are to the end.
+// Sums of one tile. With groups each chunk's sums are scaled and added in fp32; with one scale per row they stay as
+// they are until the epilogue.
 template <class Type, bool kGrouped>
 struct Accumulator {
   using Sum = typename Type::Sum;
@@ -95,7 +97,7 @@ struct Accumulator<Type, true> {
   }
 };
 
-// Where the scales of a lane's two rows are, which are none where they come at the end.
+// The scales of a lane's two rows. Empty with one scale per row, which the epilogue applies.
 template <bool kGrouped>
 struct Scales {
   __device__ void find(const Product&, const Weight&, int) {}
@@ -132,7 +134,7 @@ __device__ inline void store_float(void* to, int64_t i, Float type, float value)
   }
 }
 
-// The same of four fp32, by their bits; i is a multiple of four.
+// Stores four floats, given as the bits of fp32, at i, a multiple of four.
 __device__ inline void store_four(void* to, int64_t i, Float type, uint4 bits) {
   if (type == Float::kFloat32) {
     static_cast<uint4*>(to)[i / 4] = bits;
@@ -144,22 +146,22 @@ __device__ inline void store_four(void* to, int64_t i, Float type, uint4 bits) {
   }
 }
 
-// x · sigmoid(2 u) with u = √(2/π) (x + 0.044715 x³) is gelu with tanh.
+// GELU with tanh: x · sigmoid(2 u) with u = √(2/π) (x + 0.044715 x³).
 __device__ inline float gelu(float x) {
-  return ptx::divide_nearly(x, 1.0f + expf(-x * (1.5957691216f + 0.07135481283f * x * x)));
+  return ptx::divide_approx(x, 1.0f + expf(-x * (1.5957691216f + 0.07135481283f * x * x)));
 }
 
-// What sums become that belong to a row of the weight, or beyond its end to its last: nobody stores those.
+// Turns the sums of one row of the weight into outputs. Rows past the end use the last row; they are never stored.
 template <class Type, bool kGrouped>
-struct Finish {
+struct Epilogue {
   float scale, bias;
-  Finish() = default;
-  __device__ Finish(const Product& p, const Weight& weight, int row) {
+  Epilogue() = default;
+  __device__ Epilogue(const Product& p, const Weight& weight, int row) {
     row = min_of(row, weight.n - 1);
     scale = kGrouped ? 1.0f : __ldg(weight.scale + row);
     bias = weight.bias == nullptr ? 0.0f : load_float(weight.bias, row, p.bias_type);
   }
-  // One factor at a time: their product could underflow.
+  // Multiply by one factor at a time: the product of the factors could underflow.
   __device__ float operator()(float sum, float row_scale) const {
     if (!kGrouped) sum = ptx::multiply(sum, scale);
     if (Type::kBytes == 1) sum = ptx::multiply(sum, row_scale);
@@ -172,12 +174,12 @@ __device__ inline float row_scale_of(const Product& p, int64_t token) {
   return Type::kBytes == 1 ? __ldg(p.row_scale + (token < p.m ? token : p.m - 1)) : 1.0f;
 }
 
-// Which weight a block of `rows` rows belongs to, and its first row.
-struct Place {
+// The weight that a block works on, and the block's first row of it.
+struct BlockOrigin {
   int weight;
   int row;
 };
-__device__ inline Place place_of(const Product& p, int block, int rows) {
+__device__ inline BlockOrigin block_origin(const Product& p, int block, int rows) {
   const int products = p.geglu ? 1 : p.count;
   for (int i = 0; i < products; ++i) {
     const int blocks = (p.weights[i].n + rows - 1) / rows;
@@ -195,15 +197,15 @@ inline int blocks_of(const Product& p, int rows) {
 
 __host__ __device__ inline int chunks_of(const Product& p) { return (p.k + kChunk - 1) / kChunk; }
 
-// Where a tile's chunks begin for this lane; beyond the last tile, the last one again.
+// Returns where a tile's chunks begin for this lane. Tiles past the last one are clamped to it.
 __device__ inline const uint8_t* tile_of(const Weight& weight, int row, int chunks, int lane) {
   const int last = (weight.n - 1) / kTileRows, tile = row / kTileRows;
   return weight.data + int64_t(tile < last ? tile : last) * chunks * kChunkBytes + lane * 16;
 }
 
-// By the type of activations and the kind of scales.
+// Calls launch(type of x, whether the weights have groups).
 template <class Launch>
-void with_type(const Product& p, const Launch& launch) {
+void dispatch_type(const Product& p, const Launch& launch) {
   const bool grouped = p.group < p.k;
   const auto with_groups = [&](auto type) {
     grouped ? launch(type, std::true_type{}) : launch(type, std::false_type{});
@@ -217,31 +219,31 @@ void with_type(const Product& p, const Launch& launch) {
   }
 }
 
-// Rows of the weights before one of them, or of all.
+// Returns the number of rows of all weights before weight `which`.
 __host__ __device__ inline int64_t rows_before(const Product& p, int which) {
   int64_t rows = 0;
-  for (int i = 0; i < kMostWeights; ++i) rows += i < which ? p.weights[i].n : 0;
+  for (int i = 0; i < kMaxWeights; ++i) rows += i < which ? p.weights[i].n : 0;
   return rows;
 }
 
-// A block's results lie in shared memory, those of a token so far apart: what lanes write at once is in different
-// banks, and four are aligned together.
+// Distance in words between the results of two tokens in shared memory. The four words of padding put what lanes write
+// at once into different banks, and keep groups of four results aligned.
 template <int kRows>
 constexpr int kStride = kRows + 4;
 
-// Puts a warp's results there, or the bits of its sums where blocks share the columns: two tiles of rows that begin at
-// row_of(0) and row_of(1), or one of each weight with geglu, and kTokenTiles of tokens, whose sums are sum(tile of
-// rows, tile of tokens, element).
+// Writes a warp's results to shared memory, or the bits of its sums if blocks share the sum over k. A warp has two
+// tiles of rows, which begin at row_of(0) and row_of(1) (with geglu one of each weight), and kTokenTiles tiles of
+// tokens. Its sums are sum(tile of rows, tile of tokens, element).
 template <class Type, bool kGrouped, bool kGeglu, int kRows, int kTokenTiles, class RowOf, class SumOf>
-__device__ inline void put_results(const Product& p, const Place& place, int64_t first_token, int warp_token,
-                                   uint32_t* results, const RowOf& row_of, const SumOf& sum) {
+__device__ inline void stage_results(const Product& p, const BlockOrigin& origin, int64_t first_token, int warp_token,
+                                     uint32_t* results, const RowOf& row_of, const SumOf& sum) {
   const int lane = threadIdx.x % 32;
-  Finish<Type, kGrouped> finish[2][2];
+  Epilogue<Type, kGrouped> epilogue[2][2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      finish[i][half] = {p, p.weights[kGeglu ? i : place.weight], row_of(i) + half * 8 + lane / 4};
+      epilogue[i][half] = {p, p.weights[kGeglu ? i : origin.weight], row_of(i) + half * 8 + lane / 4};
     }
   }
 #pragma unroll
@@ -252,13 +254,13 @@ __device__ inline void put_results(const Product& p, const Place& place, int64_t
     for (int i = 0; i < (kGeglu ? 1 : 2); ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        uint32_t& result = results[token * kStride<kRows> + row_of(i) - place.row + half * 8 + lane / 4];
+        uint32_t& result = results[token * kStride<kRows> + row_of(i) - origin.row + half * 8 + lane / 4];
         const int element = half * 2 + j % 2;
-        if (p.splits > 1) {
+        if (p.num_splits > 1) {
           result = ptx::as_bits(sum(i, j / 2, element));
         } else {
-          float y = finish[i][half](float(sum(i, j / 2, element)), row_scale);
-          if (kGeglu) y = gelu(y) * finish[1][half](float(sum(1, j / 2, element)), row_scale);
+          float y = epilogue[i][half](float(sum(i, j / 2, element)), row_scale);
+          if (kGeglu) y = gelu(y) * epilogue[1][half](float(sum(1, j / 2, element)), row_scale);
           result = ptx::as_bits(y);
         }
       }
@@ -266,23 +268,23 @@ __device__ inline void put_results(const Product& p, const Place& place, int64_t
   }
 }
 
-// Stores them, or this block's part of the sums: neighbouring threads write neighbouring rows of the weight, each of
-// them four where those are aligned.
+// Stores the results from shared memory to y, or this block's sums to p.partial. Neighbouring threads write
+// neighbouring columns of y, each of them four columns if they are aligned.
 template <int kTokens, int kRows, int kThreads>
-__device__ inline void store_results(const Product& p, const Place& place, int64_t first_token, const uint32_t* results,
-                                     int thread) {
-  const Weight& weight = p.weights[place.weight];
-  const bool split = p.splits > 1;
+__device__ inline void store_results(const Product& p, const BlockOrigin& origin, int64_t first_token,
+                                     const uint32_t* results, int thread) {
+  const Weight& weight = p.weights[origin.weight];
+  const bool split = p.num_splits > 1;
   const int64_t stride = split ? rows_before(p, p.count) : weight.n;
-  void* const to = split ? p.parts + int64_t(blockIdx.z) * p.m * stride + rows_before(p, place.weight) : weight.y;
+  void* const to = split ? p.partial + int64_t(blockIdx.z) * p.m * stride + rows_before(p, origin.weight) : weight.y;
   const Float type = split ? Float::kFloat32 : p.y_type;
   const auto store = [&](auto count) {
     constexpr int kCount = decltype(count)::value, kAcross = kRows / kCount;
     const int row = thread % kAcross * kCount;
-    if (place.row + row >= weight.n) return;
+    if (origin.row + row >= weight.n) return;
     for (int token = thread / kAcross; token < kTokens && first_token + token < p.m; token += kThreads / kAcross) {
       const uint32_t* from = results + token * kStride<kRows> + row;
-      const int64_t at = (first_token + token) * stride + place.row + row;
+      const int64_t at = (first_token + token) * stride + origin.row + row;
       if constexpr (kCount == 4) {
         store_four(to, at, type, *reinterpret_cast<const uint4*>(from));
       } else {
@@ -294,20 +296,20 @@ __device__ inline void store_results(const Product& p, const Place& place, int64
   aligned ? store(std::integral_constant<int, 4>{}) : store(std::integral_constant<int, 1>{});
 }
 
-// Tokens of a tile of many_rows: the larger reads weights and converts them half as often, unless that computes much
-// that nobody asked for; with groups registers do not hold it.
+// Returns the tokens of a tile of many_rows. The larger tile reads and converts the weights half as often. It is not
+// taken if it computes many more tokens than there are, nor with groups, for which the registers do not suffice.
 inline int tile_tokens(const Product& p) {
   const bool wide = (p.m + 63) / 64 * 64 * 20 >= (p.m + 127) / 128 * 128 * 17;
   return wide && p.group >= p.k ? 128 : 64;
 }
-// How many of its blocks a multiprocessor holds, as registers have it.
-constexpr int blocks_at_once(int tokens, bool int8_activations, bool grouped) {
+// Returns how many blocks of many_rows a multiprocessor's registers hold.
+constexpr int blocks_per_multiprocessor(int tokens, bool int8_activations, bool grouped) {
   return tokens == 64 && !int8_activations && !grouped ? 2 : 1;
 }
-// Tokens of a tile of many_rows_sm90.
+// Returns the tokens of a tile of many_rows_sm90.
 inline int tile_tokens_sm90(const Product& p) { return (p.m + 143) / 144 * 144 < (p.m + 127) / 128 * 128 ? 144 : 128; }
 
-// Up to 16 rows of x; more; more on Hopper, where all columns of a row of the weight share a scale.
+// The product for up to 16 rows of x, for more, and for more on Hopper with one scale for each row of the weight.
 void few_rows(const Product&, cudaStream_t);
 void many_rows(const Product&, cudaStream_t);
 void many_rows_sm90(const Product&, cudaStream_t);

@@ -1,4 +1,4 @@
-// More rows of x than a tensor core takes at once: tiles of x wait in shared memory, weights come into registers.
+// The product for more than 16 rows of x: tiles of x go through shared memory, weights straight into registers.
 #include "cuda/fragments.h"
 
 namespace pg_kernels::cuda {
@@ -8,13 +8,14 @@ namespace {
 constexpr int kWarpsOfRows = 4, kWarpsOfTokens = 2, kThreads = kWarpsOfRows * kWarpsOfTokens * 32;
 constexpr int kStages = 4;
 constexpr int kLine = 128;  // bytes of a row of x at once
-constexpr int kTiles = 2;   // of a warp: two of one weight, or one of each with geglu
+constexpr int kTiles = 2;   // tiles of weights of a warp: two of one weight, or one of each with geglu
 
-// Segments of 16 bytes change places within a line, so that 8 rows of a matrix lie in different banks.
+// Permutes the segments of 16 bytes within a line, so that 8 rows of a matrix lie in different banks.
 __device__ uint32_t swizzled(int token, int segment) { return token * kLine + ((segment ^ (token % 8)) * 16); }
 
+// One block computes kTokens rows of x times kRows rows of a weight (of each weight with geglu), over one split of k.
 template <class Type, int kTokens, bool kGeglu, bool kGrouped>
-__global__ void __launch_bounds__(kThreads, blocks_at_once(kTokens, Type::kBytes == 1, kGrouped))
+__global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kTokens, Type::kBytes == 1, kGrouped))
     many_rows_kernel(const Product p) {
   constexpr int kChunks = kLine / (kChunk * Type::kBytes);  // of a line
   constexpr int kTokenTiles = kTokens / kWarpsOfTokens / 8;
@@ -22,14 +23,14 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kTokens, Type::kBytes
   using Sums = Accumulator<Type, kGrouped>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_row = warp % kWarpsOfRows, warp_token = warp / kWarpsOfRows * (kTokens / kWarpsOfTokens);
-  const Place place = place_of(p, blockIdx.y, kRows);
+  const BlockOrigin origin = block_origin(p, blockIdx.y, kRows);
   const int64_t first_token = int64_t(blockIdx.x) * kTokens;
   const int chunks = chunks_of(p), lines = (chunks + kChunks - 1) / kChunks;
-  const int begin = lines * int(blockIdx.z) / p.splits, end = lines * int(blockIdx.z + 1) / p.splits;
+  const int begin = lines * int(blockIdx.z) / p.num_splits, end = lines * int(blockIdx.z + 1) / p.num_splits;
   const int width = Type::kBytes == 1 ? chunks * kChunk : p.k * Type::kBytes;
 
-  const auto weight_of = [&](int tile) -> const Weight& { return p.weights[kGeglu ? tile : place.weight]; };
-  const auto row_of = [&](int tile) { return place.row + (kGeglu ? warp_row : warp_row * kTiles + tile) * kTileRows; };
+  const auto weight_of = [&](int tile) -> const Weight& { return p.weights[kGeglu ? tile : origin.weight]; };
+  const auto row_of = [&](int tile) { return origin.row + (kGeglu ? warp_row : warp_row * kTiles + tile) * kTileRows; };
   const uint8_t* tiles[kTiles];
   Scales<kGrouped> scales[kTiles];
   for (int i = 0; i < kTiles; ++i) {
@@ -37,16 +38,16 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kTokens, Type::kBytes
     scales[i].find(p, weight_of(i), row_of(i) + lane / 4);
   }
 
-  // Addresses are at constant distances from what moves once a line: to reckon each took more instructions than the
-  // rest.
+  // Addresses are at constant distances from pointers that advance once a line. Computing each address took more
+  // instructions than the rest of the loop.
   constexpr int kSegments = kLine / 16, kTogether = kThreads / kSegments;  // tokens that the block copies at once
-  const int token_here = threadIdx.x / kSegments, segment = threadIdx.x % kSegments;
+  const int block_token = threadIdx.x / kSegments, segment = threadIdx.x % kSegments;
   const uint8_t* from =
-      static_cast<const uint8_t*>(p.x) + (first_token + token_here) * width + int64_t(begin) * kLine + segment * 16;
-  const int64_t tokens_left = p.m - first_token - token_here, step = int64_t(kTogether) * width;
+      static_cast<const uint8_t*>(p.x) + (first_token + block_token) * width + int64_t(begin) * kLine + segment * 16;
+  const int64_t tokens_left = p.m - first_token - block_token, step = int64_t(kTogether) * width;
   int bytes_left = min_of(width, end * kLine) - begin * kLine - segment * 16;
   int chunks_left = min_of(chunks, end * kChunks) - begin * kChunks;
-  const uint32_t stages = ptx::shared_address(ptx::shared()), to = stages + swizzled(token_here, segment);
+  const uint32_t stages = ptx::shared_address(ptx::shared()), to = stages + swizzled(block_token, segment);
   const auto copy_line = [&](int line, int ahead) {
 #pragma unroll
     for (int i = 0; i < kTokens / kTogether; ++i) {
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kTokens, Type::kBytes
     }
     ptx::copies_commit();
   };
-  // Beyond the last chunk nobody multiplies, or x is zero: the weights may be what they were.
+  // Past the last chunk x is zero, or nothing is multiplied: the weights may keep their old values.
   uint4 weights[kTiles][kChunks] = {};
   const auto load_weights = [&](int i, int c, int ahead) {
     const int chunk = ahead * kChunks + c;
@@ -72,11 +73,11 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kTokens, Type::kBytes
   }
   for (int line = begin; line < end; ++line) {
     ptx::copies_wait<kStages - 2>();
-    __syncthreads();  // this line is there for all, and nobody reads the one that the next copy overwrites
+    __syncthreads();  // this line is visible to all warps, and none reads the line that the next copy overwrites
     copy_line(line, kStages - 1);
     const uint32_t stage = stages + unsigned(line) % kStages * (kTokens * kLine);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {  // 64 bytes of a row are four matrices
+    for (int half = 0; half < 2; ++half) {  // 64 bytes of a row: four matrices
       constexpr int kChunksOfHalf = kChunks / 2;
       const uint32_t matrices = stage + swizzled(warp_token + lane % 8, half * 4 + lane / 8);
 #pragma unroll
@@ -105,30 +106,30 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kTokens, Type::kBytes
     for (int i = 0; i < kTiles; ++i) tiles[i] += kChunks * kChunkBytes;
   }
 
-  // Through shared memory, so that neighbouring threads write neighbouring rows of the weight.
+  // Pass the results through shared memory, so that neighbouring threads write neighbouring columns of y.
   ptx::copies_wait<0>();
   __syncthreads();
   uint32_t* results = reinterpret_cast<uint32_t*>(ptx::shared());
-  put_results<Type, kGrouped, kGeglu, kRows, kTokenTiles>(p, place, first_token, warp_token, results, row_of,
-                                                          [&](int i, int j, int e) { return sums[i][j].sums[e]; });
+  stage_results<Type, kGrouped, kGeglu, kRows, kTokenTiles>(p, origin, first_token, warp_token, results, row_of,
+                                                            [&](int i, int j, int e) { return sums[i][j].sums[e]; });
   __syncthreads();
-  store_results<kTokens, kRows, kThreads>(p, place, first_token, results, threadIdx.x);
+  store_results<kTokens, kRows, kThreads>(p, origin, first_token, results, threadIdx.x);
 }
 
 template <class Type, int kTokens, bool kGeglu, bool kGrouped>
 void launch(const Product& p, cudaStream_t stream) {
   constexpr int kRows = kWarpsOfRows * kTileRows * (kGeglu ? 1 : kTiles);
   constexpr int kCopies = kStages * kTokens * kLine, kResults = kTokens * kStride<kRows> * 4;
-  // Blocks that share a weight run side by side, and find it in the L2 cache.
+  // Blocks that share a weight run side by side, so that it stays in the L2 cache.
   ptx::launch(many_rows_kernel<Type, kTokens, kGeglu, kGrouped>,
-              dim3((p.m + kTokens - 1) / kTokens, blocks_of(p, kRows), p.splits), kThreads,
+              dim3((p.m + kTokens - 1) / kTokens, blocks_of(p, kRows), p.num_splits), kThreads,
               kCopies > kResults ? kCopies : kResults, stream, p);
 }
 
 }  // namespace
 
 void many_rows(const Product& p, cudaStream_t stream) {
-  with_type(p, [&](auto type, auto grouped) {
+  dispatch_type(p, [&](auto type, auto grouped) {
     using Type = decltype(type);
     constexpr bool kGrouped = decltype(grouped)::value;
     if (tile_tokens(p) == 128) {

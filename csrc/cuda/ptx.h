@@ -1,5 +1,4 @@
-// Everything of the hardware that the kernels name: tests compile the same kernels for a CPU with another header in
-// this one's place (tests/ops/emulator).
+// The kernels' only access to the hardware: instructions, devices and launches. The kernels themselves are plain C++.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +9,7 @@
 
 namespace pg_kernels::ptx {
 
-// The dynamic shared memory of a block.
+// Returns the dynamic shared memory of a block.
 __device__ inline unsigned char* shared() {
   extern __shared__ __align__(1024) unsigned char memory[];
   return memory;
@@ -18,13 +17,13 @@ __device__ inline unsigned char* shared() {
 
 __device__ inline uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 
-// Of what nobody reads again: it stays in no cache that activations could use.
+// The cache policy of data that is read once: it does not displace activations from the L2 cache.
 __device__ inline uint64_t evict_first() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-__device__ inline uint4 load_once(const void* from, uint64_t policy) {
+__device__ inline uint4 load_streaming(const void* from, uint64_t policy) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -35,9 +34,9 @@ __device__ inline uint4 load_once(const void* from, uint64_t policy) {
 __device__ inline uint4 load16(const void* from) { return __ldg(static_cast<const uint4*>(from)); }
 __device__ inline uint32_t load4(const void* from) { return __ldg(static_cast<const uint32_t*>(from)); }
 
-// Copies 16 bytes to shared memory, or zeros where `there` is false.
-__device__ inline void copy_async(uint32_t to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+// Copies 16 bytes to shared memory, or zeros where `valid` is false.
+__device__ inline void copy_async(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 __device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -45,15 +44,15 @@ __device__ inline void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8x8 matrices of 16 bits: lane l gives the address of row l % 8 of matrix l / 8, and gets elements (l / 4, 2 (l %
-// 4)) and the next one of each.
+// Loads four 8x8 matrices of 16-bit elements. Lane l passes the address of row l % 8 of matrix l / 8, and receives
+// elements (l / 4, 2 (l % 4)) and (l / 4, 2 (l % 4) + 1) of each matrix.
 __device__ inline void load_matrices(uint32_t address, uint32_t (&to)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(address));
 }
 
-// d += a · b with a [16, 16] and b [16, 8], and for bytes a [16, 32] and b [32, 8], in the fragments of mma.sync.
+// d += a · b in the fragments of mma.sync: a [16, 16] and b [16, 8] of 16-bit floats, a [16, 32] and b [32, 8] of int8.
 __device__ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -76,9 +75,9 @@ __device__ inline void mma_s8(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Two 16-bit floats in a word, the first in its lower half.
+// Subtracts two 16-bit floats in each word; the first float is the lower half.
 __device__ inline uint32_t subtract_bf16(uint32_t a, uint32_t b) {
-  uint32_t d;  // sm_80 has no subtraction of them
+  uint32_t d;  // a − b as b · (−1) + a: sm_80 cannot subtract bf16
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(b), "r"(0xBF80BF80u), "r"(a));
   return d;
 }
@@ -87,7 +86,7 @@ __device__ inline uint32_t subtract_f16(uint32_t a, uint32_t b) {
   asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
-// a & b | c: of two constants the compiler makes two instructions, as one takes but one of them.
+// Returns a & b | c in one instruction. The compiler would make two for constants b and c: one takes only one constant.
 __device__ inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
@@ -115,21 +114,21 @@ __device__ inline uint32_t as_bits(float x) { return __float_as_uint(x); }
 __device__ inline uint32_t as_bits(int32_t x) { return uint32_t(x); }
 __device__ inline float as_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ inline float divide(float a, float b) { return __fdiv_rn(a, b); }
-// To 2 units in the last place, in far fewer instructions; 0 where b is beyond 2^126.
-__device__ inline float divide_nearly(float a, float b) { return __fdividef(a, b); }
+// Divides with an error of up to 2 units in the last place, in far fewer instructions. Returns 0 for b above 2^126.
+__device__ inline float divide_approx(float a, float b) { return __fdividef(a, b); }
 __device__ inline float multiply(float a, float b) { return __fmul_rn(a, b); }
 
-__device__ inline float highest_of_warp(float x) {
+__device__ inline float warp_max(float x) {
   for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, lanes));
   return x;
 }
-__device__ inline bool any_of_block(bool here) { return __syncthreads_or(here); }
+__device__ inline bool block_any(bool here) { return __syncthreads_or(here); }
 
 inline void check(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
-// Makes a device the current one for as long as it lives: whoever calls us may work on another.
+// Makes a device current during its lifetime. The caller's current device may be another one.
 class OnDevice {
  public:
   explicit OnDevice(int device) : device_(device) {

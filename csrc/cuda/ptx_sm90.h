@@ -1,5 +1,4 @@
-// Hopper's own instructions: products of warpgroups, and copies that the hardware makes by itself and reports to a
-// barrier.
+// Hopper's instructions: products of warpgroups (wgmma), and asynchronous copies that report to a barrier (TMA).
 #pragma once
 
 #include <cuda.h>
@@ -8,8 +7,8 @@
 
 namespace pg_kernels::ptx {
 
-// A matrix of rows in device memory, of which boxes are copied, with zeros beyond its ends. All sizes are multiples of
-// 16 bytes; a box is at most 256 times 8 bytes wide, and 128 bytes where it is to be swizzled.
+// A matrix in device memory from which boxes are copied, with zeros past its ends. All sizes are multiples of 16 bytes.
+// A box is at most 256 · 8 bytes wide; a swizzled box is 128 bytes wide.
 using TensorMap = CUtensorMap;
 
 inline TensorMap describe(const void* from, int64_t rows, int64_t row_bytes, int box_rows, int box_bytes,
@@ -69,11 +68,13 @@ inline TensorMap describe(const void* from, int64_t rows, int64_t row_bytes, int
 #define PG_INTEGERS(x) "+r"(x)
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// Hopper's instructions are available in this pass of the compiler.
+#define PG_KERNELS_SM90
 
 __device__ inline void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-// After it the copy engine sees the barriers of this thread, too.
+// Makes the barriers that this thread initialised visible to the copy engine.
 __device__ inline void barriers_are_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ inline void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -81,7 +82,7 @@ __device__ inline void barrier_arrive(uint32_t barrier) {
 __device__ inline void barrier_arrive_expecting(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Waits for the end of the phase of this parity; a new barrier is in phase 0.
+// Waits until the phase of this parity has ended. A new barrier is in phase 0.
 __device__ inline void barrier_wait(uint32_t barrier, int parity) {
   asm volatile(
       "{\n .reg .pred done;\nAGAIN:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n @!done bra "
@@ -89,7 +90,7 @@ __device__ inline void barrier_wait(uint32_t barrier, int parity) {
       "r"(parity)
       : "memory");
 }
-// A box that begins at a byte, a multiple of 16, of a row.
+// Copies the box that begins at a row and at a byte of it, a multiple of 16.
 __device__ inline void copy_box(uint32_t to, const TensorMap& map, int byte, int row, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
@@ -105,18 +106,18 @@ __device__ inline void copy_box(uint32_t to, const TensorMap& map, int byte, int
       "l"(&map), "r"(byte / 8), "r"(row), "r"(barrier), "l"(policy)
       : "memory");
 }
-// Of the threads that call it, a multiple of 32, none goes on before all have come.
-__device__ inline void wait_for_threads(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
+// Waits until this many threads, a multiple of 32, have called it.
+__device__ inline void sync_threads(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 template <int kRegisters>
-__device__ inline void give_registers() {
+__device__ inline void release_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 template <int kRegisters>
-__device__ inline void take_registers() {
+__device__ inline void acquire_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Between writing a product's registers and the product.
+// Orders writes to a product's registers before the product.
 __device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
@@ -124,7 +125,7 @@ __device__ inline void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// d += a · bᵀ with a [64, 32 bytes] in registers and b [2 kSums, 32 bytes] in shared memory.
+// d += a · bᵀ with a [64, 32 bytes] in registers and b [2 · sums, 32 bytes] in shared memory.
 #define PG_WGMMA(name, sum, registers, operands, sums, first, instruction, options)               \
   __device__ inline void name(sum(&d)[sums], const uint32_t* a, uint64_t b) {                     \
     asm volatile("wgmma.mma_async.sync.aligned." instruction " " registers ", " first options ";" \

@@ -21,8 +21,8 @@ TENSOR_CORES = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
 ROWS = {
     # The block size that is the number of rows of a kernel's matrix products.
     ("geglu_mlp", "gate_up"): "ROWS",
-    ("int8_linear", "product"): "FEATURES",
-    ("int8_linear", "input_gradient"): "TOKENS",
+    ("int8_linear", "int8_gemm_kernel"): "BLOCK_N",
+    ("int8_linear", "int8_input_grad_kernel"): "BLOCK_M",
     ("linear_cross_entropy", "forward"): "TOKENS",
     ("linear_cross_entropy", "logit_gradients"): "TOKENS",
     ("prefix_lm_attention", "attn_fwd_kernel"): "BLOCK_M",
@@ -65,8 +65,8 @@ def test_all_launches_fit(target: str, dtype: str, kernels: list[Kernel]) -> Non
     for kernel in chosen:
         launch = dict(option.split("=") for option in kernel.launch.split(", ") if "=" in option)
         rows_at_once = int(launch.get(ROWS.get((kernel.op, kernel.name), ""), 0))
-        many_scales = launch.get("GROUPS") == "many" or launch.get("MANY") == "True"  # in one block of the sum
-        if kernel.products and (dtype == "float32" or many_scales):
+        per_column_scales = launch.get("SCALES") == "per_column"
+        if kernel.products and (dtype == "float32" or per_column_scales):
             assert kernel.products == "fma", kernel
         elif kernel.products:
             # wgmma and tcgen05 multiply 64 rows at least.

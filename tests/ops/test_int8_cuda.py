@@ -26,6 +26,7 @@ from torch import Tensor
 from pg_kernels import backend, quantize_int8
 from pg_kernels.ops._common import extension
 from pg_kernels.ops.int8_linear import cuda, reference, tiles
+from pg_kernels.ops.int8_linear.product import Int8Product
 
 ROOT = Path(__file__).parents[2]
 # What ends the process: an address that is misaligned for its type, an index beyond an array, arithmetic that C++ leaves
@@ -56,7 +57,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def gpu(request: pytest.FixtureRequest, emulator: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The emulated GPU that launches go to."""
     monkeypatch.setattr(extension, "_cuda", emulator)
-    monkeypatch.setattr(cuda, "EMULATED", request.param)
+    monkeypatch.setattr(cuda, "_device_and_stream", lambda tensor: {"device": request.param, "stream": 0})
     with backend("auto"):
         yield request.param
 
@@ -65,6 +66,10 @@ def quantized(n: int, k: int, group_size: int | None = None) -> tuple[Tensor, Te
     """A weight of order 1 in the sum, its scales [N, groups] and the size of a group."""
     qweight, scale = quantize_int8(randn(n, k) * k**-0.5, group_size=group_size)
     return qweight, scale if scale.dim() == 2 else scale[:, None], min(group_size or k, k)
+
+
+def multiply(x: Tensor, *product: Any, **options: Any) -> list[Tensor]:
+    return cuda.multiply(x, Int8Product(*product, **options))
 
 
 def guarded(tensor: Tensor, at_end: bool) -> Tensor:
@@ -125,7 +130,7 @@ def test_values(
     qweight, scale, group = quantized(n, k, group_size)
     x, bias = randn(m, k, dtype=dtype), randn(n, dtype=dtype)
     data, scales = cuda.pack(qweight, scale, group)
-    (y,) = cuda.multiply(x, [data], [scales], [bias], [n], group, False, out or dtype)
+    (y,) = multiply(x, [data], [scales], [bias], [n], group, False, out or dtype)
     exact = reference.int8_linear(x.double(), qweight, scale, bias.double(), group, False)
     assert y.dtype == (out or dtype) and y.shape == (m, n)
     # A 16-bit x is multiplied exactly: only sums in fp32 are rounded.
@@ -150,7 +155,7 @@ def test_int8_activations(gpu: int, dtype: torch.dtype, m: int, n: int, k: int, 
     x = randn(m, k, dtype=dtype)
     x[0] *= 100
     data, scales = cuda.pack(qweight, scale, group)
-    (y,) = cuda.multiply(x, [data], [scales], [None], [n], group, True, torch.float32)
+    (y,) = multiply(x, [data], [scales], [None], [n], group, True, torch.float32)
     assert frobenius(y, reference.int8_linear(x.float(), qweight, scale, None, group, True).double()) <= 5e-7
 
 
@@ -164,7 +169,7 @@ def test_integer_sums_are_exact(gpu: int, m: int) -> None:
     qweight = torch.randint(-128, 128, (n, k)).to(torch.int8)
     qweight[3] = -128
     data, scales = cuda.pack(qweight, torch.ones(n, 1), k)
-    (y,) = cuda.multiply(levels.float(), [data], [scales], [None], [n], k, True, torch.float32)
+    (y,) = multiply(levels.float(), [data], [scales], [None], [n], k, True, torch.float32)
     assert torch.equal(y, (levels @ qweight.long().T).float())
 
 
@@ -178,7 +183,7 @@ def test_geglu(gpu: int, m: int, group_size: int | None, int8_activations: bool)
     packed = [cuda.pack(*weight) for weight in weights]
     data, scales = zip(*packed, strict=True)
     group = weights[0][2]
-    (y,) = cuda.multiply(x, data, scales, [None, None], [n, n], group, int8_activations, torch.float32, geglu=True)
+    (y,) = multiply(x, data, scales, [None, None], [n, n], group, int8_activations, torch.float32, geglu=True)
     gate, up = (
         reference.int8_linear(x.float(), qweight, scale, None, group, int8_activations).double()
         for qweight, scale, _ in weights
@@ -194,7 +199,7 @@ def test_several_weights(gpu: int, m: int) -> None:
     weights = [quantized(n, k) for n in sizes]
     data, scales = zip(*(cuda.pack(*weight) for weight in weights), strict=True)
     biases = [randn(n) if n != 17 else None for n in sizes]
-    together = cuda.multiply(x, data, scales, biases, sizes, k, False, torch.float16)
+    together = multiply(x, data, scales, biases, sizes, k, False, torch.float16)
     for y, n, (qweight, scale, _), bias in zip(together, sizes, weights, biases, strict=True):
         assert y.shape == (m, n)
         exact = reference.int8_linear(x.double(), qweight, scale, None if bias is None else bias.double(), k, False)
@@ -216,10 +221,12 @@ def test_nothing_else_is_touched(
     monkeypatch.setattr(cuda, "_aligned", lambda x: guarded(aligned(x), at_end))
     monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: guarded(new_empty(*args, **kwargs), at_end))
     x, bias, data, scales = (guarded(t, at_end) for t in (x, bias, *cuda.pack(qweight, scale, group)))
-    (y,) = cuda.multiply(x, [data], [scales], [bias], [n], group, int8_activations, torch.float16)
+    (y,) = multiply(x, [data], [scales], [bias], [n], group, int8_activations, torch.float16)
     assert frobenius(y, exact) <= BOUNDS[torch.float16]
     assert torch.equal(cuda.dequantize(data, scales, n, k, group, torch.float32), qweight.float() * scale)
-    assert torch.equal(cuda.rows_of(data, scales, torch.tensor([16]), n, k, group), qweight[16:].float() * scale[16:])
+    assert torch.equal(
+        cuda.dequantize_rows(data, scales, torch.tensor([16]), n, k, group), qweight[16:].float() * scale[16:]
+    )
 
 
 @pytest.mark.parametrize(
@@ -235,14 +242,14 @@ def test_nothing_else_is_touched(
 )
 def test_blocks_that_share_columns(emulator: Any, device: int, m: int, n: int, splits: int) -> None:
     options = {"k": 2048, "group": 2048, "int8_activations": False, "geglu": False}
-    assert emulator.splits_for(m=m, sizes=[n], device=device, **options) == splits
+    assert emulator.num_splits(m=m, sizes=[n], device=device, **options) == splits
 
 
 def test_nothing_to_multiply(gpu: int) -> None:
     data, scales = cuda.pack(*quantized(5, 40))
-    assert cuda.multiply(randn(0, 40), [data], [scales], [None], [5], 40, False, torch.float32)[0].shape == (0, 5)
+    assert multiply(randn(0, 40), [data], [scales], [None], [5], 40, False, torch.float32)[0].shape == (0, 5)
     data, scales = cuda.pack(torch.ones(0, 40, dtype=torch.int8), torch.ones(0, 1), 40)
-    assert cuda.multiply(randn(3, 40), [data], [scales], [None], [0], 40, False, torch.float32)[0].shape == (3, 0)
+    assert multiply(randn(3, 40), [data], [scales], [None], [0], 40, False, torch.float32)[0].shape == (3, 0)
 
 
 @pytest.mark.parametrize("int8_activations", [False, True])
@@ -254,9 +261,9 @@ def test_rows_that_are_not_finite(gpu: int, dtype: torch.dtype, m: int, value: f
     data, scales = cuda.pack(torch.ones(16, 70, dtype=torch.int8), torch.ones(16, 1), 70)
     x = randn(m, 70, dtype=dtype)
     arguments = ([data], [scales], [None], [16], 70, int8_activations, torch.float32)
-    (clean,) = cuda.multiply(x, *arguments)
+    (clean,) = multiply(x, *arguments)
     x[2, 40] = value
-    (y,) = cuda.multiply(x, *arguments)
+    (y,) = multiply(x, *arguments)
     torch.testing.assert_close(y[2], torch.full((16,), float("nan") if int8_activations else value), equal_nan=True)
     assert torch.equal(y[:2], clean[:2]) and torch.equal(y[3:], clean[3:])
 
@@ -265,7 +272,7 @@ def test_a_row_of_zeros(gpu: int) -> None:
     data, scales = cuda.pack(*quantized(17, 70))
     for int8_activations in (False, True):
         arguments = ([data], [scales], [None], [17], 70, int8_activations, torch.float32)
-        assert not cuda.multiply(torch.zeros(3, 70, dtype=torch.float16), *arguments)[0].any()
+        assert not multiply(torch.zeros(3, 70, dtype=torch.float16), *arguments)[0].any()
 
 
 @pytest.mark.parametrize("layout", ["strided", "misaligned"])
@@ -273,10 +280,10 @@ def test_layouts(gpu: int, layout: str) -> None:
     x, weight = randn(3, 64, dtype=torch.bfloat16), quantized(17, 64)
     data, scales = cuda.pack(*weight)
     arguments = ([data], [scales], [None], [17], 64, False, torch.float32)
-    (expected,) = cuda.multiply(x, *arguments)
+    (expected,) = multiply(x, *arguments)
     assert cuda._aligned(x) is x  # a copy would be one more launch
     moved = x.T.contiguous().T if layout == "strided" else torch.cat((x.new_zeros(1), x.flatten()))[1:].view(3, 64)
-    assert torch.equal(cuda.multiply(moved, *arguments)[0], expected)
+    assert torch.equal(multiply(moved, *arguments)[0], expected)
 
 
 @pytest.mark.parametrize("group_size", [None, 32])
@@ -286,8 +293,8 @@ def test_dequantising(gpu: int, k: int, group_size: int | None) -> None:
     data, scales = cuda.pack(qweight, scale, group)
     exact = qweight.float() * scale.repeat_interleave(group, 1)[:, :k]
     indices = torch.tensor([36, 0, 8, 17, 17])
-    assert torch.equal(cuda.rows_of(data, scales, indices, 37, k, group), exact[indices])
-    strange = cuda.rows_of(data, scales, torch.tensor([-1, 37, 3, 2**40]), 37, k, group)
+    assert torch.equal(cuda.dequantize_rows(data, scales, indices, 37, k, group), exact[indices])
+    strange = cuda.dequantize_rows(data, scales, torch.tensor([-1, 37, 3, 2**40]), 37, k, group)
     assert strange[[0, 1, 3]].isnan().all() and torch.equal(strange[2], exact[3])
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert torch.equal(cuda.dequantize(data, scales, 37, k, group, dtype), exact.to(dtype))
@@ -297,9 +304,9 @@ def test_many_rows_are_left_to_cublas(gpu: int, monkeypatch: pytest.MonkeyPatch)
     qweight, scale, group = quantized(37, 70)
     x, bias = randn(9, 70, dtype=torch.bfloat16), randn(37)
     data, scales = cuda.pack(qweight, scale, group)
-    monkeypatch.setattr(tiles, "dequantizes", lambda rows, device: rows >= 9)
+    monkeypatch.setattr(tiles, "prefers_cublas", lambda m, device: m >= 9)
     monkeypatch.setattr(extension._cuda, "int8_linear", None)
-    (y,) = cuda.multiply(x, [data], [scales], [bias], [37], group, False, torch.bfloat16)
+    (y,) = multiply(x, [data], [scales], [bias], [37], group, False, torch.bfloat16)
     exact = reference.int8_linear(x.double(), qweight, scale, bias.double(), group, False)
     # The weights, the bias and the result are rounded.
     assert y.dtype == torch.bfloat16 and frobenius(y, exact) <= 2 * BOUNDS[torch.bfloat16]

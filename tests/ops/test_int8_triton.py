@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import DEVICES, gelu_tanh, one_rounding, randn
 from torch import Tensor
 
 from pg_kernels.ops._common import devices
-from pg_kernels.ops.int8_linear import reference, tiles, triton
+from pg_kernels.ops.int8_linear import launch, reference, tiles
+from pg_kernels.ops.int8_linear.product import Int8Product
 from pg_kernels.ops.int8_linear.tiles import Tiles
 from pg_kernels.ops.quantize_int8.reference import quantize_int8
 
@@ -17,6 +20,10 @@ DEVICE = DEVICES[-1]
 BOUNDS = {torch.float32: 5e-4, torch.float16: 5e-4, torch.bfloat16: 2.5e-3}
 if DEVICE == "cpu":  # whose interpreter cuts bf16 off
     BOUNDS[torch.bfloat16] = 5e-3
+
+
+def multiply(x: Tensor, *product: Any, **options: Any) -> list[Tensor]:
+    return launch.multiply(x, Int8Product(*product, **options))
 
 
 def weight_of(n: int, k: int, group_size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -43,7 +50,7 @@ def test_sizes(m: int, n: int, k: int, dtype: torch.dtype) -> None:
     x, (q, scale), bias = randn(m, k, device=DEVICE, dtype=dtype), weight_of(n, k), randn(n, device=DEVICE)
     wanted = exact(x, q, scale, bias, k)
     for out_dtype in {dtype, torch.float32}:
-        (y,) = triton.multiply(x, [q], [scale], [bias], [n], k, False, out_dtype)
+        (y,) = multiply(x, [q], [scale], [bias], [n], k, False, out_dtype)
         assert y.dtype == out_dtype
         assert error(y, wanted) <= BOUNDS[out_dtype]
 
@@ -55,7 +62,7 @@ def test_groups(m: int, group_size: int, int8_activations: bool) -> None:
     n, k = 33, 300
     x, (q, scale), bias = randn(m, k, device=DEVICE), weight_of(n, k, group_size), randn(n, device=DEVICE)
     scale *= torch.rand_like(scale) + 0.5
-    (y,) = triton.multiply(x, [q], [scale], [bias], [n], group_size, int8_activations, torch.float32)
+    (y,) = multiply(x, [q], [scale], [bias], [n], group_size, int8_activations, torch.float32)
     if int8_activations:  # the levels of fp32, as float64 could round others
         torch.testing.assert_close(y, reference.int8_linear(x, q, scale, bias, group_size, True), rtol=1e-5, atol=1e-5)
     else:
@@ -68,10 +75,10 @@ def test_gated(m: int, group_size: int | None) -> None:
     n, k = 65, 588
     x, gate, up = randn(m, k, device=DEVICE), weight_of(n, k, group_size), weight_of(n, k, group_size)
     group = group_size or k
-    (y,) = triton.multiply(x, [gate[0], up[0]], [gate[1], up[1]], [None] * 2, [n, n], group, False, x.dtype, geglu=True)
+    (y,) = multiply(x, [gate[0], up[0]], [gate[1], up[1]], [None] * 2, [n, n], group, False, x.dtype, geglu=True)
     assert error(y, gelu_tanh(exact(x, *gate, None, group)) * exact(x, *up, None, group)) <= 1e-6
     levels = [reference.int8_linear(x, *weight, None, group, True) for weight in (gate, up)]
-    (y,) = triton.multiply(x, [gate[0], up[0]], [gate[1], up[1]], [None] * 2, [n, n], group, True, x.dtype, geglu=True)
+    (y,) = multiply(x, [gate[0], up[0]], [gate[1], up[1]], [None] * 2, [n, n], group, True, x.dtype, geglu=True)
     torch.testing.assert_close(y, gelu_tanh(levels[0]) * levels[1], rtol=1e-4, atol=1e-5)
 
 
@@ -79,23 +86,23 @@ def test_several_weights() -> None:
     x, weights = randn(5, 70, device=DEVICE), [weight_of(n, 70) for n in (17, 1, 0, 64, 33)]
     biases = [None, *(randn(len(q), device=DEVICE, dtype=torch.bfloat16) for q, _ in weights[1:])]
     data, scales = zip(*weights, strict=True)
-    outputs = triton.multiply(x, data, scales, biases, [len(q) for q in data], 70, False, x.dtype)
+    outputs = multiply(x, data, scales, biases, [len(q) for q in data], 70, False, x.dtype)
     assert outputs[2].shape == (5, 0)
     for y, (q, scale), bias in zip(outputs, weights, biases, strict=True):
         assert not y.numel() or error(y, exact(x, q, scale, bias, 70)) <= 1e-6
-    outputs = triton.multiply(x[:0], data, scales, biases, [len(q) for q in data], 70, False, x.dtype)
+    outputs = multiply(x[:0], data, scales, biases, [len(q) for q in data], 70, False, x.dtype)
     assert [y.shape for y in outputs] == [(0, len(q)) for q in data]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_integer_sums_are_exact(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all scales 1 every result is the integer that it should be, however many programs share a sum."""
-    monkeypatch.setattr(tiles, "splits", lambda *_: count)
+    monkeypatch.setattr(tiles, "num_splits", lambda *_: count)
     m, n, k = 3, 17, 700
     x = torch.randint(-127, 128, (m, k), device=DEVICE).float()
     x[:, 0] = 127
     q = torch.randint(-127, 128, (n, k), device=DEVICE, dtype=torch.int8)
-    (y,) = triton.multiply(x, [q], [q.new_ones(n, 1, dtype=torch.float32)], [None], [n], k, True, torch.float32)
+    (y,) = multiply(x, [q], [q.new_ones(n, 1, dtype=torch.float32)], [None], [n], k, True, torch.float32)
     assert y.equal((x.double() @ q.double().T).float())
 
 
@@ -105,7 +112,7 @@ def test_sums_beyond_fp32s_integers() -> None:
     x, q = torch.full((1, k), 127.0, device=DEVICE), torch.full((2, k), 127, device=DEVICE, dtype=torch.int8)
     q[1, ::2] = -127
     q[1, 0] = -126
-    (y,) = triton.multiply(x, [q], [q.new_ones(2, 1, dtype=torch.float32)], [None], [2], k, True, torch.float32)
+    (y,) = multiply(x, [q], [q.new_ones(2, 1, dtype=torch.float32)], [None], [2], k, True, torch.float32)
     assert y.tolist() == [[127.0 * 127.0 * k, 127.0]]
 
 
@@ -116,8 +123,8 @@ def test_shared_sums(int8_activations: bool, monkeypatch: pytest.MonkeyPatch) ->
     x, (q, scale), bias = randn(3, k, device=DEVICE), weight_of(n, k), randn(n, device=DEVICE)
 
     def run(count: int) -> Tensor:
-        monkeypatch.setattr(tiles, "splits", lambda *_: count)
-        return triton.multiply(x, [q], [scale], [bias], [n], k, int8_activations, x.dtype)[0]
+        monkeypatch.setattr(tiles, "num_splits", lambda *_: count)
+        return multiply(x, [q], [scale], [bias], [n], k, int8_activations, x.dtype)[0]
 
     whole = run(1)
     for count in (2, 3, 50):
@@ -127,20 +134,20 @@ def test_shared_sums(int8_activations: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_every_multiprocessor_works_for_few_rows() -> None:
     device = devices.Device("large", (9, 0), 132)
-    assert tiles.splits(1, 32, 100, device) == 8
-    assert tiles.splits(1, 32, 4, device) == 2
-    assert tiles.splits(1, 4019, 100, device) == 1
-    assert tiles.splits(17, 1, 100, device) == 1
+    assert tiles.num_splits(1, 32, 100, device) == 8
+    assert tiles.num_splits(1, 32, 4, device) == 2
+    assert tiles.num_splits(1, 4019, 100, device) == 1
+    assert tiles.num_splits(17, 1, 100, device) == 1
 
 
 @pytest.mark.parametrize(
-    "chosen", [Tiles(64, 16, 32, 1, 4, 2), *tiles.candidates(17, False, devices.INTERPRETER)], ids=str
+    "chosen", [Tiles(16, 64, 32, 1, 4, 2), *tiles.candidates(17, False, devices.INTERPRETER)], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_tiles(chosen: Tiles, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "choose", lambda *_: chosen)
     x, (q, scale) = randn(70, 300, device=DEVICE, dtype=dtype), weight_of(130, 300)
-    (y,) = triton.multiply(x, [q], [scale], [None], [130], 300, False, torch.float32)
+    (y,) = multiply(x, [q], [scale], [None], [130], 300, False, torch.float32)
     assert error(y, exact(x, q, scale, None, 300)) <= 1e-6
 
 
@@ -153,7 +160,7 @@ def test_levels(dtype: torch.dtype) -> None:
     x[1, 0] = 127
     x[2] *= 1e-6
     x[3, 7] = 1000
-    levels, scale = triton._quantize(x)
+    levels, scale = launch._quantize_rows(x)
     wide = x.float()
     wanted = wide.abs().amax(-1) / 127
     assert scale.equal(wanted)
@@ -167,7 +174,7 @@ def test_rows_that_are_not_finite(m: int) -> None:
     x, (q, scale) = randn(m, 70, device=DEVICE), weight_of(17, 70)
     x[0, 3], x[1, 69], x[2, 0] = float("nan"), float("inf"), -float("inf")
     for int8_activations in (False, True):
-        (y,) = triton.multiply(x, [q], [scale], [None], [17], 70, int8_activations, x.dtype)
+        (y,) = multiply(x, [q], [scale], [None], [17], 70, int8_activations, x.dtype)
         plain = reference.int8_linear(x, q, scale, None, 70, int8_activations)
         torch.testing.assert_close(y, plain, equal_nan=True, rtol=1e-5, atol=1e-5)
         assert y[3:].isfinite().all() and y[0].isnan().all()
@@ -175,11 +182,11 @@ def test_rows_that_are_not_finite(m: int) -> None:
 
 def test_layouts() -> None:
     x, (q, scale) = randn(20, 70, device=DEVICE), weight_of(17, 70, 32)
-    (wanted,) = triton.multiply(x, [q], [scale], [None], [17], 32, False, x.dtype)
+    (wanted,) = multiply(x, [q], [scale], [None], [17], 32, False, x.dtype)
     wide = torch.nn.functional.pad(x, (1, 2), value=7.0)[:, 1:-2]
     for other in (wide, x.T.contiguous().T):
         for weight in (q.T.contiguous().T, torch.nn.functional.pad(q, (1, 2), value=7)[:, 1:-2]):
-            (y,) = triton.multiply(other, [weight], [scale.T.contiguous().T], [None], [17], 32, False, x.dtype)
+            (y,) = multiply(other, [weight], [scale.T.contiguous().T], [None], [17], 32, False, x.dtype)
             assert y.equal(wanted)
 
 
@@ -189,8 +196,8 @@ def test_layouts() -> None:
 def test_input_gradient(m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype) -> None:
     grad, (q, scale) = randn(m, n, device=DEVICE, dtype=dtype), weight_of(n, k, group_size)
     scale *= 1e-4 if dtype == torch.bfloat16 else 10.0
-    wanted = reference.input_gradient(grad.double(), q, scale.double(), group_size or k)
-    y = triton.input_gradient(grad, q, scale, group_size or k)
+    wanted = reference.input_grad(grad.double(), q, scale.double(), group_size or k)
+    y = launch.input_grad(grad, q, scale, group_size or k)
     assert y.dtype == dtype
     assert error(y, wanted) <= BOUNDS[dtype]
     rounding = one_rounding("triton", DEVICE, dtype)["rtol"] or torch.finfo(dtype).eps
@@ -199,7 +206,5 @@ def test_input_gradient(m: int, n: int, k: int, group_size: int | None, dtype: t
 
 def test_no_gradient_of_nothing() -> None:
     q, scale = weight_of(17, 70)
-    assert triton.input_gradient(randn(0, 17, device=DEVICE), q, scale, 70).shape == (0, 70)
-    assert triton.input_gradient(randn(3, 0, device=DEVICE), q[:0], scale[:0], 70).equal(
-        torch.zeros(3, 70, device=DEVICE)
-    )
+    assert launch.input_grad(randn(0, 17, device=DEVICE), q, scale, 70).shape == (0, 70)
+    assert launch.input_grad(randn(3, 0, device=DEVICE), q[:0], scale[:0], 70).equal(torch.zeros(3, 70, device=DEVICE))

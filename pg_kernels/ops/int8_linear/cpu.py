@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from pg_kernels.ops._common import extension
 from pg_kernels.ops._common.extension import _C, FLOAT_CODES
+from pg_kernels.ops.int8_linear.product import Int8Product
 
 _STEP = 4
-"""Columns of a weight that lie together."""
+"""Columns of a row that lie together in the layout."""
+_PADDED_ROWS = 16
+"""The layout pads N to a multiple of it."""
 
 
-def packed_sizes(rows: int, columns: int, group_size: int) -> tuple[int, int]:
-    """Bytes and scales that `pack` gives."""
-    padded = -(-rows // 16) * 16
-    return padded * _steps(columns, group_size) * _STEP, padded * -(-columns // group_size)
+def packed_sizes(n: int, k: int, group_size: int) -> tuple[int, int]:
+    """Return the lengths of what `pack` returns: bytes of the weight, and scales."""
+    padded_n = -(-n // _PADDED_ROWS) * _PADDED_ROWS
+    return padded_n * _steps(k, group_size) * _STEP, padded_n * -(-k // group_size)
 
 
 def _steps(k: int, group_size: int) -> int:
-    """Every group of columns begins at a step."""
-    whole = -(-k // group_size) - 1
-    return whole * -(-group_size // _STEP) + -(-(k - whole * group_size) // _STEP)
+    """Count the steps of a row. Every group of columns begins at a step."""
+    whole_groups = -(-k // group_size) - 1
+    return whole_groups * -(-group_size // _STEP) + -(-(k - whole_groups * group_size) // _STEP)
 
 
-def unsupported_reason(x: Tensor, group_size: int, columns: int) -> str | None:
-    """Why the kernels cannot multiply x, or None when they can."""
+def unsupported_reason(x: Tensor, group_size: int, k: int) -> str | None:
+    """Return why the kernels cannot multiply x, or None if they can."""
     return extension.unsupported_reason(x)
 
 
-def groups_fit(columns: int, group_size: int) -> bool:
-    """Whether the kernels take a weight in groups of so many columns."""
+def supports_groups(k: int, group_size: int) -> bool:
+    """Return whether the kernels take a weight [N, k] in groups of this size: all do here."""
     return True
 
 
 def pack(qweight: Tensor, scale: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """int8 [N, K] and scales [N, groups] as the kernels read them: uint8 and fp32, both flat."""
+    """Lay out int8 [N, K] and scales [N, groups] for the kernels: uint8 and fp32, both flat."""
     qweight, scale = qweight.contiguous(), scale.contiguous()
     n, k = qweight.shape
     sizes = packed_sizes(n, k, group_size)
@@ -55,7 +56,7 @@ def pack(qweight: Tensor, scale: Tensor, group_size: int) -> tuple[Tensor, Tenso
 
 
 def unpack(data: Tensor, packed_scale: Tensor, n: int, k: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """The inverse: int8 [N, K] and scales [N, groups]."""
+    """Undo `pack`: return int8 [n, k] and scales [n, groups]."""
     qweight = data.new_empty(n, k, dtype=torch.int8)
     scale = packed_scale.new_empty(n, -(-k // group_size))
     _C.unpack_int8(
@@ -70,8 +71,8 @@ def unpack(data: Tensor, packed_scale: Tensor, n: int, k: int, group_size: int) 
     return qweight, scale
 
 
-def rows_of(data: Tensor, packed_scale: Tensor, indices: Tensor, n: int, k: int, group_size: int) -> Tensor:
-    """Rows by int64 indices [R], dequantised: fp32 [R, K]. The indices are in [0, N)."""
+def dequantize_rows(data: Tensor, packed_scale: Tensor, indices: Tensor, n: int, k: int, group_size: int) -> Tensor:
+    """Return the rows at int64 indices [R], which must lie in [0, n): fp32 [R, k]."""
     indices = indices.contiguous()
     rows = packed_scale.new_empty(len(indices), k)
     _C.dequantize_rows(
@@ -87,68 +88,57 @@ def rows_of(data: Tensor, packed_scale: Tensor, indices: Tensor, n: int, k: int,
     return rows
 
 
-def multiply(
-    x: Tensor,
-    data: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    sizes: Sequence[int],
-    group_size: int,
-    int8_activations: bool,
-    out_dtype: torch.dtype,
-    geglu: bool = False,
-) -> list[Tensor]:
-    """x [M, K] times each of some packed weights, `sizes` their rows; `geglu` makes one of two."""
-    x = x.to(out_dtype).contiguous()
-    biases = [None if bias is None else bias.float().contiguous() for bias in biases]
-    outputs = [x.new_empty(x.shape[0], n) for n in (sizes[:1] if geglu else sizes)]
-    given = zip(sizes, data, scales, biases, outputs * 2 if geglu else outputs, strict=True)
+def multiply(x: Tensor, product: Int8Product) -> list[Tensor]:
+    """Multiply x [M, K] by the product's packed weights: [M, N] for each of them, or one output with `geglu`."""
+    x = x.to(product.out_dtype).contiguous()
+    biases = [None if bias is None else bias.float().contiguous() for bias in product.biases]
+    outputs = product.empty_outputs(x)
+    # With geglu both weights name the one output.
+    each = zip(
+        product.sizes,
+        product.weights,
+        product.scales,
+        biases,
+        outputs * 2 if product.geglu else outputs,
+        strict=True,
+    )
     weights = [
         (n, weight.data_ptr(), scale.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr())
-        for n, weight, scale, bias, y in given
+        for n, weight, scale, bias, y in each
     ]
-    _call(x, weights, group_size, int8_activations, geglu=geglu)
+    _call(x, weights, product)
     return outputs
 
 
-def topk(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    n: int,
-    group_size: int,
-    int8_activations: bool,
-    k: int,
-    softcap: float | None,
-    log_probs: bool,
-) -> tuple[Tensor, Tensor]:
-    """The k largest products of each row of x, fp32 [M, k], and their places; of equal ones the first."""
+def topk(x: Tensor, product: Int8Product, k: int, softcap: float | None, log_probs: bool) -> tuple[Tensor, Tensor]:
+    """Return the k largest of each row of x [M, K] times the product's only weight, and their indices in [0, N).
+
+    Both are [M, k], fp32 and int64; of equal values the lower index comes first. `softcap` and `log_probs` as for `int8_topk`.
+    """
     x = x.contiguous()
     values = x.new_empty(len(x), k, dtype=torch.float32)
     indices = x.new_empty(len(x), k, dtype=torch.int64)
     log_sums = values.new_empty(len(x) if log_probs else 0)
     top = (k, softcap or 0.0, values.data_ptr(), indices.data_ptr(), log_sums.data_ptr() if log_probs else 0)
-    _call(x, [(n, weight.data_ptr(), scale.data_ptr(), 0, 0)], group_size, int8_activations, top=top)
+    (n,), (weight,), (scale,) = product.sizes, product.weights, product.scales
+    _call(x, [(n, weight.data_ptr(), scale.data_ptr(), 0, 0)], product, top)
     return values - log_sums[:, None] if log_probs else values, indices
 
 
 def _call(
     x: Tensor,
     weights: list[tuple[int, int, int, int, int]],
-    group_size: int,
-    int8_activations: bool,
-    *,
-    geglu: bool = False,
+    product: Int8Product,
     top: tuple[int, float, int, int, int] | None = None,
 ) -> None:
     _C.int8_linear(
         x=x.data_ptr(),
         m=x.shape[0],
         k=x.shape[1],
-        group=group_size,
+        group=product.group_size,
         type=FLOAT_CODES[x.dtype],
         weights=weights,
-        int8_activations=int8_activations,
-        geglu=geglu,
+        int8_activations=product.int8_activations,
+        geglu=product.geglu,
         top=top,
     )

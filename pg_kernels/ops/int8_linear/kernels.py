@@ -1,3 +1,11 @@
+"""Triton kernels of int8_linear. M = tokens, N = output features, K = inner size: x [M, K], int8 weight [N, K].
+
+`SCALES` says how many scales of a weight's row one step over K meets:
+    "per_row": one for the whole row, applied to the finished sum.
+    "per_block": one for each block of K, applied to the block's partial product.
+    "per_column": several, as groups are shorter than a block of K. The weight is dequantised before the product.
+"""
+
 from __future__ import annotations
 
 import triton
@@ -7,76 +15,83 @@ from pg_kernels.ops._common.jit_functions import gelu
 
 
 @triton.jit
-def quantize_rows(x_ptr, level_ptr, scale_ptr, inner, x_stride, BLOCK: tl.constexpr):
-    """A row of x as int8 [M, K] · scale [M], rounded half to even; a row that is not finite gets zeros and the scale NaN."""
+def quantize_rows_kernel(x_ptr, qx_ptr, scale_ptr, K, stride_xm, BLOCK_K: tl.constexpr):
+    """Quantise one row of x [M, K] to int8 [M, K] and a scale [M], rounding half to even.
+
+    A row with NaN or infinity becomes zeros with the scale NaN.
+    """
     row = tl.program_id(0)
-    x = x_ptr + tl.cast(row, tl.int64) * x_stride
-    levels = level_ptr + tl.cast(row, tl.int64) * inner
-    column = tl.arange(0, BLOCK)
-    most = tl.zeros([BLOCK], tl.float32)
-    # A maximum may drop NaN.
-    faults = tl.zeros([BLOCK], tl.int32)
-    for start in tl.range(0, inner, BLOCK):
-        size = tl.abs(tl.load(x + start + column, mask=start + column < inner, other=0.0).to(tl.float32))
-        most = tl.maximum(most, size)
-        faults = tl.where(size < float("inf"), faults, 1)
-    finite = tl.max(faults, axis=0) == 0
-    scale = tl.div_rn(tl.max(most, axis=0), 127.0)
+    x = x_ptr + tl.cast(row, tl.int64) * stride_xm
+    qx = qx_ptr + tl.cast(row, tl.int64) * K
+    column = tl.arange(0, BLOCK_K)
+    absmax = tl.zeros([BLOCK_K], tl.float32)
+    # Track NaN and infinity separately: a maximum may drop NaN.
+    not_finite = tl.zeros([BLOCK_K], tl.int32)
+    for start in tl.range(0, K, BLOCK_K):
+        magnitude = tl.abs(tl.load(x + start + column, mask=start + column < K, other=0.0).to(tl.float32))  # [BLOCK_K]
+        absmax = tl.maximum(absmax, magnitude)
+        not_finite = tl.where(magnitude < float("inf"), not_finite, 1)
+    finite = tl.max(not_finite, axis=0) == 0
+    scale = tl.div_rn(tl.max(absmax, axis=0), 127.0)
     tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")))
     step = tl.where(scale > 0.0, scale, 1.0)
-    for start in tl.range(0, inner, BLOCK):
-        there = start + column < inner
-        value = tl.load(x + start + column, mask=there, other=0.0).to(tl.float32)
-        level = tl.div_rn(tl.where(finite, value, 0.0), step + tl.zeros([BLOCK], tl.float32))
+    for start in tl.range(0, K, BLOCK_K):
+        mask = start + column < K
+        value = tl.load(x + start + column, mask=mask, other=0.0).to(tl.float32)
+        level = tl.div_rn(tl.where(finite, value, 0.0), step + tl.zeros([BLOCK_K], tl.float32))
         level = tl.minimum(tl.maximum(level, -127.0), 127.0)
-        # At 1.5 · 2^23 numbers lie 1 apart.
+        # Round half to even: fp32 numbers near 1.5 · 2^23 are 1 apart.
         level = (level + 12582912.0) - 12582912.0
-        tl.store(levels + start + column, level.to(tl.int8), mask=there)
+        tl.store(qx + start + column, level.to(tl.int8), mask=mask)
 
 
 @triton.jit
-def _plus_block(
-    sums,
+def _accumulate(
+    acc,
     weight,
     scale,
     x,
-    there,
+    mask,
     group,
-    EXACT: tl.constexpr,
-    GROUPS: tl.constexpr,
-    EVEN: tl.constexpr,
+    W8A8: tl.constexpr,
+    SCALES: tl.constexpr,
+    EVEN_K: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """sums [features, tokens] and a block of the weight times x, a block [inner, tokens]; `group` is its group of columns."""
-    if EVEN:
-        w = tl.load(weight)
+    """Add one block of weight · x to acc [BLOCK_N, BLOCK_M].
+
+    `weight` are pointers [BLOCK_N, BLOCK_K], `scale` pointers [BLOCK_N] to the rows' first scales and x a tile
+    [BLOCK_K, BLOCK_M]. `mask` [BLOCK_K] are the columns that exist, `group` their group: one, or [BLOCK_K] with "per_column".
+    """
+    if EVEN_K:
+        w = tl.load(weight)  # [BLOCK_N, BLOCK_K]
     else:
-        w = tl.load(weight, mask=there[None, :], other=0)
-    if GROUPS == "many":
-        scales = tl.load(scale[:, None] + group[None, :], mask=there[None, :], other=0.0)
-        sums = tl.dot(w.to(tl.float32) * scales, x.to(tl.float32), sums, input_precision="ieee")
-    elif EXACT:
-        if GROUPS == "one":
-            sums = tl.dot(w, x, sums, out_dtype=tl.int32)
+        w = tl.load(weight, mask=mask[None, :], other=0)  # [BLOCK_N, BLOCK_K]
+    if SCALES == "per_column":
+        scales = tl.load(scale[:, None] + group[None, :], mask=mask[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
+        acc = tl.dot(w.to(tl.float32) * scales, x.to(tl.float32), acc, input_precision="ieee")
+    elif W8A8:
+        if SCALES == "per_row":
+            acc = tl.dot(w, x, acc, out_dtype=tl.int32)
         else:
-            sums += tl.dot(w, x, out_dtype=tl.int32).to(tl.float32) * tl.load(scale + group)[:, None]
+            acc += tl.dot(w, x, out_dtype=tl.int32).to(tl.float32) * tl.load(scale + group)[:, None]
     else:
         if WIDEN:
             w, x = w.to(tl.float32), x.to(tl.float32)
         else:
             w = w.to(x.dtype)
-        if GROUPS == "one":
-            sums = tl.dot(w, x, sums, input_precision="ieee")
+        if SCALES == "per_row":
+            acc = tl.dot(w, x, acc, input_precision="ieee")
         else:
-            sums += tl.dot(w, x, input_precision="ieee") * tl.load(scale + group)[:, None]
-    return sums
+            acc += tl.dot(w, x, input_precision="ieee") * tl.load(scale + group)[:, None]
+    return acc
 
 
 @triton.jit
-def _finished(sums, scale_ptr, bias_ptr, row_scale_ptr, feature, token, GROUPS: tl.constexpr):
-    """Sums [features, tokens] with what is left to multiply and add."""
-    y = sums.to(tl.float32)
-    if GROUPS == "one":
+def _scale_and_add_bias(acc, scale_ptr, bias_ptr, row_scale_ptr, feature, token, SCALES: tl.constexpr):
+    """Return acc [BLOCK_N, BLOCK_M] in fp32 with the scales that are still missing, and the bias."""
+    y = acc.to(tl.float32)
+    if SCALES == "per_row":
         y *= tl.load(scale_ptr + feature)[:, None]
     if row_scale_ptr is not None:
         y *= tl.load(row_scale_ptr + token)[None, :]
@@ -86,7 +101,7 @@ def _finished(sums, scale_ptr, bias_ptr, row_scale_ptr, feature, token, GROUPS: 
 
 
 @triton.jit
-def product(
+def int8_gemm_kernel(
     x_ptr,
     row_scale_ptr,
     weight_ptr,
@@ -96,182 +111,195 @@ def product(
     up_scale_ptr,
     up_bias_ptr,
     y_ptr,
-    parts_ptr,
-    tokens,
-    features,
-    inner,
-    groups,
-    x_stride,
-    weight_stride,
-    up_stride,
-    span,
-    FEATURES: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
+    partial_ptr,
+    M,
+    N,
+    K,
+    num_groups,
+    stride_xm,
+    stride_wn,
+    stride_un,
+    k_per_split,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    EXACT: tl.constexpr,
-    EVEN: tl.constexpr,
+    SCALES: tl.constexpr,
+    W8A8: tl.constexpr,
+    EVEN_K: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One tile of x · (weight · scale)ᵀ, or of gelu of that times the same for `up`; with `parts` a part of its sums instead.
+    """Compute BLOCK_M rows by BLOCK_N columns of y [M, N] = x · (weight · scale)ᵀ + bias.
 
-    The weight is the first operand, as on sm_90 that may come from registers, where it is converted.
+    With `up` given, compute gelu(x · weightᵀ) · (x · upᵀ) instead. With `partial` given, store program_id(1)'s part of the sums,
+    over k_per_split columns, to partial [splits, 1 or 2, M, N]; `reduce_split_k_kernel` adds them up.
+
+    The weight is the first operand of the product: on sm_90 the first operand may come from registers, where the weight is
+    converted.
     """
-    token_blocks, feature_blocks = tl.cdiv(tokens, TOKENS), tl.cdiv(features, FEATURES)
+    # GROUP_M blocks of rows run side by side for each block of columns.
+    num_blocks_m, num_blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
-    side_by_side = program // (GROUP * feature_blocks)
-    in_group = tl.minimum(token_blocks - side_by_side * GROUP, GROUP)
-    token_block = side_by_side * GROUP + (program % (GROUP * feature_blocks)) % in_group
-    feature_block = (program % (GROUP * feature_blocks)) // in_group
+    group_m = program // (GROUP_M * num_blocks_n)
+    group_m_size = tl.minimum(num_blocks_m - group_m * GROUP_M, GROUP_M)
+    block_m = group_m * GROUP_M + (program % (GROUP_M * num_blocks_n)) % group_m_size
+    block_n = (program % (GROUP_M * num_blocks_n)) // group_m_size
 
-    token = token_block * TOKENS + tl.arange(0, TOKENS)
-    feature = feature_block * FEATURES + tl.arange(0, FEATURES)
-    # Beyond the end the last ones again: a load without a mask is faster, and those results are not stored.
-    read_token = tl.minimum(token, tokens - 1).to(tl.int64)
-    read_feature = tl.minimum(feature, features - 1).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    x = x_ptr + read_token[None, :] * x_stride + column[:, None]
-    weight = weight_ptr + read_feature[:, None] * weight_stride + column[None, :]
-    scale = scale_ptr + read_feature * groups
+    token = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    feature = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Clamp indices past the end: unmasked loads are faster, and these results are never stored.
+    read_token = tl.minimum(token, M - 1).to(tl.int64)
+    read_feature = tl.minimum(feature, N - 1).to(tl.int64)
+    column = tl.arange(0, BLOCK_K)
+    x = x_ptr + read_token[None, :] * stride_xm + column[:, None]  # [BLOCK_K, BLOCK_M]
+    weight = weight_ptr + read_feature[:, None] * stride_wn + column[None, :]  # [BLOCK_N, BLOCK_K]
+    scale = scale_ptr + read_feature * num_groups  # [BLOCK_N]
     gated: tl.constexpr = up_ptr is not None
-    if EXACT and GROUPS == "one":
-        sums = tl.zeros([FEATURES, TOKENS], tl.int32)
+    if W8A8 and SCALES == "per_row":
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
     else:
-        sums = tl.zeros([FEATURES, TOKENS], tl.float32)
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if gated:
-        up = up_ptr + read_feature[:, None] * up_stride + column[None, :]
-        up_scale = up_scale_ptr + read_feature * groups
-        ups = sums
+        up = up_ptr + read_feature[:, None] * stride_un + column[None, :]  # [BLOCK_N, BLOCK_K]
+        up_scale = up_scale_ptr + read_feature * num_groups  # [BLOCK_N]
+        up_acc = acc
 
-    first = tl.program_id(1) * span
-    for start in tl.range(first, tl.minimum(first + span, inner), BLOCK):
-        there = start + column < inner
-        if EVEN:
-            block = tl.load(x + start)
+    first = tl.program_id(1) * k_per_split
+    for start in tl.range(first, tl.minimum(first + k_per_split, K), BLOCK_K):
+        mask = start + column < K
+        if EVEN_K:
+            x_block = tl.load(x + start)  # [BLOCK_K, BLOCK_M]
         else:
-            block = tl.load(x + start, mask=there[:, None], other=0)
-        if GROUPS == "many":
-            # Columns of zeros beyond the end have no group.
-            group = tl.minimum((start + column) // GROUP_SIZE, groups - 1)
+            x_block = tl.load(x + start, mask=mask[:, None], other=0)  # [BLOCK_K, BLOCK_M]
+        if SCALES == "per_column":
+            # Columns past the end have no group: clamp theirs to the last one.
+            group = tl.minimum((start + column) // GROUP_SIZE, num_groups - 1)
         else:
             group = start // GROUP_SIZE
-        sums = _plus_block(sums, weight + start, scale, block, there, group, EXACT, GROUPS, EVEN, WIDEN)
+        acc = _accumulate(acc, weight + start, scale, x_block, mask, group, W8A8, SCALES, EVEN_K, WIDEN)
         if gated:
-            ups = _plus_block(ups, up + start, up_scale, block, there, group, EXACT, GROUPS, EVEN, WIDEN)
+            up_acc = _accumulate(up_acc, up + start, up_scale, x_block, mask, group, W8A8, SCALES, EVEN_K, WIDEN)
 
-    place = token.to(tl.int64)[None, :] * features + feature[:, None]
-    stored = (feature < features)[:, None] & (token < tokens)[None, :]
-    if parts_ptr is not None:
-        size = tl.cast(tokens, tl.int64) * features
+    offsets = token.to(tl.int64)[None, :] * N + feature[:, None]  # [BLOCK_N, BLOCK_M]
+    stored = (feature < N)[:, None] & (token < M)[None, :]
+    if partial_ptr is not None:
+        size = tl.cast(M, tl.int64) * N
         weights: tl.constexpr = 2 if gated else 1
-        parts = parts_ptr + tl.program_id(1) * weights * size + place
-        tl.store(parts, sums, mask=stored)
+        partial = partial_ptr + tl.program_id(1) * weights * size + offsets
+        tl.store(partial, acc, mask=stored)
         if gated:
-            tl.store(parts + size, ups, mask=stored)
+            tl.store(partial + size, up_acc, mask=stored)
     else:
-        y = _finished(sums, scale_ptr, bias_ptr, row_scale_ptr, read_feature, read_token, GROUPS)
+        y = _scale_and_add_bias(acc, scale_ptr, bias_ptr, row_scale_ptr, read_feature, read_token, SCALES)
         if gated:
-            y = gelu(y) * _finished(ups, up_scale_ptr, up_bias_ptr, row_scale_ptr, read_feature, read_token, GROUPS)
-        tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=stored)
+            y = gelu(y) * _scale_and_add_bias(
+                up_acc, up_scale_ptr, up_bias_ptr, row_scale_ptr, read_feature, read_token, SCALES
+            )
+        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit
-def add_parts(
-    parts_ptr,
+def reduce_split_k_kernel(
+    partial_ptr,
     row_scale_ptr,
     scale_ptr,
     bias_ptr,
     up_scale_ptr,
     up_bias_ptr,
     y_ptr,
-    tokens,
-    features,
-    splits,
+    M,
+    N,
+    num_splits,
     GATED: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SCALES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Add the parts of a row's sums [splits, 1 or 2, M, N] in their order, and finish it."""
+    """Add BLOCK_N sums of one token over partial [splits, 1 or 2, M, N], in the order of the splits, and finish y [M, N]."""
     token = tl.program_id(0) + tl.arange(0, 1)
-    feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = feature < features
-    read_feature = tl.minimum(feature, features - 1)
-    size = tl.cast(tokens, tl.int64) * features
-    place = token.to(tl.int64)[None, :] * features + feature[:, None]
-    sums = tl.zeros([BLOCK, 1], parts_ptr.dtype.element_ty)
-    ups = sums
-    for _ in tl.range(0, splits):
-        sums += tl.load(parts_ptr + place, mask=there[:, None], other=0)
+    feature = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = feature < N
+    read_feature = tl.minimum(feature, N - 1)
+    size = tl.cast(M, tl.int64) * N
+    offsets = token.to(tl.int64)[None, :] * N + feature[:, None]  # [BLOCK_N, 1]
+    acc = tl.zeros([BLOCK_N, 1], partial_ptr.dtype.element_ty)
+    up_acc = acc
+    for _ in tl.range(0, num_splits):
+        acc += tl.load(partial_ptr + offsets, mask=mask[:, None], other=0)
         if GATED:
-            ups += tl.load(parts_ptr + size + place, mask=there[:, None], other=0)
-        parts_ptr += size * 2 if GATED else size
-    y = _finished(sums, scale_ptr, bias_ptr, row_scale_ptr, read_feature, token, GROUPS)
+            up_acc += tl.load(partial_ptr + size + offsets, mask=mask[:, None], other=0)
+        partial_ptr += size * 2 if GATED else size
+    y = _scale_and_add_bias(acc, scale_ptr, bias_ptr, row_scale_ptr, read_feature, token, SCALES)
     if GATED:
-        y = gelu(y) * _finished(ups, up_scale_ptr, up_bias_ptr, row_scale_ptr, read_feature, token, GROUPS)
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=there[:, None])
+        y = gelu(y) * _scale_and_add_bias(up_acc, up_scale_ptr, up_bias_ptr, row_scale_ptr, read_feature, token, SCALES)
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask[:, None])
 
 
 @triton.jit
-def input_gradient(
+def int8_input_grad_kernel(
     grad_ptr,
     weight_ptr,
     scale_ptr,
-    y_ptr,
-    tokens,
-    features,
-    inner,
-    groups,
-    grad_stride,
-    weight_stride,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
+    grad_x_ptr,
+    M,
+    N,
+    K,
+    num_groups,
+    stride_gm,
+    stride_wn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    MANY: tl.constexpr,
+    SCALES: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One tile of grad [M, N] · (weight · scale) [N, K]; the columns of a tile share their scales, or are `MANY` groups'."""
-    token_blocks, column_blocks = tl.cdiv(tokens, TOKENS), tl.cdiv(inner, COLUMNS)
-    program = tl.program_id(0)
-    side_by_side = program // (GROUP * column_blocks)
-    in_group = tl.minimum(token_blocks - side_by_side * GROUP, GROUP)
-    token_block = side_by_side * GROUP + (program % (GROUP * column_blocks)) % in_group
-    column_block = (program % (GROUP * column_blocks)) // in_group
+    """Compute BLOCK_M rows by BLOCK_K columns of grad_x [M, K] = grad [M, N] · (weight · scale) [N, K].
 
-    token = token_block * TOKENS + tl.arange(0, TOKENS)
-    column = column_block * COLUMNS + tl.arange(0, COLUMNS)
-    read_token = tl.minimum(token, tokens - 1).to(tl.int64)
-    read_column = tl.minimum(column, inner - 1)
-    sums = tl.zeros([TOKENS, COLUMNS], tl.float32)
-    for start in tl.range(0, features, BLOCK):
-        feature = start + tl.arange(0, BLOCK)
-        there = feature < features
+    `SCALES` is "per_block" where all columns of a tile share their scales, else "per_column".
+    """
+    num_blocks_m, num_blocks_k = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K)
+    program = tl.program_id(0)
+    group_m = program // (GROUP_M * num_blocks_k)
+    group_m_size = tl.minimum(num_blocks_m - group_m * GROUP_M, GROUP_M)
+    block_m = group_m * GROUP_M + (program % (GROUP_M * num_blocks_k)) % group_m_size
+    block_k = (program % (GROUP_M * num_blocks_k)) // group_m_size
+
+    token = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    read_token = tl.minimum(token, M - 1).to(tl.int64)
+    read_column = tl.minimum(column, K - 1)
+    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for start in tl.range(0, N, BLOCK_N):
+        feature = start + tl.arange(0, BLOCK_N)
+        mask = feature < N
         row = feature.to(tl.int64)
-        grad = tl.load(grad_ptr + read_token[:, None] * grad_stride + feature[None, :], mask=there[None, :], other=0.0)
-        weight = weight_ptr + row[:, None] * weight_stride + read_column[None, :]
-        w = tl.load(weight, mask=there[:, None], other=0)
+        grad = tl.load(  # [BLOCK_M, BLOCK_N]
+            grad_ptr + read_token[:, None] * stride_gm + feature[None, :], mask=mask[None, :], other=0.0
+        )
+        weight = weight_ptr + row[:, None] * stride_wn + read_column[None, :]
+        w = tl.load(weight, mask=mask[:, None], other=0)  # [BLOCK_N, BLOCK_K]
         grad = grad.to(tl.float32)
-        if MANY:
-            scales = scale_ptr + row[:, None] * groups + (read_column // GROUP_SIZE)[None, :]
-            w = w.to(tl.float32) * tl.load(scales, mask=there[:, None], other=0.0)
-            sums = tl.dot(grad, w, sums, input_precision="ieee")
+        if SCALES == "per_column":
+            scales = scale_ptr + row[:, None] * num_groups + (read_column // GROUP_SIZE)[None, :]  # [BLOCK_N, BLOCK_K]
+            w = w.to(tl.float32) * tl.load(scales, mask=mask[:, None], other=0.0)
+            acc = tl.dot(grad, w, acc, input_precision="ieee")
         else:
-            group = column_block * COLUMNS // GROUP_SIZE
-            grad *= tl.load(scale_ptr + row * groups + group, mask=there, other=0.0)[None, :]
+            group = block_k * BLOCK_K // GROUP_SIZE
+            grad *= tl.load(scale_ptr + row * num_groups + group, mask=mask, other=0.0)[None, :]
             if grad_ptr.dtype.element_ty == tl.float32:
-                sums = tl.dot(grad, w.to(tl.float32), sums, input_precision="ieee")
+                acc = tl.dot(grad, w.to(tl.float32), acc, input_precision="ieee")
             else:
-                # Two numbers of bf16, whose range is fp32's, have as many digits as a gradient of 16 bits times a scale needs.
+                # Split into two bf16 numbers. bf16 has fp32's range, and two of them hold the digits of a 16-bit gradient
+                # times a scale.
                 high = grad.to(tl.bfloat16)
                 low = (grad - high.to(tl.float32)).to(tl.bfloat16)
                 if WIDEN:
                     high, low, w = high.to(tl.float32), low.to(tl.float32), w.to(tl.float32)
                 else:
                     w = w.to(tl.bfloat16)
-                sums = tl.dot(high, w, sums, input_precision="ieee")
-                sums = tl.dot(low, w, sums, input_precision="ieee")
-    y = y_ptr + token.to(tl.int64)[:, None] * inner + column[None, :]
-    tl.store(y, sums.to(y_ptr.dtype.element_ty), mask=(token < tokens)[:, None] & (column < inner)[None, :])
+                acc = tl.dot(high, w, acc, input_precision="ieee")
+                acc = tl.dot(low, w, acc, input_precision="ieee")
+    grad_x = grad_x_ptr + token.to(tl.int64)[:, None] * K + column[None, :]  # [BLOCK_M, BLOCK_K]
+    tl.store(grad_x, acc.to(grad_x_ptr.dtype.element_ty), mask=(token < M)[:, None] & (column < K)[None, :])

@@ -11,7 +11,7 @@ from pg_kernels.ops.quantize_int8 import reference
 
 
 def _native(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    # It takes addresses: the sizes must fit, whoever calls.
+    # The extension takes addresses. Check the sizes here, so that a direct call of the op is safe, too.
     extension.check(weight=weight)
     checks.check_shape("weight", weight, ["N", "K"])
     checks.check_row("weight", weight)
@@ -32,19 +32,18 @@ def _native(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _fake(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    rows, columns = weight.shape
-    groups = -(-columns // group_size)
-    return weight.new_empty(rows, columns, dtype=torch.int8), weight.new_empty(rows, groups, dtype=torch.float32)
+    n, k = weight.shape
+    return weight.new_empty(n, k, dtype=torch.int8), weight.new_empty(n, -(-k // group_size), dtype=torch.float32)
 
 
-# Opaque, although plain PyTorch: where the last group is shorter, Inductor's code for CPUs (torch 2.13) reads beyond the scales.
+# Opaque although it is plain PyTorch: with a shorter last group, Inductor's code for CPUs (torch 2.13) reads past the scales.
 define_opaque("quantize_int8(Tensor weight, int group_size) -> (Tensor, Tensor)", reference.quantize_int8, _fake)
 define_opaque("quantize_int8_native(Tensor weight, int group_size) -> (Tensor, Tensor)", _native, _fake)
 register_backend("quantize_int8", "native", extension.unavailable_reason)
 
 
 def check_group_size(group_size: int | None) -> None:
-    """A power of two or None; TypeError and ValueError for anything else."""
+    """Raise TypeError or ValueError unless `group_size` is a power of two or None."""
     if group_size is None:
         return
     if not isinstance(group_size, int) or isinstance(group_size, bool):
@@ -56,21 +55,21 @@ def check_group_size(group_size: int | None) -> None:
 def quantize_int8(weight: Tensor, *, group_size: int | None = None) -> tuple[Tensor, Tensor]:
     """Quantise a weight to int8, symmetrically, with one scale per row or per group of a row's columns.
 
-    The largest magnitude of a group becomes ±127 and everything else the nearest level; scales are computed in fp32. A group of
+    The largest magnitude of a group becomes ±127, every other number the nearest level. Scales are computed in fp32. A group of
     zeros has scale 0.
 
     Args:
         weight: [N, K], fp32, fp16 or bf16, finite.
-        group_size: columns that share a scale, a power of two, so that the number of groups tells it; the last group may be
-            shorter. Default: the whole row.
+        group_size: columns that share a scale: a power of two, so that the number of groups determines it. The last group may
+            be shorter. Default: the whole row.
 
     Returns:
         int8 [N, K], and fp32 scales [N], or [N, ceil(K / group_size)] with a group size: weight ≈ int8 · scale.
 
     Raises:
-        TypeError: a weight that is not floating-point, a group size that is no int.
-        ValueError: not two-dimensional or empty rows, a group size that is no power of two, NaN or infinity (looked at on the
-            CPU only; elsewhere such a group's scale is not finite either).
+        TypeError: a weight that is not floating-point, a group size that is not an int.
+        ValueError: a weight that is not two-dimensional or has empty rows, a group size that is not a power of two, NaN or
+            infinity in the weight (checked on the CPU only; on other devices the scale of such a group is not finite).
     """
     checks.check_float(weight=weight)
     checks.check_shape("weight", weight, ["N", "K"])
@@ -78,9 +77,9 @@ def quantize_int8(weight: Tensor, *, group_size: int | None = None) -> tuple[Ten
     check_group_size(group_size)
     native = select("quantize_int8", weight.device.type, {"native": extension.unsupported_reason(weight)}) == "native"
     quantize = torch.ops.pg_kernels.quantize_int8_native if native else torch.ops.pg_kernels.quantize_int8
-    columns = weight.shape[1]
-    qweight, scale = quantize(weight.detach(), min(group_size or columns, columns))
-    # Numbers that are not finite make such a scale, which is quicker to look through than the weight.
+    k = weight.shape[1]
+    qweight, scale = quantize(weight.detach(), min(group_size or k, k))
+    # A number that is not finite makes its scale not finite, and scales are fewer than weights.
     if checks.values_are_free(scale) and not bool(scale.isfinite().all()):
         raise ValueError("weight: holds NaN or infinity, which int8 cannot")
     return qweight, scale if group_size is not None else scale[:, 0]

@@ -110,7 +110,7 @@ void together(T& given, const std::function<void(T* (&)[32])>& all) {
   while (warp.turn == turn) pause();
 }
 
-inline bool any_of_block(bool here) {
+inline bool block_any(bool here) {
   const int64_t turn = block->turn;
   ++block->progress;
   block->any = block->any || here;
@@ -141,7 +141,7 @@ T load(const void* from) {
   return *static_cast<const T*>(from);
 }
 inline uint64_t evict_first() { return 0; }
-inline uint4 load_once(const void* from, uint64_t) { return load<uint4>(from); }
+inline uint4 load_streaming(const void* from, uint64_t) { return load<uint4>(from); }
 inline uint4 load16(const void* from) { return load<uint4>(from); }
 inline uint32_t load4(const void* from) { return load<uint32_t>(from); }
 
@@ -285,10 +285,10 @@ inline uint32_t as_bits(float x) {
 }
 inline uint32_t as_bits(int32_t x) { return uint32_t(x); }
 inline float divide(float a, float b) { return a / b; }
-inline float divide_nearly(float a, float b) { return a / b; }
+inline float divide_approx(float a, float b) { return a / b; }
 inline float multiply(float a, float b) { return a * b; }
 
-inline float highest_of_warp(float x) {
+inline float warp_max(float x) {
   together<float>(x, [](float*(&lanes)[32]) {
     float highest = *lanes[0];
     for (float* lane : lanes) highest = std::fmax(highest, *lane);
@@ -383,5 +383,5 @@ void launch(void (*kernel)(Arguments...), dim3 blocks, int threads, int shared_b
 
 }  // namespace pg_kernels::ptx
 
-inline void __syncthreads() { pg_kernels::ptx::any_of_block(false); }
-inline void __syncwarp() { pg_kernels::ptx::highest_of_warp(0.0f); }
+inline void __syncthreads() { pg_kernels::ptx::block_any(false); }
+inline void __syncwarp() { pg_kernels::ptx::warp_max(0.0f); }

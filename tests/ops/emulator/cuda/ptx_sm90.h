@@ -7,6 +7,7 @@
 #include "cuda/ptx.h"
 
 #define __grid_constant__
+#define PG_KERNELS_SM90
 
 namespace pg_kernels::ptx {
 
@@ -108,7 +109,7 @@ inline void copy_box(uint32_t to, const TensorMap& map, int byte, int row, uint3
     return map.box_rows * map.box_bytes;
   });
 }
-inline void wait_for_threads(int threads) {
+inline void sync_threads(int threads) {
   const int64_t turn = threads_turn;
   ++block->progress;
   if (++threads_waiting == threads) {
@@ -118,9 +119,9 @@ inline void wait_for_threads(int threads) {
   while (threads_turn == turn) pause();
 }
 template <int kRegisters>
-void give_registers() {}
+void release_registers() {}
 template <int kRegisters>
-void take_registers() {}
+void acquire_registers() {}
 
 inline void products_begin() {}
 inline WarpProducts& products_of_warp() { return products[block->current / 32]; }
