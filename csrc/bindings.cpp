@@ -1,4 +1,4 @@
-// pg_kernels._C: tensors come in as addresses of contiguous memory, which the Python side has checked.
+// pg_kernels._C. Tensors are addresses of contiguous memory; the Python side has checked them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -27,12 +27,12 @@ T* pointer(Address address) {
 
 pg_kernels::Float type_of(int type) { return static_cast<pg_kernels::Float>(type); }
 
-// k, softcap, and the addresses of values, indices and log-sums.
-using TopOf = std::tuple<int64_t, float, Address, Address, Address>;
+// k, softcap, and the addresses of values, indices and log_sums (or 0).
+using TopKArguments = std::tuple<int64_t, float, Address, Address, Address>;
 
 void int8_linear(Address x, int64_t m, int64_t k, int64_t group, int type,
                  const std::vector<std::tuple<int64_t, Address, Address, Address, Address>>& weights,
-                 bool int8_activations, bool geglu, const std::optional<TopOf>& top_of) {
+                 bool int8_activations, bool geglu, const std::optional<TopKArguments>& top_arguments) {
   const pg_kernels::InstructionSet& set = pg_kernels::instruction_set();
   py::gil_scoped_release release;
   std::vector<Int8Weight> all;
@@ -41,12 +41,12 @@ void int8_linear(Address x, int64_t m, int64_t k, int64_t group, int type,
                    pointer<const float>(bias), pointer<void>(y)});
   }
   pg_kernels::TopK top{};
-  if (top_of.has_value()) {
-    const auto& [count, softcap, values, indices, log_sums] = *top_of;
+  if (top_arguments.has_value()) {
+    const auto& [count, softcap, values, indices, log_sums] = *top_arguments;
     top = {count, softcap, pointer<float>(values), pointer<int64_t>(indices), pointer<float>(log_sums)};
   }
   set.int8_linear(Int8Linear{m, k, type_of(type), pointer<const void>(x), int8_activations, geglu,
-                             top_of.has_value() ? &top : nullptr, all.data(), int64_t(all.size())});
+                             top_arguments.has_value() ? &top : nullptr, all.data(), int64_t(all.size())});
 }
 
 void quantize_int8(int64_t n, int64_t k, int64_t group, int type, Address weight, Address q, Address scale) {
@@ -95,16 +95,16 @@ void geglu(Address gate, Address up, Address grad, Address y, Address grad_gate,
 }
 
 // A tensor [B, H, S, D]: address, H and the first three strides.
-using HeadsOf = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;
+using HeadsArguments = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;
 
-pg_kernels::Heads heads(const HeadsOf& from) {
-  const auto& [data, count, batch, head, token] = from;
-  return {pointer<void>(data), count, {batch, head, token}};
+pg_kernels::Heads heads(const HeadsArguments& from) {
+  const auto& [data, count, batch_stride, head_stride, token_stride] = from;
+  return {pointer<void>(data), count, {batch_stride, head_stride, token_stride}};
 }
 
-void rotary(const HeadsOf& q, const HeadsOf& k, const HeadsOf& v, const HeadsOf& q_out, const HeadsOf& k_cache,
-            const HeadsOf& v_cache, Address positions, Address cache_positions, Address frequencies, int64_t batch,
-            int64_t length, int64_t dim, int type, int cache_type) {
+void rotary(const HeadsArguments& q, const HeadsArguments& k, const HeadsArguments& v, const HeadsArguments& q_out,
+            const HeadsArguments& k_cache, const HeadsArguments& v_cache, Address positions, Address cache_positions,
+            Address frequencies, int64_t batch, int64_t length, int64_t dim, int type, int cache_type) {
   const pg_kernels::InstructionSet& set = pg_kernels::instruction_set();
   py::gil_scoped_release release;
   set.rotary(pg_kernels::Rotary{batch, length, dim, type_of(type), type_of(cache_type), heads(q), heads(k), heads(v),
@@ -112,7 +112,7 @@ void rotary(const HeadsOf& q, const HeadsOf& k, const HeadsOf& v, const HeadsOf&
                                 pointer<const int64_t>(cache_positions), pointer<const float>(frequencies)});
 }
 
-void attention(const HeadsOf& q, const HeadsOf& k, const HeadsOf& v, const HeadsOf& out,
+void attention(const HeadsArguments& q, const HeadsArguments& k, const HeadsArguments& v, const HeadsArguments& out,
                const std::vector<int64_t>& prefix_ends, const std::vector<int64_t>& starts,
                const std::vector<int64_t>& ends, const std::vector<int64_t>& q_starts, int64_t queries, int64_t keys,
                int64_t dim, int type, bool causal, float scale, float softcap, int64_t window) {
@@ -136,7 +136,7 @@ std::vector<std::string> instruction_sets() {
 PYBIND11_MODULE(_C, module) {
   module.def("int8_linear", &int8_linear, py::kw_only(), py::arg("x"), py::arg("m"), py::arg("k"), py::arg("group"),
              py::arg("type"), py::arg("weights"), py::arg("int8_activations"), py::arg("geglu"), py::arg("top"),
-             "Each weight is its rows, packed data, packed scales, bias or 0, and the product.");
+             "Each weight is N and the addresses of packed data, packed scales, bias (or 0) and output.");
   module.def("pack_int8", &pack_int8, py::kw_only(), py::arg("n"), py::arg("k"), py::arg("group"), py::arg("q"),
              py::arg("scale"), py::arg("packed"), py::arg("packed_scale"));
   module.def("quantize_int8", &quantize_int8, py::kw_only(), py::arg("n"), py::arg("k"), py::arg("group"),
@@ -160,6 +160,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("window"));
   module.def(
       "instruction_set", [] { return pg_kernels::instruction_set().name; },
-      "Name of the instruction set in use; ValueError if PG_KERNELS_ISA names one that is not there.");
-  module.def("instruction_sets", &instruction_sets, "Names of all that this CPU has, the best first.");
+      "Return the name of the instruction set in use; ValueError if PG_KERNELS_ISA names one that this CPU lacks.");
+  module.def("instruction_sets", &instruction_sets,
+             "Return the names of the instruction sets of this CPU, the best first.");
 }

@@ -1,5 +1,5 @@
-// fp16 and bf16 to and from fp32 on any machine, rounding to nearest even and keeping infinities and NaNs. In an
-// unnamed namespace: code compiled for one instruction set must not be what the linker takes for another's.
+// Conversions of fp16 and bf16 from and to fp32, portable. They round to nearest even and keep infinities and NaNs.
+// Everything is in an unnamed namespace, so that the linker cannot merge code compiled for different instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ inline float bfloat16_to_float(uint16_t half) { return from_bits(uint32_t(half) 
 
 inline uint16_t float_to_bfloat16(float value) {
   const uint32_t bits = to_bits(value);
-  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16) | 0x40;  // a NaN stays one
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16) | 0x40;  // a NaN stays a NaN
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
@@ -42,7 +42,7 @@ inline uint16_t float_to_float16(float value) {
   if (magnitude > 0x7f800000) return sign | 0x7e00;
   if (magnitude >= 0x47800000) return sign | 0x7c00;  // 2^16 and above
   if (magnitude < 0x38800000) {
-    // Below 2^-14 the spacing is 2^-24: adding 0.5, whose spacing that is, makes the FPU round there.
+    // Below 2^-14 fp16 numbers are 2^-24 apart, as fp32 numbers near 0.5 are: adding 0.5 makes the FPU round to them.
     return sign | uint16_t(to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f));
   }
   return sign | uint16_t((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13);

@@ -1,5 +1,5 @@
-// Rows of floats of any type, and functions of them that the compiler vectorises. In an unnamed namespace: code
-// compiled for one instruction set must not be what the linker takes for another's.
+// Rows of floats of any type, and functions of floats that the compiler vectorises. Everything is in an unnamed
+// namespace, so that the linker cannot merge code compiled for different instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -28,13 +28,13 @@ struct Free {
 template <class T>
 using Buffer = std::unique_ptr<T[], Free>;
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
-inline float rounded(float value) { return (value + 12582912.0f) - 12582912.0f; }  // to even, below 2^22
+inline float round_to_even(float value) { return (value + 12582912.0f) - 12582912.0f; }  // for |value| below 2^22
 
-inline float exponential(float x) {
+inline float exp_approx(float x) {
   x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-  const float n = rounded(x * 1.44269504f);
+  const float n = round_to_even(x * 1.44269504f);
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -46,28 +46,29 @@ inline float exponential(float x) {
   return from_bits(to_bits(p) + (uint32_t(int32_t(n)) << 23));
 }
 
-inline float hyperbolic_tangent(float x) {
-  const float magnitude = x < 0 ? -x : x, e = exponential(2.0f * magnitude);
+inline float tanh_approx(float x) {
+  const float magnitude = x < 0 ? -x : x, e = exp_approx(2.0f * magnitude);
   const float z = x * x;
-  // Near 0 the difference of exponentials would cancel.
+  // Near 0 use the series: the difference of exponentials would cancel.
   const float series = x * (1.0f + z * (-0.3333333333f + z * (0.1333333333f - z * 0.05396825397f)));
   const float far = 1.0f - 2.0f / (e + 1.0f);
   return magnitude < 0.1f ? series : x < 0 ? -far : far;
 }
 
-// 0.5 · x · (1 + tanh(u)) = x / (1 + exp(−2u))
+// GELU with tanh: 0.5 · x · (1 + tanh(u)) = x / (1 + exp(−2u)).
 inline float gelu_tanh(float x) {
   const float u = 0.797884561f * (x + 0.044715f * (x * x * x));
-  if (u < -40.0f) return x * 0.0f;  // the quotient would end at 1e-38 times x, however large x is
-  return x / (1.0f + exponential(-2.0f * u));
+  if (u < -40.0f) return x * 0.0f;  // the quotient would stop falling at 1e-38 · x: exp_approx clamps its argument
+  return x / (1.0f + exp_approx(-2.0f * u));
 }
 
-// gelu(x) for what s = 1 / (1 + exp(−2u)) becomes x · s, and its slope s + x · s · (1 − s) · 2u'.
+// Returns GELU as x · s with s = 1 / (1 + exp(−2u)), and its derivative s + x · s · (1 − s) · 2u'.
 inline float gelu_tanh_and_slope(float x, float* slope) {
   const float square = x * x;
-  const float z = square > 100.0f ? 100.0f : square;  // beyond, the slope is 0 or 1 in fp32: x² need not overflow
+  const float z =
+      square > 100.0f ? 100.0f : square;  // clamp: beyond it the slope is 0 or 1 in fp32, and x² could overflow
   const float u = 0.797884561f * (x + 0.044715f * (z * x));
-  const float e = exponential(-2.0f * u), s = 1.0f / (1.0f + e);
+  const float e = exp_approx(-2.0f * u), s = 1.0f / (1.0f + e);
   *slope = s + x * s * (e * s) * (1.595769122f + 0.214064f * z);
   return x * (u < -40.0f ? 0.0f : s);
 }

@@ -1,4 +1,4 @@
-// What is compiled for every instruction set, and the choice between them.
+// The ops that are compiled for every instruction set, and the choice between the sets.
 #pragma once
 
 #include <cstdint>
@@ -24,18 +24,18 @@ struct InstructionSet {
   void (*attention)(const Attention&);
 };
 
-// Null where the compiler could not make it.
+// Each returns null if the compiler does not support the instruction set.
 const InstructionSet* avx512_vnni();
 const InstructionSet* avx_vnni();
 const InstructionSet* avx2();
 const InstructionSet* neon();
 const InstructionSet* scalar();
 
-// The best instruction set of this CPU, or the one that the environment variable PG_KERNELS_ISA names. Throws
-// std::invalid_argument when it names none that this CPU has.
+// Returns the best instruction set of this CPU, or the one named by the environment variable PG_KERNELS_ISA. Throws
+// std::invalid_argument if this CPU does not have the one named.
 const InstructionSet& instruction_set();
 
-// The names of all that this CPU has, the best first, as many as fit; gives their number.
+// Lists up to `capacity` instruction sets of this CPU, the best first. Returns how many this CPU has.
 int instruction_sets(const InstructionSet** found, int capacity);
 
 }  // namespace pg_kernels

@@ -1,4 +1,4 @@
-// The int8 GEMM: what a call says, and how weights lie in memory.
+// The int8 GEMM on CPUs: its arguments, and the layout of packed weights.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +7,10 @@
 
 namespace pg_kernels {
 
-// Packed weights are w + 128, unsigned, as the x86 instructions want one operand: [panels][steps][columns][4], where a
-// panel is 64 rows of the weight (columns of the product; the last panel has 16, 32 or 48 when that is enough) and a
-// step is 4 of its columns. Every group of columns begins at a step: groups of 1 or 2 are padded. Scales are
-// [panels][groups][columns].
+// Packed weights are w + 128, unsigned, because the x86 instructions take one unsigned operand. The layout is
+// [panels][steps][width][4]: a panel is `width` rows of the weight, 64 of them (16, 32 or 48 in the last panel if they
+// suffice), and a step is 4 of its columns. Every group of columns begins at a step: groups of 1 or 2 are padded.
+// Scales are [panels][groups][width].
 constexpr int64_t kPanel = 64;
 
 struct Int8Layout {
@@ -30,11 +30,11 @@ struct Int8Layout {
   int64_t panel_scale(int64_t panel) const { return panel * kPanel * groups(); }
 };
 
-// From and to int8 [n, k] and scales [n, groups].
+// Packs int8 [n, k] and scales [n, groups], and unpacks them.
 void pack_int8(const Int8Layout&, const int8_t* q, const float* scale, uint8_t* packed, float* packed_scale);
 void unpack_int8(const Int8Layout&, const uint8_t* packed, const float* packed_scale, int8_t* q, float* scale);
 
-// Some rows as fp32 [count, k]; indices in [0, n).
+// Writes the rows at some indices, which must lie in [0, n), as fp32 [count, k].
 void dequantize_rows(const Int8Layout&, const uint8_t* packed, const float* packed_scale, const int64_t* indices,
                      int64_t count, float* out);
 
@@ -46,29 +46,29 @@ struct Int8Weight {
   void* y;            // [m, n]
 };
 
-// The largest products of every row instead of all of them: the best first, of equals the one further to the left; NaN
-// counts as the largest.
+// The k largest products of every row of x, the largest first. Of equal ones the lower index comes first; NaN counts as
+// the largest.
 struct TopK {
   int64_t k;
-  float softcap;     // 0: none; else y = softcap · tanh(y / softcap)
+  float softcap;     // y becomes softcap · tanh(y / softcap); 0 for none
   float* values;     // [m, k]
   int64_t* indices;  // [m, k]: rows of the weight
-  float* log_sums;   // [m], or null: log Σ exp(y) over all of a row
+  float* log_sums;   // [m]: log Σ exp(y) over all products of a row; or null
 };
 
-// y = x · weightᵀ + bias for each of some weights with the same number of columns. x and y are contiguous.
+// y = x · weightᵀ + bias for each of `count` weights with k columns. x and y are contiguous.
 struct Int8Linear {
   int64_t m, k;
   Float type;             // of x and y
   const void* x;          // [m, k]
-  bool int8_activations;  // quantise each row of x to 8 bits first; else to 16 bits per 512 columns
-  bool geglu;             // of two weights with as many rows: the first one's y = gelu(x · firstᵀ) · (x · secondᵀ)
-  const TopK* top;        // of a single weight, whose y is not written then; or null
+  bool int8_activations;  // round each row of x to 8 bits; else to 16 bits, with a scale per 512 columns
+  bool geglu;             // of two weights [n, k]: weights[0].y = gelu(x · weights[0]ᵀ) · (x · weights[1]ᵀ)
+  const TopK* top;        // null, or the top k of a single weight, whose y is not written
   const Int8Weight* weights;
   int64_t count;
 };
 
-// weight ≈ q · scale: the largest magnitude of a group becomes ±127, everything else the nearest level.
+// weight ≈ q · scale. The largest magnitude of a group becomes ±127, every other number the nearest level.
 struct QuantizeInt8 {
   Int8Layout layout;
   Float type;

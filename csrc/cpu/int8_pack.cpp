@@ -1,3 +1,4 @@
+// Packing, unpacking and dequantising int8 weights.
 #include <algorithm>
 #include <cstring>
 
@@ -32,7 +33,7 @@ struct Unpacking {
   float* scale;
 };
 
-// Calls each(column of the weight, how many, step) for every step.
+// Calls each(first column, number of columns, step) for every step of a row.
 template <class Each>
 void for_steps(const Int8Layout& layout, const Each& each) {
   for (int64_t group = 0; group < layout.groups(); ++group) {
@@ -84,8 +85,8 @@ void dequantize_row(void* context, int64_t i) {
   const float* scale = a.packed_scale + layout.panel_scale(panel);
   float* out = a.out + i * layout.k;
   for_steps(layout, [&](int64_t k, int64_t size, int64_t step) {
-    const float of_group = scale[k / layout.group * width + row];
-    for (int64_t j = 0; j < size; ++j) out[k + j] = float(data[(step * width + row) * 4 + j] - 128) * of_group;
+    const float group_scale = scale[k / layout.group * width + row];
+    for (int64_t j = 0; j < size; ++j) out[k + j] = float(data[(step * width + row) * 4 + j] - 128) * group_scale;
   });
 }
 

@@ -1,4 +1,4 @@
-// AVX2: its product of bytes saturates, so weights are widened to 16 bits, where an activation needs no limbs.
+// AVX2: its product of bytes saturates, so weights are widened to 16 bits. 16-bit activations then need no limbs.
 #include "cpu/instruction_sets.h"
 
 #if defined(__AVX2__)
@@ -17,7 +17,7 @@ struct Four {
 
 struct Avx2 {
   using Element = int16_t;
-  using Sum = Four;      // 4 columns each: of a column two sums, of its even and odd pairs
+  using Sum = Four;      // 4 columns each, with two sums a column: of its even and of its odd pairs
   using Weights = Four;  // 4 columns each
   using Activations = __m256i;
   static constexpr bool kBytes = false, kSigned = false;
@@ -45,7 +45,7 @@ struct Avx2 {
              _mm256_add_epi32(sum.of[3], _mm256_madd_epi16(w.of[3], x))}};
   }
   static void store(const Sum& sum, int32_t* out) {
-    // Adding neighbours works within halves: columns come out as 0 1 4 5 | 2 3 6 7.
+    // hadd adds neighbours within each half: the columns come out as 0 1 4 5 | 2 3 6 7.
     const __m256i first = _mm256_hadd_epi32(sum.of[0], sum.of[1]), second = _mm256_hadd_epi32(sum.of[2], sum.of[3]);
     __m256i* at = reinterpret_cast<__m256i*>(out);
     _mm256_store_si256(at, _mm256_permute4x64_epi64(first, 0xd8));

@@ -1,4 +1,4 @@
-// AVX-512 VNNI: one instruction multiplies 64 unsigned by 64 signed bytes and adds fours of products to 16 sums.
+// AVX-512 VNNI: one instruction multiplies 64 unsigned by 64 signed bytes and adds groups of four products to 16 sums.
 #include "cpu/instruction_sets.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)

@@ -1,4 +1,4 @@
-// AVX-VNNI: what AVX-512 VNNI does, on half the width and half the registers.
+// AVX-VNNI: the instruction of AVX-512 VNNI with half the width and half the registers.
 #include "cpu/instruction_sets.h"
 
 #if defined(__AVXVNNI__)

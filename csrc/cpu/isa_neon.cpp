@@ -1,4 +1,5 @@
-// NEON with the dot product instruction (Armv8.2 and later, all Apple silicon): 16 products of signed bytes to 4 sums.
+// NEON with the dot product instruction (Armv8.2 and later, all Apple silicon). It adds 16 products of signed bytes to
+// 4 sums.
 #include "cpu/instruction_sets.h"
 
 #if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
@@ -25,7 +26,7 @@ struct Neon {
     return {{none, none, none, none}};
   }
   static Weights load(const uint8_t* w) {
-    const uint8x16_t flip = vdupq_n_u8(128);  // back from w + 128
+    const uint8x16_t flip = vdupq_n_u8(128);  // w + 128 back to w
     return {{vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w), flip)), vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w + 16), flip)),
              vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w + 32), flip)),
              vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w + 48), flip))}};

@@ -1,4 +1,4 @@
-// Portable C++, and what the compiler's vectoriser makes of it.
+// The portable instruction set: C++ that the compiler may vectorise.
 #include "cpu/int8_gemm.h"
 #include "cpu/token_ops_impl.h"
 
@@ -26,7 +26,7 @@ struct Scalar {
   static Activations broadcast(const int16_t* x) { return {{x[0], x[1], x[2], x[3]}}; }
   static Sum multiply_add(Sum sum, Weights w, const Activations& x) {
     for (int i = 0; i < 16; ++i) {
-      // Modulo 2^32: what the 128 in the weights adds to a segment's sum may be beyond it.
+      // Modulo 2^32: with the 128 that is added to the weights a segment's sum may overflow.
       for (int k = 0; k < 4; ++k) sum.of[i] += uint32_t(x.of[k] * int32_t(w.at[4 * i + k]));
     }
     return sum;

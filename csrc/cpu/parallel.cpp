@@ -8,7 +8,7 @@ namespace pg_kernels {
 
 namespace {
 
-// PyTorch's stable C interface (torch 2.10 and later), found when it is needed: linking to PyTorch would tie a build to
+// PyTorch's stable C interface (torch 2.10 and later), looked up at run time: linking to PyTorch would tie a build to
 // one version of it.
 using Range = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Range, void* context);
@@ -32,7 +32,7 @@ struct Torch {
 };
 
 const Torch& torch() {
-  static const Torch found;  // by the first call, which PyTorch's side makes
+  static const Torch found;  // looked up at the first call: PyTorch is loaded by then
   return found;
 }
 

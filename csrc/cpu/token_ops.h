@@ -1,5 +1,5 @@
-// What a decoder does besides matrix products, for a few tokens: calls so short that PyTorch's own cost of several
-// would be most.
+// What a decoder computes besides matrix products, for a few tokens. These calls are so short that the overhead of
+// several PyTorch calls would dominate.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +8,11 @@
 
 namespace pg_kernels {
 
-// y = total / sqrt(mean(total²) + eps) · (offset + weight), total = x + residual, rounded as it is stored.
+// y = total / sqrt(mean(total²) + eps) · (offset + weight) with total = x + residual, rounded to its type first.
 struct RmsNorm {
   int64_t rows, columns;
   Float type, weight_type;
-  const void* x;         // [rows, columns], as all of them but the weight
+  const void* x;         // [rows, columns], as every tensor but weight and rstd
   const void* residual;  // or null
   const void* weight;    // [columns]
   void* y;
@@ -21,14 +21,14 @@ struct RmsNorm {
   float eps, offset;
 };
 
-// y = gelu(gate) · up, GELU in its tanh form; with `grad`, what it gives to gate and up.
+// y = gelu(gate) · up with the tanh form of GELU. With `grad`, the gradient of y, also the gradients of gate and up.
 struct Geglu {
-  int64_t count;  // of all of them
+  int64_t count;  // elements of each tensor
   Float type;
   const void* gate;
   const void* up;
   const void* grad;  // null in the forward pass
-  void* y;           // null in the backward pass where it is not wanted, as the others in the forward pass
+  void* y;           // may be null in the backward pass; grad_gate and grad_up are null in the forward pass
   void* grad_gate;
   void* grad_up;
 };
@@ -40,28 +40,28 @@ struct Heads {
   int64_t strides[3];
 };
 
-// Turns q and k by position · theta^(−2i/D), and puts k and v into caches [B, H, capacity, D] at cache_positions.
+// Rotates q and k by the angles position · theta^(−2i/D), and writes k and v into caches [B, H, capacity, D] at
+// cache_positions.
 struct Rotary {
   int64_t batch, length, dim;
   Float type, cache_type;
   Heads q, k, v, q_out, k_cache, v_cache;
-  const int64_t* positions;  // [B, S], as cache_positions
-  const int64_t* cache_positions;
-  const float* frequencies;  // [D / 2]
+  const int64_t* positions;        // [B, S]
+  const int64_t* cache_positions;  // [B, S]
+  const float* frequencies;        // [D / 2]: theta^(−2i/D)
 };
 
-// A few queries against keys and values that are seen or not by themselves; the contract is prefix_lm_attention's.
+// Attention of a few queries. The visibility of keys is the contract of prefix_lm_attention.
 struct Attention {
   int64_t batch, queries, keys, dim;
   Float type;
   Heads q, k, v, out;
-  const int64_t*
-      prefix_ends;  // [B], as the others: where the prefix ends, keys begin and end, and the first query stands
-  const int64_t* starts;
-  const int64_t* ends;
-  const int64_t* q_starts;
+  const int64_t* prefix_ends;  // [B]: the key after the prefix
+  const int64_t* starts;       // [B]: the first key
+  const int64_t* ends;         // [B]: the key after the last
+  const int64_t* q_starts;     // [B]: position of the first query
   bool causal;
-  float scale, softcap;  // 0: no softcap
+  float scale, softcap;  // softcap 0: none
   int64_t window;        // 0: none
 };
 
