@@ -1,4 +1,4 @@
-// The kernels' only access to the hardware: instructions, devices and launches. The kernels themselves are plain C++.
+// Everything specific to the hardware that the kernels use: instructions, devices and launches.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,4 +1,4 @@
-// Compares every instruction set of the machine that this runs on with the portable one, bit for bit.
+// Compares every instruction set of this machine with the portable one, bit for bit.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

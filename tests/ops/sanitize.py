@@ -1,6 +1,6 @@
-"""Builds the C++ extension with AddressSanitizer and UndefinedBehaviorSanitizer, and runs its tests on that build.
+"""Build the C++ extension with AddressSanitizer and UndefinedBehaviorSanitizer, and run its tests on that build.
 
-python tests/ops/sanitize.py; exits with 77 where the compiler has no sanitizers, else with pytest's status.
+Usage: python tests/ops/sanitize.py. The exit status is 77 if the compiler has no sanitizers, else pytest's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TESTS = [
     "test_apply_rotary.py",
     "test_prefix_lm_attention.py",
 ]
-# Compiled graphs say nothing more about memory, and take long.
+# Leave out compiled graphs: they check no more memory accesses, and take long.
 SELECTION = "(native or instruction_sets_a) and not compiles and not inductor and not opcheck"
 
 
@@ -37,13 +37,13 @@ def main() -> int:
         package = Path(folder, "pg_kernels")
         shutil.copytree(ROOT / "pg_kernels", package, ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))
         _build(Path(folder))
-        # The tests' own environment, except for what Python itself was not built with.
+        # Preload the sanitizers' libraries: Python itself was not built with them.
         environment = {
             **os.environ,
             "LD_PRELOAD": " ".join(_library(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")),
-            "ASAN_OPTIONS": "detect_leaks=0",  # Python and PyTorch keep what they allocate
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python and PyTorch never free some of their memory
         }
-        # Python looks for modules in the current folder first, before an editable install.
+        # Run in `folder`: Python finds modules in the current folder before those of an editable install.
         Path(folder, "built_here.py").write_text(
             f"import pg_kernels._C\nassert pg_kernels._C.__file__.startswith({folder!r}), pg_kernels._C.__file__\n"
         )
@@ -76,16 +76,16 @@ def _compiles() -> bool:
 
 
 def _build(folder: Path) -> None:
-    # Checks of optimised code take three times as long to compile.
+    # -O1: with more optimisation the sanitized code takes three times as long to compile.
     flags = f"{FLAGS} -O1 -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-    # Which of the first two C++ is compiled with depends on the version of setuptools.
+    # Set both: which of CFLAGS and CXXFLAGS setuptools uses for C++ depends on its version.
     environment = {**os.environ, "CFLAGS": flags, "CXXFLAGS": flags, "LDFLAGS": flags, "PG_KERNELS_CUDA": "0"}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(folder / "build")]
     subprocess.run([*command, "--build-lib", str(folder)], cwd=ROOT, env=environment, check=True)
     (extension,) = (folder / "pg_kernels").glob("_C*.so")
-    called = extension.read_bytes()
+    binary = extension.read_bytes()
     for check in (b"__asan_report", b"__ubsan_handle"):
-        if check not in called:
+        if check not in binary:
             raise RuntimeError(f"{extension.name} never calls {check.decode()}: it was built without sanitizers")
 
 

@@ -1,4 +1,4 @@
-"""The C++ extension as other compilers' flags and other processors have it."""
+"""The C++ extension built with sanitizers, and for another processor."""
 
 from __future__ import annotations
 

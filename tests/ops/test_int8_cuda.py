@@ -1,7 +1,7 @@
 """The CUDA kernels of int8_linear, compiled for a CPU: every thread runs, and tensor cores and copies are emulated.
 
-`emulator/cuda` has what stands in for the GPU. Devices are numbers: 80 is an A100, 90 an H100; 180 and 190 are the same
-with copies that take effect at once, not as late as they may.
+`emulator/cuda` replaces the headers with the GPU's instructions. A device is a number: 80 is an A100, 90 an H100. On 180 and
+190, the same GPUs, copies run at once instead of as late as the kernel allows.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from pg_kernels.ops.int8_linear import cuda, reference, tiles
 from pg_kernels.ops.int8_linear.product import Int8Product
 
 ROOT = Path(__file__).parents[2]
-# What ends the process: an address that is misaligned for its type, an index beyond an array, arithmetic that C++ leaves
-# open. Traps need no library.
+# End the process at a misaligned address, an index past an array, or undefined arithmetic. Traps need no library.
 CHECKS = "-fsanitize=alignment,bounds,null,shift,signed-integer-overflow -fsanitize-undefined-trap-on-error"
 BOUNDS = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 2.5e-3}
 
@@ -39,7 +38,7 @@ BOUNDS = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 2.5e-3}
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
     compiler = shutil.which("g++")
     if compiler is None:
-        pytest.skip("the emulator is compiled by g++, which is not there")
+        pytest.skip("the emulator needs g++")
     path = tmp_path_factory.mktemp("emulator") / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     folders = [ROOT / "tests/ops/emulator", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     sources = [*(ROOT / "csrc/cuda").glob("*.cu"), ROOT / "csrc/cuda/bindings.cpp"]
@@ -55,7 +54,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(params=[80, 90, 180, 190])
 def gpu(request: pytest.FixtureRequest, emulator: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """The emulated GPU that launches go to."""
+    """Send launches to an emulated GPU. Return its number."""
     monkeypatch.setattr(extension, "_cuda", emulator)
     monkeypatch.setattr(cuda, "_device_and_stream", lambda tensor: {"device": request.param, "stream": 0})
     with backend("auto"):
@@ -63,7 +62,7 @@ def gpu(request: pytest.FixtureRequest, emulator: Any, monkeypatch: pytest.Monke
 
 
 def quantized(n: int, k: int, group_size: int | None = None) -> tuple[Tensor, Tensor, int]:
-    """A weight of order 1 in the sum, its scales [N, groups] and the size of a group."""
+    """Return a weight whose products with normal numbers are of order 1, its scales [N, groups] and its group size."""
     qweight, scale = quantize_int8(randn(n, k) * k**-0.5, group_size=group_size)
     return qweight, scale if scale.dim() == 2 else scale[:, None], min(group_size or k, k)
 
@@ -73,7 +72,7 @@ def multiply(x: Tensor, *product: Any, **options: Any) -> list[Tensor]:
 
 
 def guarded(tensor: Tensor, at_end: bool) -> Tensor:
-    """A copy beside memory that may not be touched: it begins with a page, or ends with one."""
+    """Copy a tensor to memory between two protected pages, right after the first or right before the second."""
     page, size = mmap.PAGESIZE, tensor.numel() * tensor.element_size()
     pages = max(1, -(-size // page))
     memory = torch.frombuffer(mmap.mmap(-1, (pages + 2) * page), dtype=torch.uint8)
@@ -105,14 +104,14 @@ def test_packing_loses_nothing(n: int, k: int) -> None:
 @pytest.mark.parametrize(
     ("m", "n", "k", "group_size", "dtype"),
     [
-        # Up to 8 and 16 rows, with a row of the weight too many or too few.
+        # few_rows: up to 8 and up to 16 rows, with N just below and above a multiple of 16.
         (1, 16, 64, None, torch.bfloat16),
         (1, 15, 70, None, torch.float16),
         (3, 17, 588, None, torch.bfloat16),
         (8, 33, 1152, 128, torch.float16),
         (9, 65, 588, None, torch.bfloat16),
         (16, 48, 256, 32, torch.bfloat16),
-        # Tiles of 64 and 128 rows, and Hopper's of 128 and 144 with several turns of its pipeline.
+        # many_rows: tiles of 64 and 128 rows; on Hopper 128 and 144, with several rounds of its pipeline.
         (17, 65, 588, None, torch.float16),
         (64, 130, 160, 64, torch.bfloat16),
         (128, 257, 2056, None, torch.bfloat16),
@@ -126,14 +125,14 @@ def test_packing_loses_nothing(n: int, k: int) -> None:
 def test_values(
     gpu: int, m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype, out: torch.dtype | None
 ) -> None:
-    """Against float64 on the same levels and scales."""
+    """Compare with float64 on the same int8 weight and scales."""
     qweight, scale, group = quantized(n, k, group_size)
     x, bias = randn(m, k, dtype=dtype), randn(n, dtype=dtype)
     data, scales = cuda.pack(qweight, scale, group)
     (y,) = multiply(x, [data], [scales], [bias], [n], group, False, out or dtype)
     exact = reference.int8_linear(x.double(), qweight, scale, bias.double(), group, False)
     assert y.dtype == (out or dtype) and y.shape == (m, n)
-    # A 16-bit x is multiplied exactly: only sums in fp32 are rounded.
+    # Products of a 16-bit x are exact: only the fp32 sums are rounded.
     assert frobenius(y, exact) <= (1e-6 if y.dtype == torch.float32 else BOUNDS[y.dtype])
 
 
@@ -150,7 +149,7 @@ def test_values(
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_int8_activations(gpu: int, dtype: torch.dtype, m: int, n: int, k: int, group_size: int | None) -> None:
-    """The reference's own levels, whose sums are exact: only scales are multiplied in another order."""
+    """Compare with the reference: integer sums are exact, only the scales are multiplied in another order."""
     qweight, scale, group = quantized(n, k, group_size)
     x = randn(m, k, dtype=dtype)
     x[0] *= 100
@@ -161,7 +160,7 @@ def test_int8_activations(gpu: int, dtype: torch.dtype, m: int, n: int, k: int, 
 
 @pytest.mark.parametrize("m", [2, 17, 130])
 def test_integer_sums_are_exact(gpu: int, m: int) -> None:
-    """Also where blocks share the columns between them: rows with a largest magnitude of 127 are their own levels."""
+    """Rows with a largest magnitude of 127 are their own levels. Blocks that share a sum give the same integers."""
     k, n = 4096, 20
     levels = torch.randint(-127, 128, (m, k))
     levels[:, 0] = 127
@@ -193,7 +192,7 @@ def test_geglu(gpu: int, m: int, group_size: int | None, int8_activations: bool)
 
 @pytest.mark.parametrize("m", [1, 20, 130])
 def test_several_weights(gpu: int, m: int) -> None:
-    """Of different sizes on one input, more than one launch takes, as each alone gives them; blocks share the columns."""
+    """Multiply one input by more weights than a launch takes, of different sizes, with blocks that share sums."""
     k, sizes = 512, [64, 17, 1, 40, 33]
     x = randn(m, k, dtype=torch.float16)
     weights = [quantized(n, k) for n in sizes]
@@ -209,10 +208,8 @@ def test_several_weights(gpu: int, m: int) -> None:
 @pytest.mark.parametrize("at_end", [False, True])
 @pytest.mark.parametrize("int8_activations", [False, True])
 @pytest.mark.parametrize("m", [1, 9, 65, 130])
-def test_nothing_else_is_touched(
-    gpu: int, m: int, int8_activations: bool, at_end: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Beyond what the kernels are given and write begins memory whose use ends the process."""
+def test_memory_bounds(gpu: int, m: int, int8_activations: bool, at_end: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protected pages around every buffer end the process at an access out of bounds."""
     n, k = 17, 588
     qweight, scale, group = quantized(n, k)
     x, bias = randn(m, k, dtype=torch.float16), randn(n, dtype=torch.float16)
@@ -232,15 +229,15 @@ def test_nothing_else_is_touched(
 @pytest.mark.parametrize(
     ("device", "m", "n", "splits"),
     [
-        (80, 16, 20, 1),  # few rows: warps share the columns
-        (80, 17, 20, 8),  # two blocks of 64 tokens on each of 8 multiprocessors, but 4 lines of x for each
+        (80, 16, 20, 1),  # few rows: warps share the sums
+        (80, 17, 20, 8),  # two blocks of 64 tokens on each of 8 multiprocessors, limited by 4 lines of x a block
         (80, 17, 520, 3),
         (80, 128, 520, 1),  # one block of 128 tokens
         (90, 144, 520, 2),  # a tile of 144 tokens, not two of 128
         (90, 256, 520, 1),
     ],
 )
-def test_blocks_that_share_columns(emulator: Any, device: int, m: int, n: int, splits: int) -> None:
+def test_num_splits(emulator: Any, device: int, m: int, n: int, splits: int) -> None:
     options = {"k": 2048, "group": 2048, "int8_activations": False, "geglu": False}
     assert emulator.num_splits(m=m, sizes=[n], device=device, **options) == splits
 
@@ -257,7 +254,7 @@ def test_nothing_to_multiply(gpu: int) -> None:
 @pytest.mark.parametrize("m", [5, 20, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_that_are_not_finite(gpu: int, dtype: torch.dtype, m: int, value: float, int8_activations: bool) -> None:
-    """They stay visible, and stay in their row."""
+    """NaN and infinity appear in the outputs of their row, and in no other row."""
     data, scales = cuda.pack(torch.ones(16, 70, dtype=torch.int8), torch.ones(16, 1), 70)
     x = randn(m, 70, dtype=dtype)
     arguments = ([data], [scales], [None], [16], 70, int8_activations, torch.float32)
@@ -281,7 +278,7 @@ def test_layouts(gpu: int, layout: str) -> None:
     data, scales = cuda.pack(*weight)
     arguments = ([data], [scales], [None], [17], 64, False, torch.float32)
     (expected,) = multiply(x, *arguments)
-    assert cuda._aligned(x) is x  # a copy would be one more launch
+    assert cuda._aligned(x) is x  # no copy: it would be one more launch
     moved = x.T.contiguous().T if layout == "strided" else torch.cat((x.new_zeros(1), x.flatten()))[1:].view(3, 64)
     assert torch.equal(multiply(moved, *arguments)[0], expected)
 
@@ -294,13 +291,13 @@ def test_dequantising(gpu: int, k: int, group_size: int | None) -> None:
     exact = qweight.float() * scale.repeat_interleave(group, 1)[:, :k]
     indices = torch.tensor([36, 0, 8, 17, 17])
     assert torch.equal(cuda.dequantize_rows(data, scales, indices, 37, k, group), exact[indices])
-    strange = cuda.dequantize_rows(data, scales, torch.tensor([-1, 37, 3, 2**40]), 37, k, group)
-    assert strange[[0, 1, 3]].isnan().all() and torch.equal(strange[2], exact[3])
+    out_of_range = cuda.dequantize_rows(data, scales, torch.tensor([-1, 37, 3, 2**40]), 37, k, group)
+    assert out_of_range[[0, 1, 3]].isnan().all() and torch.equal(out_of_range[2], exact[3])
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert torch.equal(cuda.dequantize(data, scales, 37, k, group, dtype), exact.to(dtype))
 
 
-def test_many_rows_are_left_to_cublas(gpu: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_run_on_cublas(gpu: int, monkeypatch: pytest.MonkeyPatch) -> None:
     qweight, scale, group = quantized(37, 70)
     x, bias = randn(9, 70, dtype=torch.bfloat16), randn(37)
     data, scales = cuda.pack(qweight, scale, group)
@@ -308,11 +305,11 @@ def test_many_rows_are_left_to_cublas(gpu: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(extension._cuda, "int8_linear", None)
     (y,) = multiply(x, [data], [scales], [bias], [37], group, False, torch.bfloat16)
     exact = reference.int8_linear(x.double(), qweight, scale, bias.double(), group, False)
-    # The weights, the bias and the result are rounded.
+    # cuBLAS rounds the weights, the bias and the result to bf16.
     assert y.dtype == torch.bfloat16 and frobenius(y, exact) <= 2 * BOUNDS[torch.bfloat16]
 
 
-def test_what_does_not_fit() -> None:
+def test_unsupported_reason() -> None:
     x = randn(2, 64)
     assert cuda.unsupported_reason(x, 64, 64) is None and cuda.unsupported_reason(x, 32, 64) is None
     assert cuda.unsupported_reason(x, 16, 64) == "groups of 16 columns are not a multiple of 32"

@@ -1,4 +1,4 @@
-"""Triton's kernels for int8 weights, called as `int8_linear` calls them, against the definition in float64."""
+"""The Triton kernels for int8 weights, called as `int8_linear` calls them, compared with the definition in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pg_kernels.ops.quantize_int8.reference import quantize_int8
 pytestmark = pytest.mark.skipif(devices.unavailable_reason(DEVICES[-1]) is not None, reason="needs triton")
 DEVICE = DEVICES[-1]
 BOUNDS = {torch.float32: 5e-4, torch.float16: 5e-4, torch.bfloat16: 2.5e-3}
-if DEVICE == "cpu":  # whose interpreter cuts bf16 off
+if DEVICE == "cpu":  # Triton's interpreter truncates to bf16
     BOUNDS[torch.bfloat16] = 5e-3
 
 
@@ -27,7 +27,7 @@ def multiply(x: Tensor, *product: Any, **options: Any) -> list[Tensor]:
 
 
 def weight_of(n: int, k: int, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """int8 [N, K] and scales [N, groups]."""
+    """Return a random weight, int8 [N, K], and its scales [N, groups]."""
     return quantize_int8(randn(n, k, device=DEVICE) / k**0.5, group_size or k)
 
 
@@ -38,7 +38,7 @@ def exact(
 
 
 def error(y: Tensor, wanted: Tensor) -> float:
-    """Relative, of the whole."""
+    """Return the relative Frobenius error."""
     assert y.shape == wanted.shape
     return ((y.double() - wanted).norm() / wanted.norm()).item()
 
@@ -63,7 +63,7 @@ def test_groups(m: int, group_size: int, int8_activations: bool) -> None:
     x, (q, scale), bias = randn(m, k, device=DEVICE), weight_of(n, k, group_size), randn(n, device=DEVICE)
     scale *= torch.rand_like(scale) + 0.5
     (y,) = multiply(x, [q], [scale], [bias], [n], group_size, int8_activations, torch.float32)
-    if int8_activations:  # the levels of fp32, as float64 could round others
+    if int8_activations:  # the reference in fp32: float64 could round x to other levels
         torch.testing.assert_close(y, reference.int8_linear(x, q, scale, bias, group_size, True), rtol=1e-5, atol=1e-5)
     else:
         assert error(y, exact(x, q, scale, bias, group_size)) <= 1e-6
@@ -96,7 +96,7 @@ def test_several_weights() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_integer_sums_are_exact(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With all scales 1 every result is the integer that it should be, however many programs share a sum."""
+    """With all scales 1 every result is the exact integer, however many programs share a sum."""
     monkeypatch.setattr(tiles, "num_splits", lambda *_: count)
     m, n, k = 3, 17, 700
     x = torch.randint(-127, 128, (m, k), device=DEVICE).float()
@@ -106,8 +106,8 @@ def test_integer_sums_are_exact(count: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert y.equal((x.double() @ q.double().T).float())
 
 
-def test_sums_beyond_fp32s_integers() -> None:
-    """±127 everywhere: one rounding at the end."""
+def test_sums_above_2_to_24() -> None:
+    """Sums of ±127 · 127 exceed fp32's exact integers: int32 sums are rounded once, at the end."""
     k = 16384
     x, q = torch.full((1, k), 127.0, device=DEVICE), torch.full((2, k), 127, device=DEVICE, dtype=torch.int8)
     q[1, ::2] = -127
@@ -117,8 +117,8 @@ def test_sums_beyond_fp32s_integers() -> None:
 
 
 @pytest.mark.parametrize("int8_activations", [False, True], ids=["keep", "int8"])
-def test_shared_sums(int8_activations: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many programs share a sum, and the same twice."""
+def test_split_k(int8_activations: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result does not depend on how many programs share a sum, and is reproducible bit for bit."""
     n, k = 65, 588
     x, (q, scale), bias = randn(3, k, device=DEVICE), weight_of(n, k), randn(n, device=DEVICE)
 
@@ -132,7 +132,7 @@ def test_shared_sums(int8_activations: bool, monkeypatch: pytest.MonkeyPatch) ->
         assert run(count).equal(run(count))
 
 
-def test_every_multiprocessor_works_for_few_rows() -> None:
+def test_num_splits_fills_the_multiprocessors() -> None:
     device = devices.Device("large", (9, 0), 132)
     assert tiles.num_splits(1, 32, 100, device) == 8
     assert tiles.num_splits(1, 32, 4, device) == 2
@@ -153,7 +153,7 @@ def test_tiles(chosen: Tiles, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_levels(dtype: torch.dtype) -> None:
-    """Rounded as the reference rounds: ties to even, rows of zeros, of tiny numbers and with an outlier among them."""
+    """Levels equal the reference's: ties to even, a row of zeros, of tiny numbers, and one with an outlier."""
     x = randn(5, 1500, device=DEVICE, dtype=dtype)
     x[0] = 0
     x[1] = (torch.arange(1500, device=DEVICE) % 255 - 127) / 2
@@ -170,7 +170,7 @@ def test_levels(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("m", [4, 20])
 def test_rows_that_are_not_finite(m: int) -> None:
-    """With int8 activations all of such a row is NaN; no other row notices."""
+    """With int8 activations every output of such a row is NaN. Other rows do not change."""
     x, (q, scale) = randn(m, 70, device=DEVICE), weight_of(17, 70)
     x[0, 3], x[1, 69], x[2, 0] = float("nan"), float("inf"), -float("inf")
     for int8_activations in (False, True):
@@ -204,7 +204,7 @@ def test_input_gradient(m: int, n: int, k: int, group_size: int | None, dtype: t
     torch.testing.assert_close(y.double(), wanted, rtol=rounding, atol=1e-4 * wanted.abs().max().item())
 
 
-def test_no_gradient_of_nothing() -> None:
+def test_input_gradient_of_empty_tensors() -> None:
     q, scale = weight_of(17, 70)
     assert launch.input_grad(randn(0, 17, device=DEVICE), q, scale, 70).shape == (0, 70)
     assert launch.input_grad(randn(3, 0, device=DEVICE), q[:0], scale[:0], 70).equal(torch.zeros(3, 70, device=DEVICE))

@@ -1,8 +1,11 @@
-// Stands in for csrc/cuda/ptx.h on a machine without a GPU: kernels compile as C++, every thread of a block is a
-// coroutine, and what a warp does together happens when its last lane arrives. Copies take effect as late as the kernel
-// allows, when it waits for them, which finds reads that come too early; or at once, with the last warp running as far
-// ahead of the others as it can, which finds memory that is given up too early. Shared memory begins as NaN. A block
-// whose threads all wait for each other is an error, as is an address that the hardware would refuse.
+// Replaces csrc/cuda/ptx.h on a machine without a GPU. Kernels compile as C++, and every thread of a block is a
+// coroutine. An instruction of a whole warp runs when the last lane arrives.
+//
+// Copies run in one of two ways. Late: when the kernel waits for them, which finds reads that come too early. At once,
+// with the last warp running as far ahead of the others as it can, which finds memory that is released too early.
+//
+// Shared memory begins as NaN. These are errors: a block whose threads all wait, and an address that the hardware would
+// refuse.
 #pragma once
 
 #include <ucontext.h>
@@ -41,7 +44,7 @@ namespace pg_kernels::ptx {
 struct Copy {
   void* to;
   const void* from;
-  bool there;
+  bool valid;  // else zeros are written
 };
 
 struct Warp {
@@ -66,13 +69,13 @@ struct Block {
   std::function<void()> body;
   ucontext_t scheduler;
   int current = 0, arrived = 0;
-  bool any = false, answer = false, gives_way = false;
+  bool any = false, answer = false, yields = false;
   int64_t turn = 0, progress = 0;
   std::string error;
 };
 inline Block* block = nullptr;
 inline int device = 0;
-// Devices are numbers: 80 is an A100 and 90 an H100; 180 and 190 are the same with copies that take effect at once.
+// A device is a number: 80 is an A100, 90 an H100; 180 and 190 are the same GPUs with copies that run at once.
 inline bool copies_at_once() { return device >= 100; }
 inline int compute_capability(int device) { return device % 100; }
 constexpr int kStack = 128 * 1024;
@@ -87,15 +90,15 @@ inline void pause() {
   Thread& self = block->threads[block->current];
   swapcontext(&self.context, &block->scheduler);
 }
-// After what others may have waited for: they run before this warp goes on.
-inline void give_way() {
-  block->gives_way = true;
+// Called after an event that others may wait for: lets them run before this warp goes on.
+inline void yield_warp() {
+  block->yields = true;
   if (copies_at_once()) pause();
 }
 
-// What the lanes of a warp do at once, `all` being given what each of them gave.
+// Runs an instruction of a whole warp: `all` receives what each lane passed as `given`.
 template <class T>
-void together(T& given, const std::function<void(T* (&)[32])>& all) {
+void warp_together(T& given, const std::function<void(T* (&)[32])>& all) {
   Warp& warp = block->warps[block->current / 32];
   warp.given[block->current % 32] = &given;
   const int64_t turn = warp.turn;
@@ -146,15 +149,15 @@ inline uint4 load16(const void* from) { return load<uint4>(from); }
 inline uint32_t load4(const void* from) { return load<uint32_t>(from); }
 
 inline void make(const Copy& copy) {
-  if (copy.there) {
+  if (copy.valid) {
     std::memcpy(copy.to, copy.from, 16);
   } else {
     std::memset(copy.to, 0, 16);
   }
 }
-inline void copy_async(uint32_t to, const void* from, bool there) {
+inline void copy_async(uint32_t to, const void* from, bool valid) {
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) throw std::runtime_error("a copy is misaligned");
-  const Copy copy{at(to, 16), from, there};
+  const Copy copy{at(to, 16), from, valid};
   if (copies_at_once()) {
     make(copy);
   } else {
@@ -179,7 +182,7 @@ inline void load_matrices(uint32_t address, uint32_t (&to)[4]) {
   struct Given {
     uint32_t address, *to;
   } given{address, to};
-  together<Given>(given, [](Given*(&lanes)[32]) {
+  warp_together<Given>(given, [](Given*(&lanes)[32]) {
     for (int lane = 0; lane < 32; ++lane) {
       for (int matrix = 0; matrix < 4; ++matrix) {
         std::memcpy(&lanes[lane]->to[matrix], at(lanes[matrix * 8 + lane / 4]->address, 16) + lane % 4 * 4, 4);
@@ -188,16 +191,16 @@ inline void load_matrices(uint32_t address, uint32_t (&to)[4]) {
   });
 }
 
-// Fragments of mma.sync as the PTX manual gives them, for elements of `Element`: words hold kPack of them.
+// The product of mma.sync's fragments as the PTX manual defines them. A word holds kPack elements.
 template <class Element, class Sum>
 void mma(Sum (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (*value)(Element)) {
-  constexpr int kPack = 4 / sizeof(Element), kHalf = 4 * kPack;  // columns of half the matrix
+  constexpr int kPack = 4 / sizeof(Element), kHalf = 4 * kPack;  // kHalf: columns of half the matrix
   struct Given {
     Sum* d;
     const uint32_t* a;
     uint32_t b[2];
   } given{d, a, {b0, b1}};
-  together<Given>(given, [value](Given*(&lanes)[32]) {
+  warp_together<Given>(given, [value](Given*(&lanes)[32]) {
     const auto element = [value](uint32_t word, int i) {
       Element e;
       std::memcpy(&e, reinterpret_cast<const char*>(&word) + i * sizeof(Element), sizeof(Element));
@@ -289,10 +292,10 @@ inline float divide_approx(float a, float b) { return a / b; }
 inline float multiply(float a, float b) { return a * b; }
 
 inline float warp_max(float x) {
-  together<float>(x, [](float*(&lanes)[32]) {
-    float highest = *lanes[0];
-    for (float* lane : lanes) highest = std::fmax(highest, *lane);
-    for (float* lane : lanes) *lane = highest;
+  warp_together<float>(x, [](float*(&lanes)[32]) {
+    float maximum = *lanes[0];
+    for (float* lane : lanes) maximum = std::fmax(maximum, *lane);
+    for (float* lane : lanes) *lane = maximum;
   });
   return x;
 }
@@ -315,13 +318,13 @@ inline void run_thread() {
   swapcontext(&self.context, &here.scheduler);
 }
 
-// Returns how many of its threads are not done.
+// Runs the threads of a warp until each waits or is done. Returns how many are not done.
 inline int run_warp(int warp) {
   int left;
   int64_t before;
   do {
     before = block->progress;
-    block->gives_way = false;
+    block->yields = false;
     left = 0;
     for (int i = 0; i < 32; ++i) {
       block->current = warp * 32 + (copies_at_once() ? 31 - i : i);
@@ -331,15 +334,15 @@ inline int run_warp(int warp) {
       swapcontext(&block->scheduler, &thread.context);
       left += !thread.done;
     }
-  } while (copies_at_once() && !block->gives_way && block->progress > before);
+  } while (copies_at_once() && !block->yields && block->progress > before);
   return left;
 }
 
 template <class... Arguments>
 void launch(void (*kernel)(Arguments...), dim3 blocks, int threads, int shared_bytes, cudaStream_t,
             Arguments... arguments) {
-  const int most_shared = (compute_capability(device) == 90 ? 227 : 163) * 1024;
-  if (shared_bytes > most_shared) throw std::runtime_error("emulator: a block has no such shared memory");
+  const int max_shared = (compute_capability(device) == 90 ? 227 : 163) * 1024;
+  if (shared_bytes > max_shared) throw std::runtime_error("emulator: a block has no such shared memory");
   Block here;
   here.threads.resize(threads);
   here.warps.resize(threads / 32);
@@ -347,7 +350,7 @@ void launch(void (*kernel)(Arguments...), dim3 blocks, int threads, int shared_b
   here.shared = here.memory.data() + (1024 - reinterpret_cast<uintptr_t>(here.memory.data()) % 1024) % 1024;
   here.memory.resize(here.shared - here.memory.data() + shared_bytes);
   here.body = [&] { kernel(arguments...); };
-  for (Thread& thread : here.threads) thread.stack.reset(new char[kStack]);  // not zeros, which take long
+  for (Thread& thread : here.threads) thread.stack.reset(new char[kStack]);  // left uninitialised: zeroing takes long
   gridDim = blocks;
   block = &here;
   for (unsigned z = 0; z < blocks.z; ++z) {

@@ -1,5 +1,6 @@
-// Stands in for csrc/cuda/ptx_sm90.h. Products read their shared memory as late as the kernel allows, when it waits for
-// them; so do copies arrive, or at once (ptx.h), but are reported to their barrier only then.
+// Replaces csrc/cuda/ptx_sm90.h. Products read shared memory as late as the kernel allows: when it waits for them.
+// Copies also run when their barrier is waited for, or at once (see ptx.h); they report to the barrier only when it is
+// waited for.
 #pragma once
 
 #include <map>
@@ -25,8 +26,8 @@ inline TensorMap describe(const void* from, int64_t rows, int64_t row_bytes, int
   if (box_rows < 1 || box_rows > 256 || box_bytes < 1 || box_bytes > (swizzled ? 128 : 256 * 8)) {
     throw std::runtime_error("emulator: a tensor map's boxes are not empty, and not as large");
   }
-  constexpr int64_t kMost = int64_t(1) << 32;
-  if (rows < 1 || rows > kMost || row_bytes < 1 || row_bytes / 8 > kMost || row_bytes >= int64_t(1) << 40) {
+  constexpr int64_t kMax = int64_t(1) << 32;
+  if (rows < 1 || rows > kMax || row_bytes < 1 || row_bytes / 8 > kMax || row_bytes >= int64_t(1) << 40) {
     throw std::runtime_error("emulator: a tensor map's matrix is not empty, and not as large");
   }
   return {static_cast<const unsigned char*>(from), rows, row_bytes, box_rows, box_bytes, swizzled};
@@ -34,13 +35,13 @@ inline TensorMap describe(const void* from, int64_t rows, int64_t row_bytes, int
 
 struct Barrier {
   int arrivals, pending, bytes = 0, phase = 0;
-  std::vector<std::function<int()>> copies;  // each gives how many bytes it wrote
+  std::vector<std::function<int()>> copies;  // each returns how many bytes it wrote
 };
 struct WarpProducts {
   std::vector<std::function<void()>> now;
   std::vector<std::vector<std::function<void()>>> committed;
 };
-// Of a block: they begin with the first barrier that is initialised in it.
+// State of a block. It is reset when a block initialises its first barrier again.
 inline std::map<uint32_t, Barrier> barriers;
 inline std::map<int, WarpProducts> products;
 inline int threads_waiting = 0;
@@ -69,7 +70,7 @@ inline void barrier_arrive_expecting(uint32_t barrier, int bytes) {
 }
 inline void barrier_arrive(uint32_t barrier) {
   barrier_arrive_expecting(barrier, 0);
-  give_way();
+  yield_warp();
 }
 inline void barrier_wait(uint32_t barrier, int parity) {
   Barrier& here = barrier_at(barrier);
@@ -127,7 +128,7 @@ inline void products_begin() {}
 inline WarpProducts& products_of_warp() { return products[block->current / 32]; }
 inline void products_commit() {
   int lane = block->current % 32;
-  together<int>(lane, [](int*(&)[32]) {
+  warp_together<int>(lane, [](int*(&)[32]) {
     WarpProducts& mine = products_of_warp();
     mine.committed.push_back(std::move(mine.now));
     mine.now.clear();
@@ -136,7 +137,7 @@ inline void products_commit() {
 template <int kPending>
 void products_wait() {
   int lane = block->current % 32;
-  together<int>(lane, [](int*(&)[32]) {
+  warp_together<int>(lane, [](int*(&)[32]) {
     WarpProducts& mine = products_of_warp();
     while (int(mine.committed.size()) > kPending) {
       for (const auto& product : mine.committed.front()) product();
@@ -145,7 +146,7 @@ void products_wait() {
   });
 }
 
-// A warp's 16 rows of wgmma, with the descriptor of the other operand as the PTX manual has it.
+// Computes a warp's 16 rows of wgmma. `b` is the second operand's descriptor as the PTX manual defines it.
 template <class Element, class Sum, size_t kSums>
 void wgmma(Sum (&d)[kSums], const uint32_t* a, uint64_t b, float (*value)(Element)) {
   constexpr int kPack = 4 / sizeof(Element), kHalf = 4 * kPack, kTokens = int(kSums) * 2;
@@ -154,7 +155,7 @@ void wgmma(Sum (&d)[kSums], const uint32_t* a, uint64_t b, float (*value)(Elemen
     Sum* d;
     uint32_t a[4];
   } given{d, {a[0], a[1], a[2], a[3]}};
-  together<Given>(given, [=](Given*(&lanes)[32]) {
+  warp_together<Given>(given, [=](Given*(&lanes)[32]) {
     std::vector<Given> all;
     for (const Given* lane : lanes) all.push_back(*lane);
     products_of_warp().now.push_back([=] {
