@@ -1,3 +1,12 @@
+"""Arguments are addresses of contiguous memory on the CPU, where 0 means "not given", and sizes. See csrc/cpu/*.h."""
+
+Int8Weight = tuple[int, int, int, int, int]
+"""N, and the addresses of packed data, packed scales, bias (or 0) and output."""
+TopK = tuple[int, float, int, int, int]
+"""k, softcap (0 for none), and the addresses of values, indices and log_sums (or 0)."""
+Heads = tuple[int, int, int, int, int]
+"""A tensor [B, H, S, D] with contiguous rows: its address, H, and the strides of B, H and S in elements."""
+
 def int8_linear(
     *,
     x: int,
@@ -5,10 +14,10 @@ def int8_linear(
     k: int,
     group: int,
     type: int,
-    weights: list[tuple[int, int, int, int, int]],
+    weights: list[Int8Weight],
     int8_activations: bool,
     geglu: bool,
-    top: tuple[int, float, int, int, int] | None,
+    top: TopK | None,
 ) -> None: ...
 def quantize_int8(*, n: int, k: int, group: int, type: int, weight: int, q: int, scale: int) -> None: ...
 def pack_int8(*, n: int, k: int, group: int, q: int, scale: int, packed: int, packed_scale: int) -> None: ...
@@ -42,9 +51,6 @@ def geglu(
     count: int,
     type: int,
 ) -> None: ...
-
-Heads = tuple[int, int, int, int, int]
-
 def rotary(
     *,
     q: Heads,

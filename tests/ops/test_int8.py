@@ -1,4 +1,4 @@
-"""quantize_int8, pack_int8 and int8_linear: one weight on its way from floats to a product."""
+"""quantize_int8, pack_int8 and int8_linear."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 COLUMNS = [1, 3, 4, 63, 70, 588, 1152, 4304]
 ROWS = [1, 15, 16, 65, 1152]
 GROUPS = [None, 1, 32, 128]
-# A cached graph is found by the names of the ops in it, and would keep an older backward pass of theirs.
+# Inductor finds cached graphs by the names of their ops: a cached graph could contain an older backward pass.
 WITHOUT_CACHES = torch._inductor.config.patch(force_disable_caches=True)
-# Relative Frobenius error: 5e-4 of the product itself, more where the output's own rounding is coarser.
+# Relative Frobenius error: 5e-4 for the product, more where rounding the output to its dtype costs more.
 BOUNDS = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 2.5e-3}
 
 
@@ -50,7 +50,7 @@ def quantized(n: int, k: int, group_size: int | None = None, device: str = "cpu"
 
 
 def spread(scale: Tensor, k: int, group_size: int | None) -> Tensor:
-    """The scale of every weight, [N, K]."""
+    """Return the scale of every element of the weight, [N, K]."""
     if group_size is None:
         return scale[:, None].expand(-1, k)
     return scale[:, torch.arange(k, device=scale.device) // group_size]
@@ -70,7 +70,7 @@ def frobenius(actual: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("k", COLUMNS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_weight_moves_half_a_level_at_most(dtype: torch.dtype, k: int, group_size: int | None) -> None:
+def test_rounding_error_is_half_a_level_at_most(dtype: torch.dtype, k: int, group_size: int | None) -> None:
     weight = randn(15, k, dtype=dtype)
     qweight, scale = quantize_int8(weight, group_size=group_size)
     assert qweight.dtype == torch.int8 and scale.dtype == torch.float32
@@ -78,12 +78,12 @@ def test_every_weight_moves_half_a_level_at_most(dtype: torch.dtype, k: int, gro
     assert scale.shape == ((15,) if group_size is None else (15, -(-k // group_size)))
     assert int(qweight.int().abs().max()) == 127
     steps = spread(scale, k, group_size).double()
-    # The quotient that was rounded is itself an fp32 number, right to 127 · 2⁻²⁴.
+    # The quotient is rounded to fp32 first, with an error of up to 127 · 2⁻²⁴.
     assert bool(((weight.double() - qweight.double() * steps).abs() <= steps * (0.5 + 2**-16)).all())
 
 
 def test_scales_are_fp32_quotients() -> None:
-    """The largest magnitude over 127, from a bf16 weight too: a scale rounded to bf16 would be off by 2⁻⁹."""
+    """The scale is the largest magnitude / 127 in fp32, also for bf16 weights: bf16 scales would be off by 2⁻⁹."""
     weight = randn(8, 70, dtype=torch.bfloat16)
     torch.testing.assert_close(quantize_int8(weight)[1], weight.float().abs().amax(1) / 127, rtol=0, atol=0)
 
@@ -93,7 +93,7 @@ def test_levels_are_symmetric_and_ties_go_to_even() -> None:
     assert qweight.tolist() == [[-127, 127, 0, 2, -2, 0]] and scale.tolist() == [1.0]
 
 
-def test_a_group_is_quantised_as_if_alone() -> None:
+def test_groups_are_quantised_independently() -> None:
     weight = randn(5, 70)
     qweight, scale = quantize_int8(weight, group_size=32)
     for index, part in enumerate(weight.split(32, dim=1)):
@@ -130,7 +130,7 @@ def test_quantising_no_rows() -> None:
     [("aot_eager", 63, 32), ("aot_eager", 64, 32), ("aot_eager", 70, None), ("inductor", 588, 128)],
 )
 def test_quantising_compiles(compiler: str, k: int, group_size: int | None) -> None:
-    """With a short last group too, for which Inductor compiles the plain definition wrongly."""
+    """Also with a short last group, for which Inductor compiles the plain definition wrongly."""
     weight = randn(15, k).requires_grad_()
     compiled = torch.compile(lambda w: quantize_int8(w, group_size=group_size), fullgraph=True, backend=compiler)
     with WITHOUT_CACHES:
@@ -198,7 +198,7 @@ def test_packing_loses_nothing(n: int, k: int, group_size: int | None) -> None:
     qweight, scale = quantized(n, k, group_size)
     packed = pack_int8(qweight, scale)
     assert packed.shape == (n, k) and packed.device == qweight.device
-    # One group is one scale per row, whatever it was called.
+    # A group size of K or more is one scale per row.
     assert packed.group_size == (k if group_size is None or group_size >= k else group_size)
     for copied in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
         for actual, expected in zip(copied.unpack(), (qweight, scale), strict=True):
@@ -244,7 +244,7 @@ def test_packing_errors(change: dict[str, Any], error: type[Exception], message:
 @pytest.mark.parametrize("n", ROWS)
 @pytest.mark.parametrize("k", COLUMNS)
 def test_values(device: str, backend: str, dtype: torch.dtype, k: int, n: int, group_size: int | None) -> None:
-    """Against float64 on the same levels and scales."""
+    """Compare with float64 on the same int8 weight and scales."""
     qweight, scale = quantized(n, k, group_size, device)
     x, bias = randn(17, k, device=device, dtype=dtype), randn(n, device=device, dtype=dtype)
     y = int8_linear(x, pack_int8(qweight, scale), bias=bias)
@@ -256,7 +256,7 @@ def test_values(device: str, backend: str, dtype: torch.dtype, k: int, n: int, g
 @pytest.mark.parametrize("group_size", [1, 4, 64])
 def test_short_last_group(device: str, backend: str, dtype: torch.dtype, group_size: int) -> None:
     qweight, scale = quantized(16, 70, group_size, device)
-    # A wrong scale for the last columns shows.
+    # Make a wrong scale for the last columns visible.
     scale[:, -1] *= 50
     x = randn(5, 70, device=device, dtype=dtype)
     assert (
@@ -267,7 +267,7 @@ def test_short_last_group(device: str, backend: str, dtype: torch.dtype, group_s
 
 @pytest.mark.parametrize("factor", [100, 1000])
 def test_outliers(device: str, backend: str, dtype: torch.dtype, factor: int) -> None:
-    """One large row leaves the other rows alone, and six large columns drown no row's rest: every row alone is within bounds."""
+    """Every single row is within bounds, with one large row among them, and with six large columns."""
     qweight, scale = quantized(65, 1152, None, device)
     weight = dequantized(qweight, scale)
     x = randn(16, 1152, device=device)
@@ -309,7 +309,7 @@ def test_no_outputs(device: str, backend: str) -> None:
 
 
 def test_scale_comes_before_the_downcast(device: str, backend: str) -> None:
-    """127 · 1000 is beyond fp16, 0.001 times it is not; nor is the gradient, whose terms cancel."""
+    """127 · 1000 exceeds fp16's range; 0.001 times it does not, nor does the gradient, whose terms cancel."""
     qweight = torch.full((2, 4), 127, dtype=torch.int8, device=device)
     scale = torch.tensor([1000.0, -1000.0], device=device)
     x = torch.full((1, 4), 1e-3, dtype=torch.float16, device=device, requires_grad=True)
@@ -322,7 +322,7 @@ def test_scale_comes_before_the_downcast(device: str, backend: str) -> None:
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_native_conversions(dtype: torch.dtype) -> None:
-    """Every 16-bit number survives the way to fp32 and back, and fp32 numbers round as PyTorch rounds them."""
+    """Every 16-bit number converts to fp32 and back unchanged, and fp32 numbers round as in PyTorch."""
     one = torch.ones(1, 1, dtype=torch.int8)
     everything = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[:, None]
     ties = everything.float()[everything.isfinite()]
@@ -345,7 +345,7 @@ def test_native_conversions(dtype: torch.dtype) -> None:
 def test_rows_that_are_not_finite(
     device: str, backend: str, dtype: torch.dtype, value: float, activations: str
 ) -> None:
-    """They stay visible, and stay in their row."""
+    """NaN and infinity appear in the outputs of their row, and in no other row."""
     qweight, scale = torch.ones(16, 70, dtype=torch.int8, device=device), torch.ones(16, device=device)
     x = randn(5, 70, device=device, dtype=dtype)
     clean = int8_linear(x, qweight, scale, activations=activations)
@@ -362,7 +362,7 @@ def test_rows_that_are_not_finite(
 
 @pytest.mark.parametrize("k", [*COLUMNS, 16384])
 def test_integer_sums_are_exact(device: str, backend: str, k: int) -> None:
-    """Rows of integers with a largest magnitude of 127 are their own levels, so y is the sum of integer products."""
+    """Rows of integers with a largest magnitude of 127 are their own levels, so y is an exact sum of integers."""
     generator = torch.Generator().manual_seed(k)
     levels = torch.randint(-127, 128, (17, k), generator=generator)
     levels[:, 0] = 127
@@ -374,7 +374,7 @@ def test_integer_sums_are_exact(device: str, backend: str, k: int) -> None:
 @pytest.mark.parametrize("k", [16384, 140_000])
 @pytest.mark.parametrize("activations", ["keep", "int8"])
 def test_extremes(device: str, backend: str, activations: str, k: int) -> None:
-    """All at the end of the range, −128 too, which no quantiser here gives; 140,000 such products are beyond 32 bits."""
+    """Every operand is an extreme of int8, also −128, which quantize_int8 never returns. 140,000 products exceed int32."""
     x = torch.full((2, k), 127.0, device=device)
     x[1] = -127
     qweight = torch.tensor([[127], [-127], [-128]], dtype=torch.int8, device=device).expand(3, k)
@@ -392,7 +392,7 @@ def test_extremes(device: str, backend: str, activations: str, k: int) -> None:
 def test_int8_activations(
     device: str, backend: str, dtype: torch.dtype, k: int, n: int, group_size: int | None
 ) -> None:
-    """Levels of every row by their definition, then float64."""
+    """Compare with the definition of the levels, multiplied in float64."""
     qweight, scale = quantized(n, k, group_size, device)
     x, bias = randn(17, k, device=device, dtype=dtype), randn(n, device=device)
     x[5] = 0
@@ -402,7 +402,7 @@ def test_int8_activations(
     product = (levels.double() * step.double()) @ dequantized(qweight, scale, group_size).T
     y = int8_linear(x, qweight, scale, bias, activations="int8")
     exact = product + bias.double()
-    # One rounding to the output's dtype, and a few in fp32 of what went into the sum: groups' products, which may cancel.
+    # Allow one rounding to the output's dtype, and a few fp32 roundings of the groups' products, which may cancel.
     parts = [
         (part @ weight.T).abs()
         for part, weight in zip(
@@ -444,7 +444,7 @@ def test_gradients(
 
 
 def test_gradients_are_sums_in_fp32(device: str, backend: str) -> None:
-    """A weight rounded to bf16 before the product adds as much error as the rounding of the result."""
+    """The bound is below the error of a weight rounded to bf16, which adds as much as rounding the result."""
     qweight, scale = quantized(300, 1152, None, device)
     x = randn(16, 1152, device=device, dtype=torch.bfloat16).requires_grad_()
     cotangent = randn(16, 300, device=device, dtype=torch.bfloat16)
@@ -502,7 +502,7 @@ def test_pure_and_frozen(device: str, backend: str) -> None:
 
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast(device: str, backend: str, low: torch.dtype) -> None:
-    """x is cast, and the product is not: a weight rounded to bf16 would add as much error as the result's rounding."""
+    """Autocast casts x, not the weight: a weight rounded to bf16 would add as much error as rounding the result."""
     qweight, scale = quantized(300, 1152, None, device)
     x = randn(16, 1152, device=device)
     assert_autocasts(lambda x: int8_linear(x, qweight, scale), [x], low)
@@ -534,7 +534,7 @@ def test_compiles_with_a_packed_weight(device: str, backend: str) -> None:
 
 
 def test_compiles_with_inductor(device: str, backend: str) -> None:
-    """With a short last group, whose scales Inductor reads from beyond their end where it can see into the op."""
+    """With a short last group: if Inductor could see into the op, it would read past the end of the scales."""
     qweight, scale = quantized(15, 70, 32, device)
     with WITHOUT_CACHES:
         assert_compiles(lambda x: int8_linear(x, qweight, scale).square(), [randn(3, 70, device=device)], "inductor")
@@ -588,7 +588,7 @@ def test_portable_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Guarded:
-    """Copies of tensors, each ending where a page begins that may be neither read nor written."""
+    """Copies tensors to memory that ends at a protected page."""
 
     def __init__(self) -> None:
         libc = ctypes.CDLL(None, use_errno=True)

@@ -1,4 +1,4 @@
-"""What int8_linear and the C++ extension below it promise beyond values: memory, batches, threads, and company in the process."""
+"""int8_linear and the C++ extension: alignment, batches, threads, instruction sets, and torch in the same process."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ BOUNDS = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 2.5e-3}
 
 
 def weights(n: int, k: int, group_size: int | None, device: str) -> tuple[Tensor, Tensor]:
-    """A quantised weight that keeps the size of what it multiplies."""
-    with use_backend("auto"):  # a test's own backend is int8_linear's
+    """Return a quantised weight whose products with normal numbers are of order 1, and its scales."""
+    with use_backend("auto"):  # the test's backend is for int8_linear only
         return quantize_int8(randn(n, k, device=device) * k**-0.5, group_size=group_size)
 
 
 def assert_equal_up_to_order(backend: str, actual: Tensor, expected: Tensor) -> None:
-    """Bit for bit in the C++ kernels for CPUs; elsewhere the order of sums depends on the number of rows."""
+    """Compare bit for bit for the C++ kernels on CPUs. Other kernels add in an order that depends on the number of rows."""
     if (backend, actual.device.type) == ("native", "cpu"):
         assert torch.equal(actual, expected)
     else:
@@ -38,7 +38,7 @@ def assert_equal_up_to_order(backend: str, actual: Tensor, expected: Tensor) -> 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 def test_misaligned(device: str, backend: str, dtype: torch.dtype, activations: str) -> None:
-    """Contiguous, but one element after where an allocation starts."""
+    """Tensors are contiguous, but begin one element after the start of an allocation."""
 
     def moved(tensor: Tensor) -> Tensor:
         return torch.cat((tensor.new_zeros(1), tensor.flatten()))[1:].view(tensor.shape)
@@ -65,7 +65,7 @@ def test_a_row_does_not_depend_on_its_batch(
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 def test_the_number_of_threads_changes_nothing(device: str, backend: str, activations: str) -> None:
-    """And the op leaves it as it was."""
+    """Results do not depend on the number of threads, and the op does not change it."""
     packed = pack_int8(*weights(257, 588, None, device))
     x = randn(16, 588, device=device)
     before, results = torch.get_num_threads(), []
@@ -83,7 +83,7 @@ def test_the_number_of_threads_changes_nothing(device: str, backend: str, activa
 @pytest.mark.parametrize("k", [588, 4304])
 @pytest.mark.parametrize("factor", [100, 1000])
 def test_int8_activations_with_outliers(device: str, backend: str, dtype: torch.dtype, factor: int, k: int) -> None:
-    """Each row is as accurate on its levels as on its own, beside rows and with channels that are much larger."""
+    """Every row is as accurate as its levels allow, beside a much larger row and with much larger channels."""
     qweight, scale = weights(256, k, None, device)
     x = randn(4, k, device=device)
     x[1] *= factor
@@ -99,7 +99,7 @@ def test_int8_activations_with_outliers(device: str, backend: str, dtype: torch.
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 def test_autocast_leaves_the_bias_alone(device: str, backend: str, activations: str) -> None:
-    """It is added in fp32; fp16 would round this one to 127, and the result to 0."""
+    """The bias is added in fp32. In fp16 it would be 127, and the result 0."""
     one = torch.ones(1, 1, device=device)
     with torch.autocast(device, torch.float16):
         y = int8_linear(-127 * one, one.to(torch.int8), one[0], 127 * one[0] + 2**-8, activations=activations)
@@ -145,8 +145,8 @@ def instruction_sets() -> list[str]:
 def test_instruction_sets_agree_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch, n: int, k: int, group_size: int | None, activations: str
 ) -> None:
-    """With each other, and every number of rows with every other."""
-    most = 385 if n * k < 5000 else 65  # 384 are multiplied at once
+    """Results do not depend on the instruction set, nor on the number of rows."""
+    most = 385 if n * k < 5000 else 65  # the kernel takes 384 rows at a time
     packed, x = pack_int8(*weights(n, k, group_size, "cpu")), randn(most, k)
     x[3], x[5, k // 2], x[7] = 0, float("nan"), x[7] * 1e-38
     with use_backend("native"):
@@ -176,7 +176,7 @@ def test_instruction_sets_at_the_models_shapes(
 
 @needs_extension
 def test_sums_stay_in_registers() -> None:
-    """A compiler that keeps them in memory makes the product several times slower, and nothing else shows it."""
+    """A compiler that keeps sums in memory makes the product several times slower. No other test detects it."""
     if "avx512_vnni" not in instruction_sets() or shutil.which("objdump") is None:
         pytest.skip("needs objdump, and an x86 CPU with AVX-512 VNNI")
     path = importlib.import_module("pg_kernels._C").__file__
@@ -209,7 +209,7 @@ if os.path.exists("/proc/self/maps"):
 @needs_extension
 @pytest.mark.parametrize("first", ["extension", "torch"])
 def test_the_extension_and_torch_in_either_order(first: str) -> None:
-    """And only torch's OpenMP runtime is in the process afterwards: a second one would oversubscribe the cores."""
+    """Both load, and torch's OpenMP runtime is the only one in the process: a second one would oversubscribe the cores."""
     path = importlib.import_module("pg_kernels._C").__file__
     done = python((LOAD_ALONE.format(path=path) if first == "extension" else "import torch") + MULTIPLY + RUNTIMES)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Several packed weights at once, and rows of one: what a model needs besides int8_linear."""
+"""int8_projections, int8_geglu, int8_topk and the rows of a packed weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pg_kernels import backend as use_backend
 
 OP = "int8_linear"
 ACTIVATIONS = ["keep", "int8"]
-# Relative Frobenius error of gelu_tanh(gate) · up: where it is not one call, gate and up are rounded on the way.
+# Relative Frobenius error of gelu_tanh(gate) · up. Without a fused kernel gate and up are rounded first.
 BOUNDS = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
@@ -45,7 +45,7 @@ def test_rows(shape: tuple[int, int], group_size: int | None) -> None:
 
 
 @pytest.mark.parametrize("index", [-1, 3])
-def test_rows_that_are_not_there(index: int) -> None:
+def test_row_indices_out_of_range(index: int) -> None:
     for weight in (GOOD, PackedInt8Weight(GOOD.shape, 70, *quantize_int8(randn(3, 70), group_size=128), False)):
         with pytest.raises(ValueError, match=rf"^indices: expected numbers in \[0, 3\), got {min(index, 1)} to"):
             weight.rows(torch.tensor([1, index]))
@@ -53,7 +53,7 @@ def test_rows_that_are_not_there(index: int) -> None:
         GOOD.rows(torch.ones(2))
 
 
-# The largest products
+# Top-k
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
@@ -78,13 +78,13 @@ def test_topk(
     exact = exact if softcap is None else softcap * torch.tanh(exact / softcap)
     exact = exact.log_softmax(-1) if log_probs else exact
     assert values.dtype == torch.float32 and indices.dtype == torch.int64 and values.shape == (2, 5, k)
-    # As large as the best ones are, in their order, and where they say they are.
+    # The values are the k largest, in order, and lie at the indices.
     torch.testing.assert_close(values.double(), exact.sort(descending=True).values[..., :k], rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(values.double(), exact.gather(-1, indices), rtol=1e-4, atol=1e-3)
     assert bool((values.diff() <= 0).all()) and all(len(set(row.tolist())) == k for row in indices.view(-1, k))
 
 
-def test_topk_of_equals_and_numbers_that_are_none(device: str, backend: str) -> None:
+def test_topk_of_equal_logits_and_nan(device: str, backend: str) -> None:
     levels = torch.tensor([1, 3, 3, 2, 3], dtype=torch.int8, device=device)[:, None].repeat(40, 1)
     weight = pack_int8(levels, torch.ones(200, device=device))
     values, indices = int8_topk(torch.ones(1, 1, device=device), weight, 4)
@@ -108,14 +108,14 @@ def test_topk_does_not_depend_on_threads_and_batch(device: str, backend: str) ->
         torch.set_num_threads(threads)
 
 
-def test_topk_keeps_the_order_of_products_whose_probabilities_are_one_number(device: str, backend: str) -> None:
+def test_topk_orders_logits_with_equal_log_probabilities(device: str, backend: str) -> None:
     weight = pack_int8(torch.eye(4, dtype=torch.int8, device=device), torch.ones(4, device=device))
     x = torch.tensor([[20.0, 20.001, 0.0, 0.0]], device=device)
     assert int8_topk(x, weight, 2, log_probs=True)[1].tolist() == [[1, 0]]
 
 
-def test_log_probabilities_of_large_products(device: str, backend: str) -> None:
-    """exp of the products themselves would be infinite, or all zero."""
+def test_log_probabilities_of_large_logits(device: str, backend: str) -> None:
+    """exp of these logits would be infinite, or zero for all."""
     weight = pack_int8(
         torch.tensor([[100], [99], [-100]], dtype=torch.int8, device=device), torch.ones(3, device=device)
     )
@@ -129,7 +129,7 @@ def test_log_probabilities_of_large_products(device: str, backend: str) -> None:
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 @pytest.mark.parametrize("group_size", [None, 32])
-def test_projections_are_those_of_each(
+def test_projections_equal_int8_linear_of_each_weight(
     device: str, backend: str, dtype: torch.dtype, group_size: int | None, activations: str
 ) -> None:
     weights = [packed(n, 70, group_size, device) for n in (128, 1, 65)]
@@ -140,7 +140,7 @@ def test_projections_are_those_of_each(
         assert torch.equal(y, int8_linear(x, weight, bias=bias, activations=activations))
 
 
-def test_projections_with_groups_of_their_own(device: str, backend: str) -> None:
+def test_projections_with_different_group_sizes(device: str, backend: str) -> None:
     weights = [packed(16, 70, group_size, device) for group_size in (None, 32)]
     x = randn(3, 70, device=device)
     for y, weight in zip(int8_projections(x, weights), weights, strict=True):
@@ -167,7 +167,7 @@ def test_projection_shapes(device: str, backend: str, shape: tuple[int, ...]) ->
     assert int8_geglu(x, weights[0], weights[0]).shape == (*shape[:-1], 16)
 
 
-# Gate and up
+# GeGLU
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
@@ -185,7 +185,7 @@ def test_geglu(device: str, backend: str, dtype: torch.dtype, n: int, group_size
 
 
 def test_geglu_far_from_zero(device: str, backend: str) -> None:
-    """gelu_tanh is 0 on one side and the identity on the other, without overflow on the way."""
+    """gelu_tanh is 0 far below zero and the identity far above, without overflow in between."""
     one = pack_int8(torch.ones(1, 1, dtype=torch.int8, device=device), torch.ones(1, device=device))
     x = torch.tensor([[-1e30], [-1e4], [-30.0], [0.0], [30.0], [1e4]], device=device)
     y = int8_geglu(x, one, one)
@@ -241,7 +241,7 @@ def test_opcheck(device: str, backend: str, m: int) -> None:
 
 
 def layout(**changes: Any) -> dict[str, Any]:
-    """What the ops below the public functions take of a weight [33, 70] in groups of 32, changed."""
+    """Return the registered ops' arguments for a weight [33, 70] in groups of 32, with some changes."""
     weight = packed(33, 70, 32)
     return {"data": weight._data, "scale": weight._scale, "n": 33, "group_size": 32, **changes}
 
@@ -262,8 +262,8 @@ def layout(**changes: Any) -> dict[str, Any]:
     ids=lambda changes: "-".join(changes),
 )
 @pytest.mark.backends("native")
-def test_buffers_that_are_not_such_a_weight(device: str, backend: str, changes: dict[str, Any]) -> None:
-    """The ops themselves: the extension would read beyond them."""
+def test_buffers_of_another_weight(device: str, backend: str, changes: dict[str, Any]) -> None:
+    """The registered ops refuse buffers of other sizes: the extension would read past them."""
     ops, x = torch.ops.pg_kernels, torch.ones(2, 70)
     data, scale, n, group_size = layout(**changes).values()
     for call in (
@@ -323,7 +323,7 @@ def test_no_rows() -> None:
     assert empty.dequantize().shape == (0, 4)
 
 
-def test_forward_derivatives_are_refused_not_dropped() -> None:
+def test_forward_derivatives_raise() -> None:
     from torch.autograd import forward_ad
 
     with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
