@@ -21,7 +21,7 @@ from pg_kernels.ops.rms_norm.tiles import Tiles
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")
-FASTER = Tiles(64, 2, 4)
+FASTER = Tiles(block_m=2, block_n=64, num_warps=4)
 KEY = tiles.key("forward", 64, 2)
 
 
@@ -42,10 +42,10 @@ def one_site(monkeypatch: pytest.MonkeyPatch) -> list[Tiles]:
     weight = torch.ones(64, dtype=torch.bfloat16)
 
     def call() -> None:
-        launched.append(tiles.forward(64, 2, devices.INTERPRETER))
+        launched.append(tiles.choose_forward(64, 2, devices.INTERPRETER))
         pg_kernels.rms_norm(torch.ones(3, 64, dtype=torch.bfloat16), weight)
 
-    site = Site("rms_norm", KEY, [tiles.forward(64, 2, devices.INTERPRETER), FASTER], lambda: call)
+    site = Site("rms_norm", KEY, [tiles.choose_forward(64, 2, devices.INTERPRETER), FASTER], lambda: call)
     monkeypatch.setattr(tuning, "sites", lambda place: [site])
     return launched
 
@@ -62,18 +62,18 @@ def timer(times: Mapping[str, float]) -> Callable[..., dict[str, Samples]]:
 
 
 def test_winners_are_kept_and_used(stored: Path, one_site: list[Tiles], monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = tiles.forward(64, 2, devices.INTERPRETER)
+    usual = tiles.choose_forward(64, 2, devices.INTERPRETER)
     monkeypatch.setattr(tuning, "interleave", timer({str(FASTER): 0.9}))
     assert tune([], CPU, "the command") == stored
     assert set(one_site) == {usual, FASTER}
     content = json.loads(stored.read_text())
-    assert content["tiles"] == {"rms_norm": {KEY: {"block": 64, "rows": 2, "warps": 4}}}
+    assert content["tiles"] == {"rms_norm": {KEY: {"block_m": 2, "block_n": 64, "num_warps": 4}}}
     assert content["device"] == devices.INTERPRETER.name and content["command"] == "the command"
     assert content["versions"]["torch"]
 
     devices._tuned_file.cache_clear()  # as in a new process
-    assert tiles.forward(64, 2, devices.INTERPRETER) == FASTER
-    assert tiles.forward(64, 4, devices.INTERPRETER) != FASTER
+    assert tiles.choose_forward(64, 2, devices.INTERPRETER) == FASTER
+    assert tiles.choose_forward(64, 4, devices.INTERPRETER) != FASTER
     x, weight = torch.randn(5, 64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16)
     with pg_kernels.backend("triton"):
         tuned = pg_kernels.rms_norm(x, weight)
@@ -88,7 +88,10 @@ def test_winners_are_kept_and_used(stored: Path, one_site: list[Tiles], monkeypa
 
 
 def test_other_ops_are_left_alone(stored: Path, one_site: list[Tiles], monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {"geglu": {"all": {"block": 512, "warps": 4}}, "rms_norm": {"other": {"block": 1, "rows": 1, "warps": 4}}}
+    before = {
+        "geglu": {"all": {"block_n": 512, "num_warps": 4}},
+        "rms_norm": {"other": {"block_m": 1, "block_n": 1, "num_warps": 4}},
+    }
     stored.write_text(json.dumps({"tiles": before}))
     monkeypatch.setattr(tuning, "interleave", timer({str(FASTER): 0.5}))
     tune(["rms_norm"], CPU, "")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 MINIMUM_CAPABILITY = (8, 0)
-MAX_ROWS_AT_ONCE = 128
+MAX_BLOCK_M = 128
 TUNED = Path(__file__).parents[2] / "tuned"
 """One JSON for each GPU that `pg-kernels tune` has run on."""
 
@@ -67,7 +67,7 @@ def unsupported_reason(*tensors: Tensor | None) -> str | None:
     given = [tensor for tensor in tensors if tensor is not None]
     if any(tensor.dtype == torch.float64 for tensor in given):
         return "float64 runs on backend 'reference' only"
-    if any(tensor.numel() // max(tensor.shape[-1:].numel(), 1) >= 2**31 - MAX_ROWS_AT_ONCE for tensor in given):
+    if any(tensor.numel() // max(tensor.shape[-1:].numel(), 1) >= 2**31 - MAX_BLOCK_M for tensor in given):
         return "2^31 rows or more run on backend 'reference' only"
     return None
 

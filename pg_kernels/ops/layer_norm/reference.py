@@ -1,3 +1,5 @@
+"""layer_norm in plain PyTorch."""
+
 from __future__ import annotations
 
 import torch
@@ -12,6 +14,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Normalise the sum as it is stored, that is rounded to its dtype: the same numbers as two separate steps."""
+    """Normalise the rounded sum x + residual, and return it too; the result equals two separate ops."""
     total = x + residual
     return layer_norm(total, weight, bias, eps), total

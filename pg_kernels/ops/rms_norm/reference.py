@@ -1,3 +1,5 @@
+"""rms_norm in plain PyTorch."""
+
 from __future__ import annotations
 
 import torch
@@ -14,6 +16,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Ten
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor]:
-    """Normalise the sum as it is stored, that is rounded to its dtype: the same numbers as two separate steps."""
+    """Normalise the rounded sum x + residual, and return it too; the result equals two separate ops."""
     total = x + residual
     return rms_norm(total, weight, eps, weight_offset), total

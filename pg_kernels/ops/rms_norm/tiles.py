@@ -1,56 +1,67 @@
+"""Launch configurations of rms_norm's kernels. layer_norm takes them, too."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pg_kernels.ops._common.devices import MAX_ROWS_AT_ONCE, Device, tuned
+from pg_kernels.ops._common.devices import MAX_BLOCK_M, Device, tuned
 
-MAX_COLUMNS = 32_768
-"""The longest row that the forward kernel keeps in registers without spilling, with 1,024 threads."""
-MAX_WHOLE_COLUMNS = 8_192
-"""The longest row that the backward kernel keeps in registers with its gradients."""
+MAX_COLS = 32_768
+"""The longest row, in elements, that the forward kernel keeps in registers without spilling, with 1,024 threads."""
+MAX_BWD_BLOCK_N = 8_192
+"""The longest row, in elements, that the backward kernel keeps in registers with its gradients."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    block: int
-    """Columns at once: a power of two."""
-    rows: int
-    """Rows at once."""
-    warps: int
+    block_m: int
+    """Rows of one program."""
+    block_n: int
+    """Columns of one step, a power of two."""
+    num_warps: int
 
 
-def forward(columns: int, itemsize: int, device: Device, op: str = "rms_norm") -> Tiles:
-    """Whole rows, and of short ones several, so that each thread has two loads of 16 bytes under way."""
-    block = _power_of_two(columns)
-    rows = min(max(1, 2048 // block), MAX_ROWS_AT_ONCE)
-    usual = Tiles(block, rows, _warps(block * rows, each=32 // itemsize))
-    return _tuned(op, key("forward", columns, itemsize), device) or usual
+def choose_forward(num_cols: int, itemsize: int, device: Device, op: str = "rms_norm") -> Tiles:
+    """Return the forward kernel's tiles for rows of `num_cols` elements of `itemsize` bytes.
+
+    One program takes a whole row, or several short ones, so that each thread has two loads of 16 bytes in flight.
+    """
+    block_n = _next_power_of_two(num_cols)
+    block_m = min(max(1, 2048 // block_n), MAX_BLOCK_M)
+    default = Tiles(block_m, block_n, _num_warps(block_m * block_n, elements_per_thread=32 // itemsize))
+    return _tuned(op, key("forward", num_cols, itemsize), device) or default
 
 
-def backward(columns: int, itemsize: int, device: Device, op: str = "rms_norm") -> Tiles:
-    """Whole rows one at a time, or blocks of 16 KiB where a row and its sums would not fit; each thread loads 16 bytes."""
-    block = _power_of_two(columns) if columns <= MAX_WHOLE_COLUMNS else 8192 // itemsize
-    usual = Tiles(block, 1, _warps(block, each=16 // itemsize))
-    return _tuned(op, key("backward", columns, itemsize), device) or usual
+def choose_backward(num_cols: int, itemsize: int, device: Device, op: str = "rms_norm") -> Tiles:
+    """Return the backward kernel's tiles for rows of `num_cols` elements of `itemsize` bytes.
+
+    One step takes a whole row, or 8 KiB of a row longer than MAX_BWD_BLOCK_N. Each thread loads 16 bytes.
+    """
+    block_n = _next_power_of_two(num_cols) if num_cols <= MAX_BWD_BLOCK_N else 8192 // itemsize
+    default = Tiles(1, block_n, _num_warps(block_n, elements_per_thread=16 // itemsize))
+    return _tuned(op, key("backward", num_cols, itemsize), device) or default
 
 
-def programs(rows: int, device: Device) -> int:
-    """How many programs share the rows in backward: each writes a partial weight gradient, so no more than fill the device."""
-    return min(rows, 4 * device.multiprocessors)
+def num_programs(num_rows: int, device: Device) -> int:
+    """Return how many programs share the rows in backward.
+
+    Each program writes a partial weight gradient, so there are no more of them than fill the device.
+    """
+    return min(num_rows, 4 * device.multiprocessors)
 
 
-def candidates(kernel: str, columns: int, itemsize: int, device: Device) -> list[Tiles]:
-    """What `pg-kernels tune` tries for "forward" or "backward"."""
-    usual = (forward if kernel == "forward" else backward)(columns, itemsize, device)
-    if itemsize > 2:  # what `pg-kernels tune` does not time, and registers hold as it is
-        return [usual]
-    warps = {usual.warps, usual.warps // 2, usual.warps * 2} & {4, 8, 16, 32}
-    return [replace(usual, warps=count) for count in sorted(warps)]
+def candidates(kernel: str, num_cols: int, itemsize: int, device: Device) -> list[Tiles]:
+    """Return what `pg-kernels tune` tries for the "forward" or the "backward" kernel."""
+    default = (choose_forward if kernel == "forward" else choose_backward)(num_cols, itemsize, device)
+    if itemsize > 2:  # fp32 is not tuned, and its default tiles fit into registers
+        return [default]
+    num_warps = {default.num_warps, default.num_warps // 2, default.num_warps * 2} & {4, 8, 16, 32}
+    return [replace(default, num_warps=count) for count in sorted(num_warps)]
 
 
-def key(kernel: str, columns: int, itemsize: int) -> str:
-    """What a tuned choice holds for."""
-    return f"{kernel}, {columns} columns of {itemsize} bytes"
+def key(kernel: str, num_cols: int, itemsize: int) -> str:
+    """Return the name under which tuned tiles are stored."""
+    return f"{kernel}, {num_cols} columns of {itemsize} bytes"
 
 
 def _tuned(op: str, key: str, device: Device) -> Tiles | None:
@@ -58,10 +69,9 @@ def _tuned(op: str, key: str, device: Device) -> Tiles | None:
     return Tiles(**found) if found else None
 
 
-def _power_of_two(columns: int) -> int:
-    return 1 << (columns - 1).bit_length()
+def _next_power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
-def _warps(elements: int, each: int) -> int:
-    """So many that each thread has `each` elements."""
-    return min(max(elements // (32 * each), 4), 32)
+def _num_warps(elements: int, elements_per_thread: int) -> int:
+    return min(max(elements // (32 * elements_per_thread), 4), 32)
