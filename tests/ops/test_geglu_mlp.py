@@ -56,7 +56,7 @@ def test_values_and_gradients(
 @pytest.mark.parametrize(
     "chosen",
     [Tiles(16, 32, 32, 1, 4, 2), Tiles(32, 16, 64, 8, 4, 2), *tiles.candidates(9, devices.INTERPRETER)],
-    ids=lambda chosen: f"{chosen.rows}x{chosen.features}x{chosen.inner}",
+    ids=lambda chosen: f"{chosen.block_m}x{chosen.block_n}x{chosen.block_k}",
 )
 @pytest.mark.parametrize("sizes", [(64, 128, 64), (40, 72, 24), (1, 3, 2), (130, 257, 66)], ids=str)
 @pytest.mark.parametrize("rows", [1, 16, 17, 70])

@@ -1,3 +1,5 @@
+"""Triton kernels of geglu. One program takes one block of one row."""
+
 from __future__ import annotations
 
 import triton
@@ -7,45 +9,45 @@ from pg_kernels.ops._common.jit_functions import gelu, gelu_and_slope, row_start
 
 
 @triton.jit
-def forward(gate_ptr, up_ptr, y_ptr, columns, blocks, gate_strides, up_strides, BLOCK: tl.constexpr):
-    """One of the `blocks` blocks of one row."""
-    row, column, inside = _place(columns, blocks, BLOCK)
-    gate = tl.load(gate_ptr + row_start(row, gate_strides) + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row_start(row, up_strides) + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row.to(tl.int64) * columns + column, (gelu(gate) * up).to(y_ptr.dtype.element_ty), mask=inside)
+def geglu_fwd_kernel(gate_ptr, up_ptr, y_ptr, num_cols, num_blocks, gate_strides, up_strides, BLOCK_N: tl.constexpr):
+    """Compute gelu(gate) · up of one of a row's `num_blocks` blocks."""
+    row, cols, mask = _locate(num_cols, num_blocks, BLOCK_N)
+    gate = tl.load(gate_ptr + row_start(row, gate_strides) + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N]
+    up = tl.load(up_ptr + row_start(row, up_strides) + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N]
+    tl.store(y_ptr + row.to(tl.int64) * num_cols + cols, (gelu(gate) * up).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def backward(
+def geglu_bwd_kernel(
     grad_ptr,
     gate_ptr,
     up_ptr,
     grad_gate_ptr,
     grad_up_ptr,
     y_ptr,
-    columns,
-    blocks,
+    num_cols,
+    num_blocks,
     grad_strides,
     gate_strides,
     up_strides,
-    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Both gradients, and with y_ptr the forward's result once more, from the inputs alone."""
-    row, column, inside = _place(columns, blocks, BLOCK)
-    grad = tl.load(grad_ptr + row_start(row, grad_strides) + column, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + row_start(row, gate_strides) + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row_start(row, up_strides) + column, mask=inside, other=0.0).to(tl.float32)
+    """Compute both gradients of one of a row's `num_blocks` blocks, and with y_ptr the forward's result again."""
+    row, cols, mask = _locate(num_cols, num_blocks, BLOCK_N)
+    grad = tl.load(grad_ptr + row_start(row, grad_strides) + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N]
+    gate = tl.load(gate_ptr + row_start(row, gate_strides) + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N]
+    up = tl.load(up_ptr + row_start(row, up_strides) + cols, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N]
     activated, slope = gelu_and_slope(gate)
-    out = row.to(tl.int64) * columns + column
-    tl.store(grad_gate_ptr + out, (grad * up * slope).to(grad_gate_ptr.dtype.element_ty), mask=inside)
-    tl.store(grad_up_ptr + out, (grad * activated).to(grad_up_ptr.dtype.element_ty), mask=inside)
+    out_offsets = row.to(tl.int64) * num_cols + cols
+    tl.store(grad_gate_ptr + out_offsets, (grad * up * slope).to(grad_gate_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_up_ptr + out_offsets, (grad * activated).to(grad_up_ptr.dtype.element_ty), mask=mask)
     if y_ptr is not None:
-        tl.store(y_ptr + out, (activated * up).to(y_ptr.dtype.element_ty), mask=inside)
+        tl.store(y_ptr + out_offsets, (activated * up).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _place(columns, blocks, BLOCK: tl.constexpr):
-    """This program's row, its columns, and which of those there are."""
+def _locate(num_cols, num_blocks, BLOCK_N: tl.constexpr):
+    """Return this program's row, its columns [BLOCK_N], and a mask of the columns that exist."""
     program = tl.program_id(0)
-    column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    return program // blocks, column, column < columns
+    cols = (program % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return program // num_blocks, cols, cols < num_cols

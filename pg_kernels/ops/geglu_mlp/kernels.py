@@ -1,3 +1,5 @@
+"""Triton kernels of geglu_mlp. M = tokens, N = hidden units of the MLP, K = inner size: x [M, K], both weights [N, K]."""
+
 from __future__ import annotations
 
 import triton
@@ -7,58 +9,60 @@ from pg_kernels.ops._common.jit_functions import gelu
 
 
 @triton.jit
-def gate_up(
+def geglu_gemm_kernel(
     x_ptr,
     gate_ptr,
     up_ptr,
     y_ptr,
-    rows,
-    features,
-    inner,
-    x_stride,
-    gate_stride,
-    up_stride,
-    ROWS: tl.constexpr,
-    FEATURES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-    EVEN: tl.constexpr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_gate_n,
+    stride_up_n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One tile of gelu(x · gateᵀ) · (x · upᵀ): both products share the loads of x, and neither is ever written."""
-    row_blocks, feature_blocks = tl.cdiv(rows, ROWS), tl.cdiv(features, FEATURES)
+    """Compute a tile [BLOCK_M, BLOCK_N] of gelu(x · gateᵀ) · (x · upᵀ).
+
+    Both products share the loads of x, and neither is written to memory.
+    """
+    num_blocks_m, num_blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
-    group = program // (GROUP * feature_blocks)
-    in_group = tl.minimum(row_blocks - group * GROUP, GROUP)
-    row_block = group * GROUP + (program % (GROUP * feature_blocks)) % in_group
-    feature_block = (program % (GROUP * feature_blocks)) // in_group
+    group = program // (GROUP_M * num_blocks_n)
+    group_size = tl.minimum(num_blocks_m - group * GROUP_M, GROUP_M)
+    block_m = group * GROUP_M + (program % (GROUP_M * num_blocks_n)) % group_size
+    block_n = (program % (GROUP_M * num_blocks_n)) // group_size
 
-    row = row_block * ROWS + tl.arange(0, ROWS)
-    feature = feature_block * FEATURES + tl.arange(0, FEATURES)
-    # Beyond the end the last ones again: a load without a mask is faster, and those results are not stored.
-    read_row = tl.minimum(row, rows - 1).to(tl.int64)
-    read_feature = tl.minimum(feature, features - 1).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    x = x_ptr + read_row[:, None] * x_stride + column[None, :]
-    gate = gate_ptr + read_feature[None, :] * gate_stride + column[:, None]
-    up = up_ptr + read_feature[None, :] * up_stride + column[:, None]
+    offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    offs_k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    # Clamp indices past the end: unmasked loads are faster, and these results are never stored.
+    clamped_m = tl.minimum(offs_m, M - 1).to(tl.int64)
+    clamped_n = tl.minimum(offs_n, N - 1).to(tl.int64)
+    x_tile = x_ptr + clamped_m[:, None] * stride_xm + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
+    gate_tile = gate_ptr + clamped_n[None, :] * stride_gate_n + offs_k[:, None]  # [BLOCK_K, BLOCK_N]
+    up_tile = up_ptr + clamped_n[None, :] * stride_up_n + offs_k[:, None]  # [BLOCK_K, BLOCK_N]
 
-    gates = tl.zeros([ROWS, FEATURES], tl.float32)
-    ups = tl.zeros([ROWS, FEATURES], tl.float32)
-    for start in tl.range(0, inner, BLOCK):
-        if EVEN:
-            a, b, c = tl.load(x + start), tl.load(gate + start), tl.load(up + start)
+    acc_gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in tl.range(0, K, BLOCK_K):
+        if EVEN_K:
+            x, gate, up = tl.load(x_tile + start), tl.load(gate_tile + start), tl.load(up_tile + start)
         else:
-            there = start + column < inner
-            a = tl.load(x + start, mask=there[None, :], other=0.0)
-            b = tl.load(gate + start, mask=there[:, None], other=0.0)
-            c = tl.load(up + start, mask=there[:, None], other=0.0)
+            mask = start + offs_k < K
+            x = tl.load(x_tile + start, mask=mask[None, :], other=0.0)
+            gate = tl.load(gate_tile + start, mask=mask[:, None], other=0.0)
+            up = tl.load(up_tile + start, mask=mask[:, None], other=0.0)
         if WIDEN:
-            a, b, c = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32)
-        gates = tl.dot(a, b, gates, input_precision="ieee")
-        ups = tl.dot(a, c, ups, input_precision="ieee")
+            x, gate, up = x.to(tl.float32), gate.to(tl.float32), up.to(tl.float32)
+        acc_gate = tl.dot(x, gate, acc_gate, input_precision="ieee")
+        acc_up = tl.dot(x, up, acc_up, input_precision="ieee")
 
-    y = y_ptr + row.to(tl.int64)[:, None] * features + feature[None, :]
-    tl.store(
-        y, (gelu(gates) * ups).to(y_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (feature < features)[None, :]
-    )
+    y = (gelu(acc_gate) * acc_up).to(y_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_N]
+    out = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(out, y, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])

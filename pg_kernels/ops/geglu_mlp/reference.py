@@ -1,3 +1,5 @@
+"""geglu_mlp in plain PyTorch."""
+
 from __future__ import annotations
 
 import torch.nn.functional as F
@@ -7,5 +9,5 @@ from pg_kernels.ops.geglu.reference import geglu
 
 
 def geglu_mlp(x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor) -> Tensor:
-    """down(gelu_tanh(gate(x)) · up(x)) for x [..., K]."""
+    """Compute down(gelu_tanh(gate(x)) · up(x)) for x [..., K]."""
     return F.linear(geglu(F.linear(x, gate_weight), F.linear(x, up_weight)), down_weight)
