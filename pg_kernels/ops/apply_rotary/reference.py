@@ -1,3 +1,5 @@
+"""apply_rotary and apply_rotary_to_cache in plain PyTorch."""
+
 from __future__ import annotations
 
 import torch
@@ -5,7 +7,7 @@ from torch import Tensor
 
 
 def apply_rotary(q: Tensor, k: Tensor, positions: Tensor, theta: float) -> tuple[Tensor, Tensor]:
-    """Turn pairs (i, i + D/2) of every head by position · theta^(−2i/D); angles and products in fp32.
+    """Rotate the pairs (i, i + D/2) of every head by position · theta^(−2i/D), with angles and products in fp32.
 
     q [B, H, S, D], k [B, Hkv, S, D], positions [B or 1, S].
     """
@@ -14,11 +16,6 @@ def apply_rotary(q: Tensor, k: Tensor, positions: Tensor, theta: float) -> tuple
     angles = positions[:, None, :, None].to(wide) * (1.0 / theta**exponents)
     cos, sin = angles.cos(), angles.sin()
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def apply_rotary_to_cache(
@@ -37,3 +34,8 @@ def apply_rotary_to_cache(
     for cache, new in ((k_cache, k), (v_cache, v)):
         cache[batch, :, cache_positions.long()] = new.transpose(1, 2).to(cache.dtype)
     return q
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -40,10 +40,10 @@ def geglu_gemm_kernel(
 
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    offs_k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
     # Clamp indices past the end: unmasked loads are faster, and these results are never stored.
     clamped_m = tl.minimum(offs_m, M - 1).to(tl.int64)
     clamped_n = tl.minimum(offs_n, N - 1).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
     x_tile = x_ptr + clamped_m[:, None] * stride_xm + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
     gate_tile = gate_ptr + clamped_n[None, :] * stride_gate_n + offs_k[:, None]  # [BLOCK_K, BLOCK_N]
     up_tile = up_ptr + clamped_n[None, :] * stride_up_n + offs_k[:, None]  # [BLOCK_K, BLOCK_N]
@@ -63,6 +63,6 @@ def geglu_gemm_kernel(
         acc_gate = tl.dot(x, gate, acc_gate, input_precision="ieee")
         acc_up = tl.dot(x, up, acc_up, input_precision="ieee")
 
-    y = (gelu(acc_gate) * acc_up).to(y_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_N]
-    out = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-    tl.store(out, y, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+    out = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]  # [BLOCK_M, BLOCK_N]
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    tl.store(out, (gelu(acc_gate) * acc_up).to(y_ptr.dtype.element_ty), mask=mask)
