@@ -1,4 +1,4 @@
-"""Fused kernels for PaliGemma in PyTorch; the model assembled from them is `pg_kernels.model`."""
+"""Fused PyTorch kernels for PaliGemma. `pg_kernels.model` is the model that is assembled from them."""
 
 from pg_kernels.backends import backend
 from pg_kernels.ops.apply_rotary import apply_rotary, apply_rotary_to_cache

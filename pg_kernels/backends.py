@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: `backend()` asks for one, `select()` decides, `explain()` says why."""
+"""Which implementation of an op runs: `backend()` requests one, `select()` decides, `explain()` gives the reasons."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from contextvars import ContextVar
 import torch
 
 BACKENDS = ("triton", "native", "reference")
-"""In the order in which "auto" prefers them."""
+"""All backends, in the order in which "auto" prefers them."""
 
 _requested: ContextVar[str] = ContextVar("pg_kernels.backend")
 _traced: str | None = None
-"""What a `backend()` block inside a function asks for while torch.compile traces that function; None at all other times."""
+"""The backend of the innermost `backend()` block in the code that torch.compile is tracing; None outside of such blocks."""
 
 
 class _Context:
-    """`requested` is what this context's innermost block asks for, or this object outside all blocks.
+    """`requested` is the backend of this context's innermost `backend()` block, or this object itself outside all blocks.
 
-    torch.compile cannot trace ContextVar.get, but it reads and guards a property whose getter is C code like a plain attribute.
+    torch.compile cannot trace ContextVar.get. It reads and guards a property whose getter is C code like a plain attribute.
     """
 
-    requested = property(_requested.get)  # called with this object, which get takes as the default
+    requested = property(_requested.get)  # the property passes this object to get, as the default
 
 
 _context = _Context()
@@ -32,7 +32,7 @@ _registered: dict[str, dict[str, Callable[[str], str | None]]] = {}
 def register_backend(op: str, backend: str, unavailable_reason: Callable[[str], str | None]) -> None:
     """Declare that `op` has an implementation on `backend`.
 
-    `unavailable_reason(device_type)` gives the reason why it cannot run on "cpu" or "cuda" tensors here, or None when it can.
+    `unavailable_reason(device_type)` returns why it cannot run on "cpu" or "cuda" tensors on this machine, or None if it can.
     """
     _registered.setdefault(op, {"reference": lambda device_type: None})[backend] = unavailable_reason
 
@@ -41,9 +41,11 @@ def register_backend(op: str, backend: str, unavailable_reason: Callable[[str], 
 def backend(name: str) -> Iterator[None]:
     """Run the ops inside the `with` block on one backend: "auto", "triton", "native" or "reference".
 
-    "auto", the default, takes the first of the others that can run the op on the tensors' device. A named backend is
-    strict: an op that does not have it raises RuntimeError with the reason. The setting is a context variable: other threads and
-    asyncio tasks do not see it. A backward pass uses what its forward used. Raises ValueError for any other name.
+    "auto", the default, takes the first of "triton", "native" and "reference" that can run the op on the tensors' device. A named
+    backend is strict: an op that it cannot run raises RuntimeError with the reason. The setting is a context variable: other
+    threads and asyncio tasks do not see it. A backward pass runs on the backend of its forward pass.
+
+    Raises ValueError for any other name.
     """
     global _traced
     if name != "auto" and name not in BACKENDS:
@@ -63,7 +65,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def requested() -> str:
-    """Return what the innermost `backend()` block of this thread or asyncio task asks for, or "auto"."""
+    """Return the backend of the innermost `backend()` block of this thread or asyncio task, or "auto"."""
     if _traced is not None:
         return _traced
     name = _context.requested
@@ -73,40 +75,44 @@ def requested() -> str:
 def select(
     op: str, device_type: str, unsupported: Mapping[str, str | None] | None = None, avoid: tuple[str, ...] = ()
 ) -> str:
-    """Give the backend that `op` runs on for tensors of a device type; RuntimeError when the one asked for cannot.
+    """Return the backend that `op` runs on for tensors of a device type.
 
-    `unsupported` are reasons in this call's arguments why a backend cannot take it, by backend; those in `avoid` can, but "auto"
-    passes over them because another is faster.
+    `unsupported` says by backend why it does not support this call's arguments. "auto" also skips the backends in `avoid`, which
+    support them, but are slower than another one.
+
+    Raises RuntimeError if a named backend was requested that cannot run the call.
     """
-    unsupported, asked = unsupported or {}, requested()
-    if asked == "auto":
+    unsupported, name = unsupported or {}, requested()
+    if name == "auto":
         return next(
-            name
-            for name in BACKENDS
-            if name not in avoid and _passed_over(op, name, device_type) is None and unsupported.get(name) is None
+            candidate
+            for candidate in BACKENDS
+            if candidate not in avoid
+            and _skipped_reason(op, candidate, device_type) is None
+            and unsupported.get(candidate) is None
         )
-    reason = _unavailable_reason(op, asked, device_type) or unsupported.get(asked)
+    reason = _unavailable_reason(op, name, device_type) or unsupported.get(name)
     if reason is not None:
-        raise RuntimeError(f"{op} cannot run on backend {asked!r} with {device_type} tensors: {reason}")
-    return asked
+        raise RuntimeError(f"{op} cannot run on backend {name!r} with {device_type} tensors: {reason}")
+    return name
 
 
 def available(op: str, device_type: str, *, interpreted: bool = False) -> list[str]:
-    """The backends that can run `op` on tensors of a device type here, in the order in which "auto" prefers them.
+    """Return the backends that can run `op` on tensors of a device type on this machine, in the order of BACKENDS.
 
-    `interpreted` includes Triton's interpreter where it is switched on, for which speed says nothing.
+    `interpreted` includes Triton's interpreter if it is switched on.
     """
-    unavailable_reason = _unavailable_reason if interpreted else _passed_over
+    unavailable_reason = _unavailable_reason if interpreted else _skipped_reason
     return [name for name in BACKENDS if unavailable_reason(op, name, device_type) is None]
 
 
 def explain(device_type: str) -> dict[str, tuple[str, dict[str, str]]]:
-    """For every op: the backend that "auto" takes on a device type, and why each preferred one is not taken."""
+    """Return for every op the backend that "auto" takes on a device type, and why it skips each backend before that one."""
     table = {}
     for op in sorted(_registered):
         reasons: dict[str, str] = {}
         for name in BACKENDS:
-            reason = _passed_over(op, name, device_type)
+            reason = _skipped_reason(op, name, device_type)
             if reason is None:
                 table[op] = (name, reasons)
                 break
@@ -114,8 +120,8 @@ def explain(device_type: str) -> dict[str, tuple[str, dict[str, str]]]:
     return table
 
 
-def _passed_over(op: str, backend: str, device_type: str) -> str | None:
-    """Why "auto" does not take a backend, or None when it does."""
+def _skipped_reason(op: str, backend: str, device_type: str) -> str | None:
+    """Return why "auto" skips a backend, or None if it does not."""
     reason = _unavailable_reason(op, backend, device_type)
     if reason is None and (backend, device_type) == ("triton", "cpu"):
         return "on the CPU it is Triton's interpreter, which must be asked for"

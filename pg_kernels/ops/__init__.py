@@ -1,1 +1,1 @@
-"""One folder per op: `reference.py` defines it, `kernels.py` and `tiles.py` make it fast, `op.py` is what users call."""
+"""One folder per op: `reference.py` defines it, `op.py` is what users call, the other files are its backends."""

@@ -28,7 +28,7 @@ KEY = tiles.key("forward", 64, 2)
 @pytest.fixture
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The interpreter's tuned tiles, in a folder of the test's own."""
-    monkeypatch.setattr(devices, "TUNED", tmp_path)
+    monkeypatch.setattr(devices, "TUNED_DIR", tmp_path)
     monkeypatch.setattr(tuning, "_unavailable_reason", lambda device: None)
     devices._tuned_file.cache_clear()
     yield devices.tuned_path(devices.INTERPRETER.name)

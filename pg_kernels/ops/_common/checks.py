@@ -1,4 +1,4 @@
-"""Argument checks that every op shares: each raises before anything runs and names the argument."""
+"""Argument checks that ops share. Each raises TypeError or ValueError that names the argument, before any kernel runs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-"""float64 is for gradcheck: the plain definitions take it, kernels do not."""
+"""float64 is for gradcheck: only the reference backend takes it."""
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def check_tensor(**values: object) -> None:
-    """Every value must be a dense tensor: neither None nor a list of numbers, nor sparse or nested."""
+    """Require every value to be a dense tensor: not None, a list of numbers, or a sparse or nested tensor."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
@@ -25,7 +25,7 @@ def check_tensor(**values: object) -> None:
 
 
 def check_float(**tensors: Tensor | None) -> None:
-    """Every tensor given must be a floating-point one; None is passed over."""
+    """Require floating-point tensors. None is skipped."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -35,7 +35,7 @@ def check_float(**tensors: Tensor | None) -> None:
 
 
 def check_integer(**tensors: Tensor) -> None:
-    """Every tensor must hold int32 or int64."""
+    """Require int32 or int64 tensors."""
     for name, tensor in tensors.items():
         check_tensor(**{name: tensor})
         if tensor.dtype not in (torch.int32, torch.int64):
@@ -43,7 +43,7 @@ def check_integer(**tensors: Tensor) -> None:
 
 
 def check_same(**tensors: Tensor | None) -> None:
-    """All tensors given must have the first one's device and dtype."""
+    """Require the first tensor's device and dtype of all others. None is skipped."""
     check_device(**tensors)
     (first_name, first), *others = [(name, t) for name, t in tensors.items() if t is not None]
     for name, tensor in others:
@@ -52,7 +52,7 @@ def check_same(**tensors: Tensor | None) -> None:
 
 
 def check_device(**tensors: Tensor | None) -> None:
-    """All tensors given must be on the first one's device."""
+    """Require the first tensor's device of all others. None is skipped."""
     (first_name, first), *others = [(name, t) for name, t in tensors.items() if t is not None]
     for name, tensor in others:
         if tensor.device != first.device:
@@ -60,7 +60,7 @@ def check_device(**tensors: Tensor | None) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int | str], why: str = "") -> None:
-    """Sizes must match where `expected` has a number; a string there is a name for any size."""
+    """Require a shape. In `expected` a number is a size, and a string is the name of a dimension of any size."""
     check_tensor(**{name: tensor})
     matches = tensor.dim() == len(expected) and all(
         isinstance(want, str) or size == want for size, want in zip(tensor.shape, expected, strict=True)
@@ -71,21 +71,21 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int | str], why: s
 
 
 def check_row(name: str, tensor: Tensor) -> None:
-    """The tensor needs at least one dimension, and its last one must not be empty."""
+    """Require at least one dimension, and a last one that is not empty."""
     check_tensor(**{name: tensor})
     if tensor.dim() == 0 or tensor.shape[-1] == 0:
         raise ValueError(f"{name}: expected shape [..., N] with N >= 1, got {list(tensor.shape)}")
 
 
 def check_number(**numbers: object) -> None:
-    """Every value must be one real number: no bool, no tensor, no text."""
+    """Require real numbers: no bool, tensor or string."""
     for name, number in numbers.items():
         if not isinstance(number, Real | torch.SymInt | torch.SymFloat) or isinstance(number, bool):
             raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
 
 
 def check_int(**numbers: object) -> None:
-    """Every value given must be one integer that int64 can hold; None is passed over."""
+    """Require integers that int64 can hold. None is skipped."""
     for name, number in numbers.items():
         if number is None:
             continue
@@ -96,14 +96,14 @@ def check_int(**numbers: object) -> None:
 
 
 def check_bool(**flags: object) -> None:
-    """Every value must be True or False."""
+    """Require True or False."""
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
 
 
 def check_positive(**numbers: float | None) -> None:
-    """Every number given must be above zero and finite, as fp32, too; None is passed over."""
+    """Require positive numbers that are normal in fp32: neither denormal nor infinite. None is skipped."""
     for name, number in numbers.items():
         if number is None:
             continue
@@ -115,12 +115,12 @@ def check_positive(**numbers: float | None) -> None:
 
 
 def values_are_free(tensor: Tensor) -> bool:
-    """Tell whether values can be looked at without waiting for a device or breaking a compiled graph."""
+    """Return whether values can be read without synchronising with a device or breaking a compiled graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is Tensor
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast to autocast's dtype where autocast is on, as it does for torch's own matrix products."""
+    """Cast to autocast's dtype if autocast is on, as autocast does for PyTorch's matrix products."""
     device_type = tensors[0].device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors

@@ -1,4 +1,4 @@
-"""The GPUs that Triton kernels run on: what they can hold, what may run there, and tiles that were tuned for them."""
+"""The devices that Triton kernels run on: which can run them, what they can hold, and the tiles tuned for them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from torch import Tensor
 
 MINIMUM_CAPABILITY = (8, 0)
 MAX_BLOCK_M = 128
-TUNED = Path(__file__).parents[2] / "tuned"
-"""One JSON for each GPU that `pg-kernels tune` has run on."""
+"""The most rows that one program of a row-wise kernel takes."""
+TUNED_DIR = Path(__file__).parents[2] / "tuned"
+"""One JSON file for each GPU that `pg-kernels tune` has run on."""
 
 _HAS_TRITON = util.find_spec("triton") is not None
 _compile_target: Device | None = None
+"""The device of the innermost `compile_for` block."""
 _overridden_tiles: Mapping[tuple[str, str], Mapping[str, Any]] | None = None
+"""The tiles of the innermost `override_tiles` block."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What the choice of tiles may depend on."""
+    """The properties of a device that the choice of tiles may depend on."""
 
     name: str
     capability: tuple[int, int]
@@ -35,15 +38,16 @@ class Device:
 
     @property
     def shared_memory(self) -> int:
-        """Bytes that one program may use."""
+        """Bytes of shared memory that one program may use."""
         return {(8, 0): 166_912, (8, 7): 166_912}.get(self.capability, 101_376 if self.capability < (9, 0) else 232_448)
 
 
 INTERPRETER = Device("Triton's interpreter", (8, 0), 2)
+"""The device of CPU tensors."""
 
 
 def unavailable_reason(device_type: str) -> str | None:
-    """Why Triton kernels cannot run on tensors of a device type here, or None when they can."""
+    """Return why Triton kernels cannot run on tensors of a device type on this machine, or None if they can."""
     if not _HAS_TRITON:
         return "triton is not installed"
     if device_type == "cpu":
@@ -58,12 +62,15 @@ def unavailable_reason(device_type: str) -> str | None:
     return None
 
 
-# As torch.compiler.assume_constant_result does, which imports all of torch.compile for it: 1.2 s and 150 MB at every start.
+# torch.compiler.assume_constant_result would set this attribute, but it imports all of torch.compile: 1.2 s and 150 MB at start.
 unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported_reason(*tensors: Tensor | None) -> str | None:
-    """Why kernels, which compute in fp32 and count rows in int32, cannot take these tensors [..., N], or None when they can."""
+    """Return why the Triton kernels do not support these tensors [..., N], or None if they do.
+
+    The kernels compute in fp32 and count rows in int32.
+    """
     given = [tensor for tensor in tensors if tensor is not None]
     if any(tensor.dtype == torch.float64 for tensor in given):
         return "float64 runs on backend 'reference' only"
@@ -73,7 +80,7 @@ def unsupported_reason(*tensors: Tensor | None) -> str | None:
 
 
 def device_of(tensor: Tensor) -> Device:
-    """The device that a kernel on this tensor will run on."""
+    """Return the device that tiles for this tensor are chosen for."""
     if _compile_target is not None:
         return _compile_target
     return INTERPRETER if tensor.device.type == "cpu" else _cuda_device(tensor.device.index)
@@ -81,7 +88,7 @@ def device_of(tensor: Tensor) -> Device:
 
 @contextmanager
 def compile_for(device: Device) -> Iterator[None]:
-    """Take CPU tensors as if they were on this device: with launches that only compile, to compile what would run there."""
+    """Choose tiles for `device` although the tensors are on the CPU. Used to compile kernels ahead of time."""
     global _compile_target
     previous, _compile_target = _compile_target, device
     try:
@@ -91,19 +98,19 @@ def compile_for(device: Device) -> Iterator[None]:
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Launch inside this: Triton takes the current CUDA device, whatever the tensors' is."""
+    """Make the tensor's GPU current for a launch. Triton launches on the current device."""
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
 
 
 def upcasts_dot_operands(tensor: Tensor) -> bool:
-    """Tell whether `tl.dot` must be given fp32: the interpreter multiplies bf16 as if its bits were integers."""
+    """Return whether `tl.dot` needs fp32 operands: the interpreter multiplies bf16 as if its bits were integers."""
     return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and _compile_target is None
 
 
 def tuned(device: Device, op: str, key: str) -> Mapping[str, Any] | None:
-    """The tiles that `pg-kernels tune` found fastest for an op and its shape's key on this GPU, if it ever ran on one."""
+    """Return the tiles that `pg-kernels tune` stored for an op and the key of its shape on this GPU, or None."""
     if _overridden_tiles is not None:
         return _overridden_tiles.get((op, key))
     return _tuned_file(device.name).get(op, {}).get(key)
@@ -111,7 +118,7 @@ def tuned(device: Device, op: str, key: str) -> Mapping[str, Any] | None:
 
 @contextmanager
 def override_tiles(tiles: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[None]:
-    """Run ops with these tiles, by op and key, as if they and no others had been tuned."""
+    """Replace all tuned tiles in the `with` block by `tiles`, whose keys are (op, key of the shape)."""
     global _overridden_tiles
     previous, _overridden_tiles = _overridden_tiles, tiles
     try:
@@ -121,8 +128,8 @@ def override_tiles(tiles: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterat
 
 
 def tuned_path(name: str) -> Path:
-    """Where the tiles of a GPU are kept."""
-    return TUNED / f"{name.replace(' ', '_')}.json"
+    """Return the file with the tuned tiles of the GPU of this name."""
+    return TUNED_DIR / f"{name.replace(' ', '_')}.json"
 
 
 def _interpreting() -> bool:

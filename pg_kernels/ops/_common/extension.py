@@ -1,4 +1,4 @@
-"""The C++ extensions `pg_kernels._C` and, for CUDA, `pg_kernels._cuda`, which may be missing, and how tensors go into them."""
+"""The C++ extensions `pg_kernels._C` (CPUs) and `pg_kernels._cuda`, either of which may be missing, and their arguments."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ except ImportError as error:
     _UNAVAILABLE_CUDA = _unavailable_reason("pg_kernels._cuda", "GPU or no nvcc", error)
 
 LONGEST_HEAD = 256
-"""Head dimension that its attention and rotary kernels have room for: kMaxDim in csrc/cpu/token_ops_impl.h."""
+"""The largest head dimension of the CPU extension's attention and rotary kernels: kMostDim in csrc/cpu/token_ops_impl.h."""
 FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""How the extensions number dtypes."""
 
 
 def unavailable_reason(device_type: str) -> str | None:
-    """Why the extension's kernels cannot run on tensors of a device type here, or None when they can."""
+    """Return why the CPU extension cannot run on tensors of a device type on this machine, or None if it can."""
     if _C is None:
         return _UNAVAILABLE
     return None if device_type == "cpu" else "the C++ extension has no kernels for it"
 
 
 def unavailable_reason_cpu_or_cuda(device_type: str) -> str | None:
-    """The same for ops that have kernels for both."""
+    """Return why an op with kernels in both extensions cannot run on tensors of a device type, or None if it can."""
     if device_type != "cuda":
         return unavailable_reason(device_type)
     if _cuda is None:
@@ -52,29 +53,29 @@ def unavailable_reason_cpu_or_cuda(device_type: str) -> str | None:
     return None if capability >= (8, 0) else f"needs compute capability (8, 0), this GPU has {capability}"
 
 
-# As in launch.py: torch.compile takes the answer as a constant.
+# torch.compile treats the result as a constant, as for devices.unavailable_reason.
 unavailable_reason_cpu_or_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def instruction_sets() -> tuple[str, list[str]]:
-    """The CPU's instruction set that the kernels use, and all that it has, the best first; empty without the extension.
+    """Return the instruction set that the kernels use, and all that this CPU has, best first. Empty without the extension.
 
-    Raises ValueError when PG_KERNELS_ISA names one that it does not have.
+    Raises ValueError if PG_KERNELS_ISA names an instruction set that the CPU does not have.
     """
     return ("", []) if _C is None else (_C.instruction_set(), _C.instruction_sets())
 
 
 def unsupported_reason(*tensors: Tensor | None) -> str | None:
-    """Why the extension's kernels cannot take these tensors, or None when they can."""
+    """Return why the extensions do not support these tensors' dtypes, or None if they do."""
     if any(tensor is not None and tensor.dtype not in FLOAT_CODES for tensor in tensors):
         return "float64 runs on backend 'reference' only"
     return None
 
 
 def check(**tensors: Tensor) -> None:
-    """Raise TypeError or ValueError unless every tensor is one whose address the kernels for CPUs can take."""
+    """Raise TypeError or ValueError unless every tensor is dense, on the CPU and of a dtype in FLOAT_CODES."""
     for name, tensor in tensors.items():
-        checks.check_tensor(**{name: tensor})  # the dispatcher lets None through
+        checks.check_tensor(**{name: tensor})  # PyTorch's dispatcher lets None through
         if tensor.dtype not in FLOAT_CODES:
             raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {tensor.dtype}")
         if not tensor.is_cpu:
@@ -82,6 +83,6 @@ def check(**tensors: Tensor) -> None:
 
 
 def heads(tensor: Tensor) -> tuple[int, int, int, int, int]:
-    """A tensor [B, H, S, D] with contiguous rows, as the extension takes it."""
+    """Return address, H and the strides over B, H and S of a tensor [B, H, S, D] with contiguous rows, for the CPU extension."""
     batch, head, token, _ = tensor.stride()
     return tensor.data_ptr(), tensor.shape[1], batch, head, token

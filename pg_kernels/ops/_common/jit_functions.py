@@ -8,9 +8,9 @@ import triton.language as tl
 
 @triton.jit
 def row_start(row, strides):
-    """Where rows begin, in int64: strides as `launch.Rows` gives them, (inner, outer_stride, inner_stride).
+    """Return the rows' offsets in int64, for the strides (inner, outer_stride, inner_stride) of `rows.Rows`.
 
-    Row numbers are int32, as a division of int64 is a call of a hundred instructions.
+    Row numbers are int32: an int64 division is a call of a hundred instructions.
     """
     outer, inner = row // strides[0], row % strides[0]
     return tl.cast(outer, tl.int64) * strides[1] + tl.cast(inner, tl.int64) * strides[2]
@@ -18,10 +18,10 @@ def row_start(row, strides):
 
 @triton.jit
 def sincos(angle):
-    """Sine and cosine to about 1e-7 for |angle| up to 1e5.
+    """Return sine and cosine to about 1e-7 for |angle| up to 1e5.
 
-    The library's own are as exact but carry a table in local memory for larger angles. Here the angle is reduced to a quarter
-    turn in three steps whose products are exact, and polynomials do the rest, as in Moshier's Cephes library.
+    The CUDA library's functions are as exact, but keep a table in local memory for larger angles. Here the angle is reduced to
+    a quarter turn in three steps whose products are exact. Polynomials do the rest, as in Moshier's Cephes library.
     """
     quarters = tl.floor(angle * 0.6366197723675814 + 0.5)
     x = angle - quarters * 1.5703125
@@ -40,15 +40,15 @@ def sincos(angle):
 
 @triton.jit
 def gelu(x):
-    """GELU with tanh: x · (1 + tanh u) / 2 with u = √(2/π) · (x + 0.044715 x³), which is x · sigmoid(2u)."""
+    """Return GELU in its tanh form: x · (1 + tanh u) / 2 with u = √(2/π) · (x + 0.044715 x³), which is x · sigmoid(2u)."""
     return x * tl.sigmoid(x * (1.5957691216057308 + 0.07135481282635151 * x * x))
 
 
 @triton.jit
 def gelu_and_slope(x):
-    """The same, and its derivative."""
+    """Return gelu(x) and its derivative."""
     sigmoid = tl.sigmoid(x * (1.5957691216057308 + 0.07135481282635151 * x * x))
-    # Where the sigmoid is 0 or 1 the square may be infinite: the product would be NaN.
+    # Bound x: where the sigmoid is 0 or 1, x² may overflow, and 0 · inf is NaN.
     bounded = tl.minimum(tl.maximum(x, -16.0), 16.0)
     slope = sigmoid + bounded * sigmoid * (1.0 - sigmoid) * (
         1.5957691216057308 + 0.21406443847905453 * bounded * bounded
@@ -58,7 +58,7 @@ def gelu_and_slope(x):
 
 @triton.jit
 def tanh(x):
-    """By exp; near 0, where the difference would cancel, by its series."""
+    """Return tanh(x) from the exponential. Near 0, where that difference cancels, return it from its series."""
     squared = x * x
     series = x * (1.0 + squared * (-0.3333333333 + squared * (0.1333333333 - squared * 0.05396825397)))
     return tl.where(squared < 0.01, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)

@@ -1,4 +1,4 @@
-"""The `torch.ops.pg_kernels` namespace that every op registers itself in."""
+"""The `torch.ops.pg_kernels` namespace in which every op is registered."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LIBRARY = torch.library.Library("pg_kernels", "DEF")
 
 
 def define_composite(schema: str, definition: Callable[..., Any]) -> None:
-    """Register an op by its plain PyTorch definition, from which autograd, fake tensors and torch.compile derive theirs."""
+    """Register an op that is made of PyTorch ops. Autograd, fake tensors and torch.compile look through it."""
     LIBRARY.define(schema)
     LIBRARY.impl(schema.partition("(")[0], definition, "CompositeImplicitAutograd")
 
@@ -22,7 +22,10 @@ def define_opaque(
     fake: Callable[..., Any],
     autograd: Callable[..., Any] | None = None,
 ) -> None:
-    """Register an op that torch.compile must not look into: its implementation, its shapes, and its autograd kernel."""
+    """Register an op that torch.compile must not look into.
+
+    `fake` returns empty outputs of the right shapes and dtypes. `autograd` is the op's kernel for tensors that require gradients.
+    """
     LIBRARY.define(schema)
     name = schema.partition("(")[0]
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor [..., N] as rows that kernels find: row r starts at (r // inner) · outer_stride + (r % inner) · inner_stride."""
+    """A tensor [..., N] as `count` rows. Row r starts at element (r // inner) · outer_stride + (r % inner) · inner_stride."""
 
     tensor: Tensor
     count: int
@@ -20,27 +20,25 @@ class Rows:
 
     @property
     def strides(self) -> tuple[int, int, int]:
-        """As kernels take them."""
+        """The strides that `jit_functions.row_start` takes."""
         return self.inner, self.outer_stride, self.inner_stride
 
 
 def rows_of(x: Tensor) -> Rows:
-    """View x as rows of adjacent elements; a copy only where its layout needs more than two strides."""
+    """View x as rows of adjacent elements. Copy it only if its layout needs more than two strides."""
     count = math.prod(x.shape[:-1])
     if x.stride(-1) == 1 or x.shape[-1] == 1:
-        levels = _merged(
-            [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
-        )
-        if len(levels) <= 2:
-            (_, outer_stride), (inner, inner_stride) = levels + [(1, 0)] * (2 - len(levels))
+        dims = _merge([(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1])
+        if len(dims) <= 2:
+            (_, outer_stride), (inner, inner_stride) = dims + [(1, 0)] * (2 - len(dims))
             return Rows(x, count, inner, outer_stride, inner_stride)
     return Rows(x.contiguous(), count, 1, x.shape[-1], 0)
 
 
-def _merged(levels: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _merge(dims: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Join neighbouring dimensions (size, stride) that one stride describes."""
     merged: list[tuple[int, int]] = []
-    for size, stride in levels:
+    for size, stride in dims:
         if merged and merged[-1][1] == size * stride:
             merged[-1] = (merged[-1][0] * size, stride)
         else:
