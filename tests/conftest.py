@@ -1,4 +1,4 @@
-"""Without a GPU, Triton's kernels run in its interpreter, which must be known before the first of them is imported."""
+"""Without a GPU, Triton kernels run in the interpreter. TRITON_INTERPRET must be set before the first kernel is imported."""
 
 import importlib.util
 import os
@@ -9,28 +9,28 @@ from typing import Any
 import torch
 
 
-def _hurry_the_interpreter() -> None:
-    """Leave out what Triton's interpreter does again and again, and to no end: three fifths of its time."""
+def _speed_up_the_interpreter() -> None:
+    """Remove redundant work from Triton's interpreter, which takes three fifths of its time."""
     from triton.runtime import interpreter
 
-    # Sums and products of integers are computed once more in int64, and compared: for assertions that it makes in no mode.
+    # The interpreter repeats integer sums and products in int64 and compares the results, for assertions that it never makes.
     builder = interpreter.interpreter_builder
     assert not builder.options.debug
     builder.options = replace(builder.options, sanitize_overflow=False)
 
-    # A table of all dtypes is made at every look into it.
+    # The interpreter rebuilds its table of dtypes for every lookup.
     look, known = interpreter._get_np_dtype, {}
 
     def np_dtype(dtype: Any) -> Any:
-        name = dtype.scalar.name  # of pointers, which are no keys, too
+        name = dtype.scalar.name  # pointers are not hashable, but their scalar type has a name, too
         if name not in known:
             known[name] = look(dtype)
         return known[name]
 
     interpreter._get_np_dtype = np_dtype
 
-    # Nothing is compiled in the interpreter's processes, so nothing needs Triton's language as it was before each call of a
-    # @triton.jit function.
+    # The interpreter patches Triton's language for each call of a @triton.jit function and undoes the patch afterwards. Processes
+    # with the interpreter compile nothing, so the patch can stay.
     patch, patched = interpreter._patch_lang, set()
 
     def patch_once(function: Callable[..., Any]) -> Any:
@@ -38,7 +38,7 @@ def _hurry_the_interpreter() -> None:
         if module not in patched:
             patch(function)
             patched.add(module)
-        return interpreter._LangPatchScope()  # of changes to undo: none
+        return interpreter._LangPatchScope()  # an empty list of changes to undo
 
     interpreter._patch_lang = patch_once
 
@@ -46,4 +46,4 @@ def _hurry_the_interpreter() -> None:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton") is not None:
-        _hurry_the_interpreter()
+        _speed_up_the_interpreter()

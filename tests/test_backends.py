@@ -1,4 +1,4 @@
-"""Which implementation runs, on an op made up for the test."""
+"""Selection of backends, tested on a made-up op and on the real ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPS = {
 
 @pytest.fixture
 def triton_needs_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An op with a triton backend for CUDA tensors, and no native one."""
+    """Register a made-up op with a triton backend for CUDA tensors and without a native backend. The value is its name."""
     monkeypatch.setattr(backends, "_registered", {})
     backends.register_backend("made_up", "triton", lambda device_type: None if device_type == "cuda" else "needs a GPU")
     yield "made_up"
@@ -57,15 +57,15 @@ def test_the_interpreter_must_be_asked_for(triton_needs_cuda: str) -> None:
     assert reasons["triton"] == "on the CPU it is Triton's interpreter, which must be asked for"
 
 
-def test_obstacles_and_slower_backends(triton_needs_cuda: str) -> None:
-    """What this call's arguments rule out, and what another backend does faster."""
-    unavailable_reason = {"triton": "too long"}
-    assert backends.select(triton_needs_cuda, "cuda", unavailable_reason) == "reference"
+def test_unsupported_arguments_and_slower_backends(triton_needs_cuda: str) -> None:
+    """Auto skips a backend that does not support the arguments, and one that is slower than another."""
+    unsupported = {"triton": "too long"}
+    assert backends.select(triton_needs_cuda, "cuda", unsupported) == "reference"
     assert backends.select(triton_needs_cuda, "cuda", avoid=("triton",)) == "reference"
     with backend("triton"):
         assert backends.select(triton_needs_cuda, "cuda", avoid=("triton",)) == "triton"
         with pytest.raises(RuntimeError, match="made_up cannot run on backend 'triton' with cuda tensors: too long"):
-            backends.select(triton_needs_cuda, "cuda", unavailable_reason)
+            backends.select(triton_needs_cuda, "cuda", unsupported)
 
 
 def test_a_named_backend_is_strict(triton_needs_cuda: str) -> None:
@@ -91,7 +91,7 @@ def test_blocks_nest_and_end(triton_needs_cuda: str) -> None:
 
 
 def test_each_thread_has_its_own() -> None:
-    """Blocks that overlap, the first one to begin ending first; and the workers of a pool made inside one."""
+    """The blocks of two threads overlap, and the block that begins first ends first. Workers of a pool do not inherit a block."""
     entered, left = threading.Event(), threading.Event()
 
     def first() -> str:
@@ -129,7 +129,7 @@ def test_each_asyncio_task_has_its_own() -> None:
 
 
 def test_a_layer_is_recomputed_on_its_forwards_backend() -> None:
-    """Although in another thread, as on a GPU, where autograd has one of its own."""
+    """The recomputation runs in another thread, as on a GPU, where autograd has its own thread."""
     asked = []
 
     def op(x: torch.Tensor) -> torch.Tensor:
@@ -170,8 +170,8 @@ def test_every_op_has_a_backend_on_every_device(device_type: str) -> None:
             assert backends.select(op, device_type) == "reference"
 
 
-def test_the_public_functions_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every op refuses a backend that it does not have, before anything runs."""
+def test_the_public_functions_select_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op raises an error for a backend that is unavailable."""
     for op in OPS:
         monkeypatch.setitem(backends._registered[op], "native", lambda device_type: "not built")
     row, heads = torch.ones(2, 4), torch.ones(1, 1, 2, 4)
@@ -192,7 +192,7 @@ def test_the_public_functions_ask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_compiled_function_follows_the_block() -> None:
-    """Each call runs the graph that was traced for its own thread's block, also of a function with a block inside."""
+    """Each call runs the graph that was traced for its thread's block. The function may contain a block of its own."""
     traced, ran = [], []
 
     def record(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
@@ -223,11 +223,11 @@ def test_a_compiled_function_follows_the_block() -> None:
             assert ran == [graphs[name], graphs["auto"]]
             ran.clear()
     assert backends.requested() == "auto"
-    assert len(traced) == 3  # outside all blocks and within backend("auto") are two
+    assert len(traced) == 3  # outside all blocks, in backend("auto") and in backend("reference")
 
 
-def test_importing_and_loading_take_neither_the_compiler_nor_triton_along() -> None:
-    """They are most of the time and the memory that a start would take."""
+def test_importing_and_loading_import_neither_the_compiler_nor_triton() -> None:
+    """These modules would take most of the time and memory of a start."""
     heavy = "torch._dynamo", "torch._inductor", "triton", "sympy", "transformers", "matplotlib"
     load = "pg_kernels.model.PaliGemma.from_pretrained(pg_kernels.model.EMBEDDED_CHECKPOINT, quantize='int8')"
     code = f"import sys, pg_kernels.model.cli; {load}; print([name for name in {heavy} if name in sys.modules])"

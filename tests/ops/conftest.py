@@ -1,4 +1,4 @@
-"""Every test that takes `device` and `backend` runs once for each backend that its module's OP has on each device here."""
+"""Tests that take `device` and `backend` run on every backend that their module's OP has on every device of this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import pg_kernels
 from pg_kernels.backends import available
 
-# With --import-mode=importlib pytest leaves sys.path alone, and the tests here share `helpers`.
+# The tests in this folder import `helpers`, and pytest with --import-mode=importlib does not change sys.path.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from helpers import DEVICES, DTYPES  # noqa: E402
@@ -45,7 +45,7 @@ def _id(*values: object) -> str:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of the backend that the whole test runs on."""
+    """Run the whole test on one backend. The value is its name."""
     with pg_kernels.backend(request.param):
         yield request.param
 

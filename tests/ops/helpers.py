@@ -1,4 +1,4 @@
-"""Assertions that hold for every op: each takes the op as a function of its differentiable tensors alone."""
+"""Assertions that hold for every op. Each takes the op as a function of its differentiable tensors only."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ needs_extension = pytest.mark.skipif(
 
 
 def one_rounding(backend: str, device: str, dtype: torch.dtype) -> dict[str, float]:
-    """Tolerances for a number that is rounded once: none, but for Triton's interpreter, which cuts bf16 off instead."""
+    """Return the tolerances for a number that is rounded once: 0, except that Triton's interpreter truncates bf16."""
     return {"rtol": 2.0**-7 if (backend, device, dtype) == ("triton", "cpu", torch.bfloat16) else 0.0, "atol": 0.0}
 
 
 def randn(*shape: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers that are the same on every device."""
+    """Draw normal numbers that are the same on every device."""
     return torch.randn(shape, dtype=torch.float64).to(device, dtype)
 
 
 def run(op: Op, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The op's outputs, and the inputs' gradients for fixed random cotangents."""
+    """Return the op's outputs, and the inputs' gradients for fixed random cotangents."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     outputs = _as_list(op(*leaves))
     return [out.detach() for out in outputs], list(
@@ -49,11 +49,11 @@ def assert_accurate(
     *,
     order: float = 1.0,
 ) -> None:
-    """Outputs and gradients in `dtype` may be off by twice what PyTorch in that dtype is off.
+    """Assert that the errors of outputs and gradients in `dtype` are at most twice PyTorch's errors in that dtype.
 
-    Both are measured from the definition in float64 on the same rounded inputs, which should be of order 1. PyTorch runs
-    the definition, or `in_torch` where it has a function of its own. `order` is the size of the numbers on the way where
-    they are larger than the results.
+    Both errors are differences from the definition in float64 on the same rounded inputs, which should be of order 1. PyTorch
+    runs the definition, or `in_torch` if it has a function of its own. `order` is the magnitude of intermediate numbers if they
+    are larger than the results.
     """
     rounded = [tensor.to(dtype) for tensor in inputs]
     ours, plain = run(op, rounded), run(in_torch or definition, rounded)
@@ -65,7 +65,7 @@ def assert_accurate(
 
 
 def assert_within(our: Tensor, plain: Tensor, exact: Tensor, what: str = "result", order: float = 1.0) -> None:
-    """max|our − exact| ≤ 2·max|plain − exact| + one rounding of the result + a few fp32 roundings of numbers of that order."""
+    """Assert max|our − exact| ≤ 2 · max|plain − exact| + one rounding of the result + 4 fp32 roundings of numbers of `order`."""
     assert our.shape == exact.shape, f"{what} has shape {list(our.shape)}, expected {list(exact.shape)}"
     assert our.isfinite().all(), f"{what} is not finite"
     if not our.numel():
@@ -77,7 +77,7 @@ def assert_within(our: Tensor, plain: Tensor, exact: Tensor, what: str = "result
 
 
 def assert_same(actual: tuple[list[Tensor], list[Tensor]], expected: tuple[list[Tensor], list[Tensor]]) -> None:
-    """Two runs gave the same dtypes, and the same numbers up to the order of sums."""
+    """Assert that two runs gave the same dtypes, and the same numbers up to the order of sums."""
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -95,12 +95,12 @@ def transposed(tensor: Tensor) -> Tensor:
 
 
 def shifted(tensor: Tensor) -> Tensor:
-    """Rows further apart than they are long, and a start that is not aligned."""
+    """Return a view whose rows are padded and whose start is not aligned."""
     return torch.nn.functional.pad(tensor, (1, 2), value=7.0)[..., 1:-2]
 
 
 def assert_any_layout(op: Op, inputs: Sequence[Tensor]) -> None:
-    """Strides of inputs and cotangents, 0 among them, make no difference to outputs and gradients."""
+    """Assert that outputs and gradients do not depend on the strides of inputs and cotangents. Strides include 0."""
     expected = run(op, inputs)
     for layout in (every_other, transposed, shifted):
         assert_same(run(_through(op, [layout] * len(inputs)), inputs), expected)
@@ -121,7 +121,7 @@ def assert_any_layout(op: Op, inputs: Sequence[Tensor]) -> None:
 
 
 def assert_pure(op: Op, inputs: Sequence[Tensor]) -> None:
-    """Neither forward nor backward writes into what it was given or saved: a second backward finds the same gradients."""
+    """Assert that forward and backward modify no input, saved tensor or cotangent: a second backward gives the same gradients."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     outputs = _as_list(op(*leaves))
     cotangents = [_cotangent(out) for out in outputs]
@@ -140,7 +140,7 @@ def assert_pure(op: Op, inputs: Sequence[Tensor]) -> None:
 
 
 def assert_frozen_inputs(op: Op, inputs: Sequence[Tensor]) -> None:
-    """An input that needs no gradient gets none, and the others get the same one as before."""
+    """Assert that an input that needs no gradient gets none, and that the other gradients do not change."""
     for chosen, expected in enumerate(run(op, inputs)[1]):
         tensors = [tensor.detach().clone().requires_grad_(i == chosen) for i, tensor in enumerate(inputs)]
         reached = [out for out in _as_list(op(*tensors)) if out.requires_grad]
@@ -152,7 +152,7 @@ def assert_frozen_inputs(op: Op, inputs: Sequence[Tensor]) -> None:
 
 
 def assert_autocasts(op: Op, inputs: Sequence[Tensor], low: torch.dtype) -> None:
-    """Under autocast fp32 tensors give what low-precision ones give, with fp32 gradients."""
+    """Assert that fp32 tensors under autocast give the results of low-precision tensors, with fp32 gradients."""
 
     def under_autocast(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         with torch.autocast(tensors[0].device.type, low):
@@ -164,12 +164,12 @@ def assert_autocasts(op: Op, inputs: Sequence[Tensor], low: torch.dtype) -> None
 
 
 def assert_compiles(op: Op, inputs: Sequence[Tensor], compiler: str = "aot_eager") -> None:
-    """One graph without breaks gives eager's outputs and gradients."""
+    """Assert that the op compiles into one graph, which gives eager's outputs and gradients."""
     assert_same(run(torch.compile(op, fullgraph=True, backend=compiler), inputs), run(op, inputs))
 
 
 def leaves(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Floating-point tensors as leaves that require gradients, for opcheck; the rest as they are."""
+    """Return floating-point tensors as leaves that require gradients, and other arguments unchanged, for opcheck."""
     return tuple(t.detach().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors)
 
 

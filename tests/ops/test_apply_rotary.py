@@ -29,21 +29,21 @@ OP = "apply_rotary"
 
 
 def definition(q: Tensor, k: Tensor, positions: Tensor, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """Elements i and i + D/2 are one complex number, turned by position · theta^(−2i/D)."""
+    """Rotate the complex numbers x[i] + √−1 · x[i + D/2] by the angles position · theta^(−2i/D)."""
     half = q.shape[-1] // 2
     wide = torch.promote_types(q.dtype, torch.float32)
     frequencies = 1.0 / theta ** (torch.arange(half, dtype=wide, device=q.device) / half)
     angles = positions.to(wide)[..., None] * frequencies
     if positions.dim() == 2:
         angles = angles[:, None]
-    turn = torch.polar(torch.ones_like(angles), angles)
+    rotation = torch.polar(torch.ones_like(angles), angles)
 
     def rotate(x: Tensor) -> Tensor:
-        # Complex numbers come in fp32 and fp64 only: lower precisions are spelled out.
+        # PyTorch has complex numbers in fp32 and fp64 only. Write the product out for lower precisions.
         if x.dtype in (torch.float32, torch.float64):
-            turned = torch.complex(x[..., :half], x[..., half:]) * turn.to(x.dtype.to_complex())
-            return torch.cat((turned.real, turned.imag), dim=-1)
-        cos, sin = turn.real.to(x.dtype), turn.imag.to(x.dtype)
+            rotated = torch.complex(x[..., :half], x[..., half:]) * rotation.to(x.dtype.to_complex())
+            return torch.cat((rotated.real, rotated.imag), dim=-1)
+        cos, sin = rotation.real.to(x.dtype), rotation.imag.to(x.dtype)
         return torch.cat((x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin), dim=-1)
 
     return rotate(q), rotate(k)
@@ -88,7 +88,7 @@ def test_values_and_gradients(
 
 @pytest.mark.parametrize("integers", [torch.int32, torch.int64])
 def test_far_positions(device: str, backend: str, integers: torch.dtype) -> None:
-    """Angles in fp32: 8191 radians are known to 2⁻¹¹."""
+    """fp32 represents an angle of 8191 radians to 2⁻¹¹."""
     q, k = queries_and_keys(device)
     positions = torch.tensor([0, 1, 4096, 8190, 8191], device=device, dtype=integers)
     for actual, expected in zip(
@@ -99,11 +99,11 @@ def test_far_positions(device: str, backend: str, integers: torch.dtype) -> None
 
 def test_position_zero_changes_nothing(device: str, backend: str, dtype: torch.dtype) -> None:
     q, k = (tensor.to(dtype) for tensor in queries_and_keys(device))
-    turned = apply_rotary(q, k, torch.zeros(5, dtype=torch.int64, device=device))
-    torch.testing.assert_close(turned, (q, k), rtol=0, atol=0)
+    rotated = apply_rotary(q, k, torch.zeros(5, dtype=torch.int64, device=device))
+    torch.testing.assert_close(rotated, (q, k), rtol=0, atol=0)
 
 
-def test_negative_positions_turn_back(device: str, backend: str) -> None:
+def test_negative_positions_rotate_back(device: str, backend: str) -> None:
     q, k = queries_and_keys(device)
     positions = torch.randint(0, 200, (2, 5), device=device)
     torch.testing.assert_close(apply_rotary(*apply_rotary(q, k, positions), -positions), (q, k), rtol=1e-4, atol=1e-4)
@@ -114,12 +114,12 @@ def test_scores_depend_on_distance_only(device: str, backend: str) -> None:
     positions = torch.tensor([3, 0, 17, 40, 5], device=device)
 
     def scores(shift: int) -> Tensor:
-        turned_q, turned_k = apply_rotary(q, k, positions + shift)
-        return turned_q @ turned_k.mT
+        rotated_q, rotated_k = apply_rotary(q, k, positions + shift)
+        return rotated_q @ rotated_k.mT
 
     torch.testing.assert_close(scores(100), scores(0), rtol=1e-3, atol=1e-3)
-    turned_q, _ = apply_rotary(q, k, positions)
-    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm(dim=-1))
+    rotated_q, _ = apply_rotary(q, k, positions)
+    torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm(dim=-1))
 
 
 def test_shared_and_expanded_positions_agree(device: str, backend: str) -> None:
@@ -141,7 +141,7 @@ def test_any_layout(device: str, backend: str) -> None:
 
 
 def test_heads_split_from_a_projection(device: str, backend: str) -> None:
-    """[B, S, H·D] seen as [B, H, S, D], which is how a model gets its heads."""
+    """A model views a projection [B, S, H·D] as heads [B, H, S, D]."""
     rows = [randn(2, 5, 4 * 16, device=device), randn(2, 5, 2 * 16, device=device)]
     positions = torch.arange(5, device=device)
 
@@ -174,7 +174,7 @@ def test_frozen_inputs(device: str, backend: str) -> None:
     assert_frozen_inputs(lambda k: apply_rotary(q, k, positions)[1], [k])
 
 
-def test_only_one_of_the_pair_is_used(device: str, backend: str) -> None:
+def test_gradients_with_only_one_output_used(device: str, backend: str) -> None:
     q, k = (tensor.requires_grad_() for tensor in queries_and_keys(device))
     apply_rotary(q, k, torch.arange(5, device=device))[1].sum().backward()
     assert k.grad is not None and k.grad.any()
@@ -247,11 +247,11 @@ def test_errors(change: dict[str, object], error: type[Exception], message: str)
         apply_rotary(**{"q": Q, "k": K, "positions": POSITIONS, **change})
 
 
-# --- into a cache
+# --- apply_rotary_to_cache
 
 
 def cache_inputs(device: str, dtype: torch.dtype = torch.float32, **sizes: int) -> list[Tensor]:
-    """q, k, v, positions, two caches of 9 cache_positions, filled, and other cache_positions for each example."""
+    """Draw q, k, v, positions, two filled caches of capacity 9, and different cache_positions for each example."""
     q, k = (tensor.to(dtype) for tensor in queries_and_keys(device, **sizes))
     batch, kv_heads, length, dim = k.shape
     positions = torch.randint(0, 300, (batch, length), device=device)
@@ -261,7 +261,7 @@ def cache_inputs(device: str, dtype: torch.dtype = torch.float32, **sizes: int) 
 
 
 def written(cache: Tensor, new: Tensor, cache_positions: Tensor) -> Tensor:
-    """The cache after one token at a time."""
+    """Return the cache after writing one token at a time."""
     cache = cache.clone()
     for row in range(len(cache_positions)):
         for token in range(cache_positions.shape[1]):
@@ -276,10 +276,10 @@ def written(cache: Tensor, new: Tensor, cache_positions: Tensor) -> Tensor:
 )
 def test_cache_takes_keys_and_values(device: str, backend: str, dtype: torch.dtype, sizes: dict[str, int]) -> None:
     q, k, v, positions, k_cache, v_cache, cache_positions = cache_inputs(device, dtype, **sizes)
-    turned_q, turned_k = apply_rotary(q, k, positions)
-    expected = written(k_cache, turned_k, cache_positions), written(v_cache, v, cache_positions)
+    rotated_q, rotated_k = apply_rotary(q, k, positions)
+    expected = written(k_cache, rotated_k, cache_positions), written(v_cache, v, cache_positions)
     out = apply_rotary_to_cache(q, k, v, positions, k_cache, v_cache, cache_positions)
-    torch.testing.assert_close((out, k_cache, v_cache), (turned_q, *expected), rtol=0, atol=0)
+    torch.testing.assert_close((out, k_cache, v_cache), (rotated_q, *expected), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float16, torch.bfloat16])
@@ -287,14 +287,14 @@ def test_cache_of_another_dtype_and_layout(device: str, backend: str, cache_dtyp
     q, k, v, positions, k_cache, v_cache, cache_positions = cache_inputs(device)
     q, k, v = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (q, k, v))
     buffers = [cache.to(cache_dtype).transpose(1, 2).contiguous().transpose(1, 2) for cache in (k_cache, v_cache)]
-    turned_q, turned_k = apply_rotary(q, k, positions)
-    expected = [written(cache, new, cache_positions) for cache, new in zip(buffers, (turned_k, v), strict=True)]
-    torch.testing.assert_close(apply_rotary_to_cache(q, k, v, positions, *buffers, cache_positions.int()), turned_q)
+    rotated_q, rotated_k = apply_rotary(q, k, positions)
+    expected = [written(cache, new, cache_positions) for cache, new in zip(buffers, (rotated_k, v), strict=True)]
+    torch.testing.assert_close(apply_rotary_to_cache(q, k, v, positions, *buffers, cache_positions.int()), rotated_q)
     for actual, wanted in zip(buffers, expected, strict=True):
         torch.testing.assert_close(actual, wanted, **one_rounding(backend, device, cache_dtype))
 
 
-def test_cache_with_slots_shared_by_all(device: str, backend: str) -> None:
+def test_cache_positions_shared_by_the_batch(device: str, backend: str) -> None:
     q, k, v, positions, k_cache, v_cache, cache_positions = cache_inputs(device)
     copies = k_cache.clone(), v_cache.clone()
     apply_rotary_to_cache(q, k, v, positions[0], k_cache, v_cache, cache_positions[0])
@@ -319,21 +319,21 @@ def test_cache_opcheck(device: str, backend: str, batch: int) -> None:
     torch.library.opcheck(getattr(torch.ops.pg_kernels, name).default, inputs)
 
 
-@pytest.mark.parametrize("slot", [-1, 9])
-def test_slots_outside_the_cache(device: str, backend: str, slot: int) -> None:
+@pytest.mark.parametrize("outside", [-1, 9])
+def test_cache_positions_outside_the_cache(device: str, backend: str, outside: int) -> None:
     q, k, v, positions, k_cache, v_cache, cache_positions = cache_inputs(device)
-    cache_positions[1, 2] = slot
+    cache_positions[1, 2] = outside
     before = k_cache.clone(), v_cache.clone()
     if device == "cpu":
-        with pytest.raises(ValueError, match=rf"cache_positions: {slot} is outside the cache's \[0, 9\)"):
+        with pytest.raises(ValueError, match=rf"cache_positions: {outside} is outside the cache's \[0, 9\)"):
             apply_rotary_to_cache(q, k, v, positions, k_cache, v_cache, cache_positions)
         torch.testing.assert_close((k_cache, v_cache), before, rtol=0, atol=0)
-    if backend == "triton":  # as on a GPU, where the values are not looked at beforehand
+    if backend == "triton":  # as on a GPU, where the values are not checked
         out = torch.ops.pg_kernels.apply_rotary_to_cache_triton(
             q, k, v, positions, 1e4, k_cache, v_cache, cache_positions
         )
         assert out[1, :, 2].isnan().all() and out.isnan().sum() == out[1, :, 2].numel()
-        keep = cache_positions[1] != slot
+        keep = cache_positions[1] != outside
         kept = [
             written(cache[1:], new[1:, :, keep], cache_positions[1:, keep])
             for cache, new in zip(before, (k, v), strict=True)
@@ -352,7 +352,7 @@ def test_slots_outside_the_cache(device: str, backend: str, slot: int) -> None:
 def test_native_cache(
     sizes: dict[str, int], dtype: torch.dtype, cache_dtype: torch.dtype, layout: Callable[[Tensor], Tensor]
 ) -> None:
-    """The C++ kernel against the definition in float64, beside the definition in the same dtype."""
+    """The C++ kernel's error from the reference in float64 is bounded by the error of the reference in the same dtype."""
     inputs = cache_inputs("cpu", dtype, **{"heads": 3, **sizes})
     inputs[4:6] = [cache.to(cache_dtype) for cache in inputs[4:6]]
     exact = [t.double() if t.is_floating_point() else t for t in inputs]
@@ -366,7 +366,7 @@ def test_native_cache(
 
 
 @needs_extension
-def test_the_cpp_kernel_is_for_few_tokens_and_heads_that_fit() -> None:
+def test_the_cpp_kernel_refuses_long_heads() -> None:
     inputs = cache_inputs("cpu", dim=258)
     with use_backend("native"), pytest.raises(RuntimeError, match="heads longer than 256"):
         apply_rotary_to_cache(*inputs)
@@ -383,8 +383,8 @@ def test_a_compiled_graph_does_not_write_outside_the_cache() -> None:
 
 
 @needs_extension
-def test_queries_whose_numbers_are_far_apart() -> None:
-    """What unfold gives: the last dimension has the stride of another."""
+def test_queries_with_overlapping_strides() -> None:
+    """unfold gives such tensors: two dimensions have the same stride."""
     _, k, v, positions, k_cache, v_cache, cache_positions = cache_inputs("cpu")
     q = randn(300).as_strided((2, 4, k.shape[2], k.shape[3]), (24, 4, 1, 1))
     expected = apply_rotary_to_cache(q.contiguous(), k, v, positions, k_cache, v_cache, cache_positions)

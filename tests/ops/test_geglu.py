@@ -43,7 +43,7 @@ def test_it_is_the_tanh_form(device: str, backend: str) -> None:
 
 
 def test_far_from_zero(device: str, backend: str) -> None:
-    """gelu(±100) is 100 and 0 with slopes 1 and 0, although gate³ does not fit into fp16."""
+    """gelu(±100) is 100 and 0 with slopes 1 and 0, although gate³ overflows in fp16."""
     gate = torch.tensor([100.0, -100.0], device=device, dtype=torch.float16).requires_grad_()
     up = torch.tensor([2.0, 2.0], device=device, dtype=torch.float16).requires_grad_()
     y = geglu(gate, up)

@@ -34,13 +34,13 @@ def definition(x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: T
 
 
 def inputs_of(rows: tuple[int, ...], device: str, sizes: tuple[int, int, int] = (16, 32, 16)) -> list[Tensor]:
-    """x and the three weights for sizes (K, F, N), scaled so that outputs are of order 1."""
-    size, hidden, out = sizes
+    """Draw x and the three weights for sizes (K, F, N), scaled so that outputs are of order 1."""
+    k, f, n = sizes
     return [
-        randn(*rows, size, device=device),
-        randn(hidden, size, device=device) / size**0.5,
-        randn(hidden, size, device=device) / size**0.5,
-        randn(out, hidden, device=device) / max(hidden, 1) ** 0.5,
+        randn(*rows, k, device=device),
+        randn(f, k, device=device) / k**0.5,
+        randn(f, k, device=device) / k**0.5,
+        randn(n, f, device=device) / max(f, 1) ** 0.5,
     ]
 
 
@@ -60,7 +60,7 @@ def test_values_and_gradients(
 )
 @pytest.mark.parametrize("sizes", [(64, 128, 64), (40, 72, 24), (1, 3, 2), (130, 257, 66)], ids=str)
 @pytest.mark.parametrize("rows", [1, 16, 17, 70])
-def test_both_projections_in_one_kernel(
+def test_geglu_gemm_kernel(
     device: str,
     dtype: torch.dtype,
     backend: str,
@@ -69,7 +69,7 @@ def test_both_projections_in_one_kernel(
     chosen: Tiles,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As where it was measured to be the faster way, around the boundaries of its tiles."""
+    """Force the fused kernel, which runs only if it was tuned, at sizes around the boundaries of its tiles."""
     monkeypatch.setattr(tiles, "choose", lambda *_: chosen)
     inputs = [tensor.to(dtype) for tensor in inputs_of((rows,), device, sizes)]
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_gradcheck_of_the_reference() -> None:
 
 
 def test_module_takes_replaced_projections(device: str, backend: str) -> None:
-    """A projection with a forward of its own, as adapters and quantised layers have, must be called."""
+    """The module calls a projection that has its own forward, as adapters and quantised layers have."""
 
     class Doubled(torch.nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

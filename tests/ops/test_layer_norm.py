@@ -51,7 +51,7 @@ def test_values_and_gradients(device: str, backend: str, dtype: torch.dtype, sha
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 96), (1, 1152), (0, 8)], ids=str)
-def test_residual_is_the_same_as_two_steps(
+def test_residual_equals_two_separate_ops(
     device: str, backend: str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     inputs = [tensor.to(dtype) for tensor in inputs_of(shape, device, residual=True)]
@@ -77,7 +77,7 @@ def test_statistics_do_not_overflow_in_fp16(device: str, backend: str) -> None:
 
 
 def test_variance_survives_a_large_mean(device: str, backend: str) -> None:
-    """E[x²] − E[x]² in fp32 would be off by more than the variance itself."""
+    """In fp32 the error of E[x²] − E[x]² would exceed the variance."""
     x = randn(4, 256, device=device).round(decimals=1) + 2.0**14
     ones, zeros = torch.ones(256, device=device), torch.zeros(256, device=device)
     torch.testing.assert_close(

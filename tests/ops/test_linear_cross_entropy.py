@@ -40,7 +40,7 @@ def definition(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Log-probabilities written out, one token at a time."""
+    """Compute the loss from log-probabilities, one token at a time."""
     rows, tokens = hidden.reshape(-1, hidden.shape[-1]), labels.flatten().tolist()
     losses = []
     for row, label in zip(rows, tokens, strict=True):
@@ -64,7 +64,7 @@ def definition(
 def inputs_of(
     rows: tuple[int, ...], device: str, *, dim: int = 16, vocabulary: int = VOCABULARY
 ) -> tuple[list[Tensor], Tensor]:
-    """hidden and weight, and labels of which about a quarter are ignored."""
+    """Draw hidden and weight, and labels of which about a quarter are ignored."""
     labels = torch.randint(0, vocabulary, rows)
     labels[torch.rand(rows) < 0.25] = -100
     return [randn(*rows, dim, device=device), randn(vocabulary, dim, device=device) / dim**0.5], labels.to(device)
@@ -100,7 +100,7 @@ def test_values_and_gradients(
     def op(hidden: Tensor, weight: Tensor) -> Tensor:
         loss = linear_cross_entropy(hidden, weight, labels, **options)
         assert loss.dtype == torch.float32
-        return loss.to(dtype)  # the definition's, for the comparison
+        return loss.to(dtype)  # assert_accurate compares in the definition's dtype
 
     assert_accurate(op, lambda hidden, weight: definition(hidden, weight, labels, **options), inputs, dtype)
 
@@ -133,8 +133,8 @@ def test_matches_torch(device: str, backend: str, ignore_index: int, label_smoot
     )
 
 
-def test_the_whole_definition_agrees_with_the_chunked_one() -> None:
-    """reference.linear_cross_entropy, which holds all logits, is what kernels are read against."""
+def test_chunked_reference_equals_the_definition() -> None:
+    """reference.linear_cross_entropy, which holds all logits, defines the op. The reference backend computes in chunks."""
     (hidden, weight), labels = inputs_of((12,), "cpu")
     for softcap, smoothing in itertools.product((None, 2.0), (0.0, 0.2)):
         each = reference.linear_cross_entropy(hidden, weight, labels, -100, softcap, smoothing)
@@ -144,7 +144,7 @@ def test_the_whole_definition_agrees_with_the_chunked_one() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("rows", [(6,), (0,)], ids=["all_ignored", "no_tokens"])
-def test_nothing_counts(device: str, backend: str, dtype: torch.dtype, rows: tuple[int, ...], reduction: str) -> None:
+def test_no_token_counts(device: str, backend: str, dtype: torch.dtype, rows: tuple[int, ...], reduction: str) -> None:
     inputs, labels = inputs_of(rows, device)
     labels.fill_(-100)
     outputs, gradients = run(
@@ -157,7 +157,7 @@ def test_nothing_counts(device: str, backend: str, dtype: torch.dtype, rows: tup
 
 
 def test_ignored_tokens_touch_nothing(device: str, backend: str) -> None:
-    """Padding may hold anything, NaN included."""
+    """The hidden states of ignored tokens may be NaN."""
     (hidden, weight), labels = inputs_of((10,), device)
     ignored = labels == -100
     assert ignored.any()
@@ -170,7 +170,7 @@ def test_ignored_tokens_touch_nothing(device: str, backend: str) -> None:
 
 
 def test_large_logits(device: str, backend: str) -> None:
-    """exp of a thousand overflows even fp64."""
+    """exp(1000) overflows even in fp64."""
     hidden, weight = torch.eye(4, device=device) * 1000, torch.eye(4, device=device)
     labels = torch.tensor([0, 1, 2, 0], device=device)
     losses = linear_cross_entropy(hidden, weight, labels, reduction="none")
@@ -179,7 +179,7 @@ def test_large_logits(device: str, backend: str) -> None:
 
 @pytest.mark.usefixtures("chunks")
 def test_tied_embedding(device: str, backend: str) -> None:
-    """One parameter is embedding and head: it gets the sum of both gradients."""
+    """A parameter that is both embedding and head gets the sum of both gradients."""
     _, labels = inputs_of((10,), device)
     tokens = torch.randint(0, VOCABULARY, (10,), device=device)
     weight = randn(VOCABULARY, 16, device=device)
@@ -198,7 +198,7 @@ def test_one_tensor_in_two_places(device: str, backend: str) -> None:
 
 
 def largest_allocation(device: str, step: Callable[[], None]) -> int:
-    """Bytes of the largest tensor that any operation inside `step` makes."""
+    """Return the bytes of the largest tensor that an operation in `step` allocates."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -208,7 +208,7 @@ def largest_allocation(device: str, step: Callable[[], None]) -> int:
     return max(getattr(event, usage) for event in profile.events())
 
 
-def test_logits_are_never_held(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_never_materialised(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, vocabulary, dim = 256, 4096, 8
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 16 * vocabulary)
     monkeypatch.setattr(tiles, "CHUNK_BYTES", 16 * vocabulary * 4)
@@ -253,7 +253,7 @@ def test_any_layout(device: str, backend: str) -> None:
 
 
 def test_shifted_views(device: str, backend: str) -> None:
-    """How a language model's loss is written: hidden[:, :-1] against labels[:, 1:]."""
+    """A language model's loss compares hidden[:, :-1] with labels[:, 1:]."""
     inputs, labels = inputs_of((3, 5), device)
     assert_same(
         run(lambda h, w: linear_cross_entropy(h[:, :-1], w, labels[:, 1:]), inputs),
@@ -271,7 +271,7 @@ def test_pure(device: str, backend: str, reduction: str) -> None:
     assert torch.equal(labels, before) and labels._version == version
 
 
-def test_gradients_of_gradients_are_refused(device: str, backend: str) -> None:
+def test_second_derivatives_are_refused(device: str, backend: str) -> None:
     (hidden, weight), labels = inputs_of((6,), device)
     loss = linear_cross_entropy(hidden.requires_grad_(), weight, labels)
     with pytest.raises(RuntimeError, match="^linear_cross_entropy: it has no second derivative"):
@@ -317,7 +317,7 @@ def test_compiles_for_any_number_of_tokens(device: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("label", [VOCABULARY, -1, -101, 2**40])
-def test_bad_labels_raise_where_they_can_be_read(label: int) -> None:
+def test_labels_outside_the_vocabulary_raise_on_the_cpu(label: int) -> None:
     inputs, labels = inputs_of((2, 3), "cpu")
     labels[1, 1] = label
     with pytest.raises(ValueError, match=rf"^labels: {label} is neither in \[0, {VOCABULARY}\) nor ignore_index -100"):
@@ -325,7 +325,7 @@ def test_bad_labels_raise_where_they_can_be_read(label: int) -> None:
 
 
 @pytest.mark.parametrize("label", [VOCABULARY, -1, -101, 2**40])
-def test_bad_labels_give_nan_where_they_cannot(device: str, backend: str, label: int) -> None:
+def test_labels_outside_the_vocabulary_give_nan_when_unchecked(device: str, backend: str, label: int) -> None:
     inputs, labels = inputs_of((6,), device)
     labels[:] = torch.arange(6)
     labels[2] = label

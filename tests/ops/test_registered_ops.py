@@ -1,4 +1,4 @@
-"""Registered ops hand addresses to the C++ extension: whoever calls them, a wrong argument is refused before that."""
+"""Registered ops pass addresses to the C++ extension, so they refuse wrong arguments even if called directly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def layout() -> tuple[Any, Any]:
 
 
 def calls() -> dict[str, dict[str, Any]]:
-    """Good arguments of every such op."""
+    """Return valid arguments of every op that passes addresses."""
     data, scale = layout()
     x, heads = torch.ones(2, K), torch.ones(1, 2, S, D)
     weight: dict[str, Any] = {"n": N, "group_size": K}
@@ -67,8 +67,8 @@ def calls() -> dict[str, dict[str, Any]]:
 
 
 def damages(value: Any) -> dict[str, Any]:
-    """Tensors that none of these ops may take in the place of a good one."""
-    wrong = {
+    """Return tensors that no op may accept instead of `value`."""
+    return {
         "no tensor": None,
         "sparse": value.to_sparse(),
         "complex": value.to(torch.complex64),
@@ -77,7 +77,6 @@ def damages(value: Any) -> dict[str, Any]:
         "empty": value[:0],
         "longer": torch.cat((value, value, value), -1),
     }
-    return wrong
 
 
 CASES = [
@@ -87,14 +86,15 @@ CASES = [
     for given in [value[0] if isinstance(value, list) else value]
     if isinstance(given, torch.Tensor)
     for damage in damages(given)
-    # Any number of rows, of indices and of None is a good one.
+    # Optional tensors may be None, and any number of rows or indices is valid.
     if (op, argument, damage)
     not in {
         *(("int8_linear", "bias", "no tensor"), ("rms_norm_native", "residual", "no tensor")),
         *(("int8_rows", "indices", size) for size in ("shorter", "empty", "longer")),
         *((op, "x", "empty") for op in ("int8_linear", "int8_projections", "int8_geglu", "int8_topk")),
         *(("quantize_int8_native", "weight", size) for size in ("shorter", "empty", "longer")),
-        *(("int8_linear_backward", "grad", size) for size in ("shorter", "empty")),  # rows of a block of the layout
+        # grad may have no rows, and fewer columns: the layout pads N to whole blocks.
+        *(("int8_linear_backward", "grad", size) for size in ("shorter", "empty")),
     }
 ]
 
@@ -110,7 +110,7 @@ def test_a_damaged_tensor_is_refused(op: str, argument: str, damage: str) -> Non
 
 
 @pytest.mark.parametrize("op", calls() if cpu._C is not None else [])
-def test_numbers_are_refused_that_say_there_is_more(op: str) -> None:
+def test_sizes_beyond_the_tensors_are_refused(op: str) -> None:
     getattr(torch.ops.pg_kernels, op)(**calls()[op])
     for argument, value in calls()[op].items():
         if argument in ("n", "k", "columns", "group_size", "sizes", "backend") and not isinstance(value, torch.Tensor):
@@ -120,12 +120,12 @@ def test_numbers_are_refused_that_say_there_is_more(op: str) -> None:
 
 
 @pytest.mark.parametrize("examples", [[], [0, 0, S + 1, 0], [0, -1, S, 0], [0, 0, S, 0] * 2], ids=str)
-def test_keys_that_are_not_there_are_refused(examples: list[int]) -> None:
+def test_keys_beyond_the_tensor_are_refused(examples: list[int]) -> None:
     with pytest.raises(ValueError, match=r"^examples: expected 4 lengths for each of 1, with keys in \[0, 3\]"):
         torch.ops.pg_kernels.prefix_lm_attention_few(**calls()["prefix_lm_attention_few"] | {"examples": examples})
 
 
-def test_what_holds_no_numbers_in_rows_is_named() -> None:
+def test_sparse_and_nested_tensors_are_named() -> None:
     x, packed = torch.ones(2, K), pack_int8(QWEIGHT, SCALE)
     sparse = x.to_sparse()
     for call in (
@@ -142,7 +142,7 @@ def test_what_holds_no_numbers_in_rows_is_named() -> None:
 
 
 @pytest.mark.parametrize("wrong", [None, 3, "x", (QWEIGHT, SCALE)], ids=str)
-def test_weights_that_are_none_are_named(wrong: Any) -> None:
+def test_wrong_weights_are_named(wrong: Any) -> None:
     x, packed = torch.ones(2, K), pack_int8(QWEIGHT, SCALE)
     with pytest.raises(TypeError, match=r"^gate: expected one that pack_int8 has packed, got "):
         int8_geglu(x, wrong, packed)
@@ -160,7 +160,7 @@ def test_weights_that_are_none_are_named(wrong: Any) -> None:
     + [(float("inf"), ValueError)],
     ids=str,
 )
-def test_numbers_that_are_none_are_named(number: Any, error: type[Exception]) -> None:
+def test_wrong_numbers_are_named(number: Any, error: type[Exception]) -> None:
     x, q = torch.ones(2, K), torch.ones(1, 1, S, D)
     with pytest.raises(error, match=r"^eps: expected a number"):
         rms_norm(x, x[0], number)

@@ -47,7 +47,7 @@ def test_values_and_gradients(
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 96), (1, 2304), (0, 8)], ids=str)
-def test_residual_is_the_same_as_two_steps(
+def test_residual_equals_two_separate_ops(
     device: str, backend: str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     inputs = [randn(*shape, device=device, dtype=dtype) for _ in range(2)] + [
@@ -63,7 +63,7 @@ def test_residual_is_the_same_as_two_steps(
     assert_accurate(with_residual, plain, inputs, dtype)
 
 
-def test_only_one_of_the_pair_is_used(device: str, backend: str) -> None:
+def test_gradients_with_only_one_output_used(device: str, backend: str) -> None:
     inputs = [randn(4, 32, device=device), randn(4, 32, device=device), randn(32, device=device)]
     assert_same(
         run(lambda *tensors: with_residual(*tensors)[0], inputs),
@@ -86,7 +86,7 @@ def test_statistics_do_not_overflow_in_fp16(device: str, backend: str) -> None:
 
 
 def test_one_plus_weight_is_added_in_fp32(device: str, backend: str) -> None:
-    """1 + 2⁻¹⁰ is 1 in bf16, the dtype that the weight comes in."""
+    """1 + 2⁻¹⁰ would be 1 in bf16, the weight's dtype."""
     x = torch.ones(2, 16, device=device)
     y = rms_norm(x, torch.full((16,), 2.0**-10, device=device, dtype=torch.bfloat16))
     torch.testing.assert_close(y, torch.full_like(y, 1 + 2.0**-10), rtol=1e-6, atol=0)
@@ -101,7 +101,7 @@ def test_eps_dominates_for_tiny_rows(device: str, backend: str) -> None:
 
 @pytest.mark.parametrize("columns", [8192, 8193, 32768])
 def test_long_rows(device: str, backend: str, columns: int) -> None:
-    """Beyond 8192 columns the kernels read a row in blocks."""
+    """With more than 8192 columns the backward kernel reads a row in blocks."""
     inputs = [randn(3, columns, device=device) for _ in range(2)] + [randn(columns, device=device)]
     assert_accurate(
         with_residual, lambda x, residual, w: (definition(x + residual, w), x + residual), inputs, torch.float32
@@ -118,7 +118,7 @@ def test_rows_too_long_for_registers(device: str, backend: str) -> None:
 
 
 @pytest.mark.backends("triton")
-def test_float64_is_the_definitions_alone(device: str, backend: str) -> None:
+def test_float64_runs_on_the_reference_only(device: str, backend: str) -> None:
     x, weight = torch.ones(1, 8, device=device, dtype=torch.float64), torch.zeros(8, device=device)
     with use_backend("auto"):
         assert rms_norm(x, weight).dtype == torch.float64
@@ -127,7 +127,7 @@ def test_float64_is_the_definitions_alone(device: str, backend: str) -> None:
 
 
 def test_weight_gradient_is_deterministic(device: str, backend: str) -> None:
-    """More rows than programs share, so that the order of sums matters."""
+    """There are more rows than programs, so that the order of sums matters."""
     x, weight, grad = (
         randn(700, 48, device=device),
         randn(48, device=device).requires_grad_(),
