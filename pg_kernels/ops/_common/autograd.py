@@ -14,7 +14,10 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
 
 
 def is_function_transformed() -> bool:
-    """Return whether a function transform or a tracer is active. Tensor values must not decide then what runs."""
+    """Return whether a function transform or a tracer is active.
+
+    The choice of an implementation must not depend on tensor values then.
+    """
     return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
 
 

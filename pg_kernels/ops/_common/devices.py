@@ -1,4 +1,4 @@
-"""The devices that Triton kernels run on: which can run them, what they can hold, and the tiles tuned for them."""
+"""The devices that Triton kernels run on: requirements, shared memory, and the tiles tuned for each GPU."""
 
 from __future__ import annotations
 

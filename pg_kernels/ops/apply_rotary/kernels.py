@@ -44,7 +44,7 @@ def rotary_kernel(
 ):
     """Rotate `heads_per_program` heads of q and k, counted together, for BLOCK_M tokens.
 
-    With cache_positions, k and v are stored at those positions of a KV cache. Without, k is stored at its own token.
+    With cache_positions, store k and v at these positions of a KV cache. Without, store k at its own token.
     Frequency i is 2^(i · (exponent_step + exponent_step_rest)).
     """
     index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]

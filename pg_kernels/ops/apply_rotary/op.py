@@ -1,3 +1,5 @@
+"""The public functions apply_rotary and apply_rotary_to_cache, and registration with PyTorch."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -38,6 +38,6 @@ def key(head_dim: int) -> str:
 
 
 def candidates(head_dim: int, device: Device) -> list[Tiles]:
-    """Return what `pg-kernels tune` tries."""
+    """Return the tiles that `pg-kernels tune` tries."""
     default = choose(head_dim, device)
     return [replace(default, block_m=max(1, default.block_m * factor // 2)) for factor in (1, 2, 4)]

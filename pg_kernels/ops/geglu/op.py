@@ -1,3 +1,5 @@
+"""The public function geglu, and registration with PyTorch."""
+
 from __future__ import annotations
 
 from functools import partial

@@ -25,7 +25,7 @@ def choose(num_cols: int, device: Device) -> Tiles:
 
 
 def candidates(num_cols: int, device: Device) -> list[Tiles]:
-    """Return what `pg-kernels tune` tries."""
+    """Return the tiles that `pg-kernels tune` tries."""
     default = choose(num_cols, device)
     return [
         default,

@@ -1,3 +1,5 @@
+"""The public function geglu_mlp, and registration with PyTorch."""
+
 from __future__ import annotations
 
 from typing import Any

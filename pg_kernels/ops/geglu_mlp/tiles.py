@@ -44,7 +44,7 @@ def key(m: int, k: int, n: int) -> str:
 
 
 def candidates(m: int, device: Device) -> list[Tiles]:
-    """Return what `pg-kernels tune` tries; all fit into the device's registers and shared memory."""
+    """Return the tiles that `pg-kernels tune` tries. All fit into the device's registers and shared memory."""
     if m <= 64:
         block_m = max(16, 1 << (m - 1).bit_length())
         return [Tiles(block_m, 64, 128, 1, 4, 3), Tiles(block_m, 32, 128, 1, 4, 5), Tiles(block_m, 128, 64, 1, 8, 3)]

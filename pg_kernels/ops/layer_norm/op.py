@@ -1,3 +1,5 @@
+"""The public function layer_norm, and registration with PyTorch."""
+
 from __future__ import annotations
 
 from typing import Any, overload

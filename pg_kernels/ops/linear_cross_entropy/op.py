@@ -1,3 +1,5 @@
+"""The public function linear_cross_entropy, and registration with PyTorch."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -62,7 +62,7 @@ def key(m: int) -> str:
 
 
 def candidates(m: int, dtype: torch.dtype, device: Device) -> list[Tiles]:
-    """Return what `pg-kernels tune` tries; all fit into the device's registers and shared memory."""
+    """Return the tiles that `pg-kernels tune` tries. All fit into the device's registers and shared memory."""
     default = choose(m, dtype, device)
     if dtype == torch.float32:
         return [default]

@@ -111,7 +111,7 @@ def rms_norm_bwd_wide_kernel(
     NUM_COLS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Compute what `rms_norm_bwd_kernel` computes, for rows that registers cannot hold.
+    """Compute the results of `rms_norm_bwd_kernel` for rows that registers cannot hold.
 
     Each row is read twice in blocks of BLOCK_N columns. The caller fills partial with zeros; program p adds to partial[p].
     """

@@ -45,13 +45,13 @@ def choose_backward(num_cols: int, itemsize: int, device: Device, op: str = "rms
 def num_programs(num_rows: int, device: Device) -> int:
     """Return how many programs share the rows in backward.
 
-    Each program writes a partial weight gradient, so there are no more of them than fill the device.
+    There are only as many as fill the device, because each writes a partial weight gradient.
     """
     return min(num_rows, 4 * device.multiprocessors)
 
 
 def candidates(kernel: str, num_cols: int, itemsize: int, device: Device) -> list[Tiles]:
-    """Return what `pg-kernels tune` tries for the "forward" or the "backward" kernel."""
+    """Return the tiles that `pg-kernels tune` tries for the "forward" or the "backward" kernel."""
     default = (choose_forward if kernel == "forward" else choose_backward)(num_cols, itemsize, device)
     if itemsize > 2:  # fp32 is not tuned, and its default tiles fit into registers
         return [default]
