@@ -29,7 +29,7 @@ except ImportError as error:
     _UNAVAILABLE_CUDA = _unavailable_reason("pg_kernels._cuda", "GPU or no nvcc", error)
 
 LONGEST_HEAD = 256
-"""The largest head dimension of the CPU extension's attention and rotary kernels: kMostDim in csrc/cpu/token_ops_impl.h."""
+"""The largest head dimension of the CPU extension's attention and rotary kernels: kMaxDim in csrc/cpu/token_ops_impl.h."""
 FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """How the extensions number dtypes."""
 
