@@ -258,7 +258,7 @@ def _examined(
     constants: Mapping[str, Any],
     assembler_log: str,
 ) -> Kernel:
-    blocks = [f"{name}={value}" for name, value in constants.items() if name.isupper()]
+    blocks = [f"{name}={value}" for name, value in constants.items() if name.isupper() and name not in ("M", "N", "K")]
     given = sorted(name for name, value in constants.items() if name.endswith("_ptr") and value is None)
     options = [f"without {name.removesuffix('_ptr')}" for name in given]
     return Kernel(

@@ -25,7 +25,7 @@ def geglu_gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """Compute a tile [BLOCK_M, BLOCK_N] of gelu(x · gateᵀ) · (x · upᵀ).
 
@@ -58,7 +58,7 @@ def geglu_gemm_kernel(
             x = tl.load(x_tile + start, mask=mask[None, :], other=0.0)
             gate = tl.load(gate_tile + start, mask=mask[:, None], other=0.0)
             up = tl.load(up_tile + start, mask=mask[:, None], other=0.0)
-        if WIDEN:
+        if UPCAST:
             x, gate, up = x.to(tl.float32), gate.to(tl.float32), up.to(tl.float32)
         acc_gate = tl.dot(x, gate, acc_gate, input_precision="ieee")
         acc_up = tl.dot(x, up, acc_up, input_precision="ieee")

@@ -56,7 +56,7 @@ def _geglu_gemm(x: Tensor, gate_weight: Tensor, up_weight: Tensor, chosen: tiles
             BLOCK_K=chosen.block_k,
             GROUP_M=chosen.group_m,
             EVEN_K=k % chosen.block_k == 0,
-            WIDEN=devices.upcasts_dot_operands(x),
+            UPCAST=devices.upcasts_dot_operands(x),
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
             enable_fp_fusion=True,

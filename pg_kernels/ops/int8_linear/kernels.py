@@ -56,7 +56,7 @@ def _accumulate(
     W8A8: tl.constexpr,
     SCALES: tl.constexpr,
     EVEN_K: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """Add one block of weight · x to acc [BLOCK_N, BLOCK_M].
 
@@ -76,7 +76,7 @@ def _accumulate(
         else:
             acc += tl.dot(w, x, out_dtype=tl.int32).to(tl.float32) * tl.load(scale + group)[:, None]
     else:
-        if WIDEN:
+        if UPCAST:
             w, x = w.to(tl.float32), x.to(tl.float32)
         else:
             w = w.to(x.dtype)
@@ -128,7 +128,7 @@ def int8_gemm_kernel(
     SCALES: tl.constexpr,
     W8A8: tl.constexpr,
     EVEN_K: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """Compute BLOCK_M rows by BLOCK_N columns of y [M, N] = x · (weight · scale)ᵀ + bias.
 
@@ -177,9 +177,9 @@ def int8_gemm_kernel(
             group = tl.minimum((start + column) // GROUP_SIZE, num_groups - 1)
         else:
             group = start // GROUP_SIZE
-        acc = _accumulate(acc, weight + start, scale, x_block, mask, group, W8A8, SCALES, EVEN_K, WIDEN)
+        acc = _accumulate(acc, weight + start, scale, x_block, mask, group, W8A8, SCALES, EVEN_K, UPCAST)
         if gated:
-            up_acc = _accumulate(up_acc, up + start, up_scale, x_block, mask, group, W8A8, SCALES, EVEN_K, WIDEN)
+            up_acc = _accumulate(up_acc, up + start, up_scale, x_block, mask, group, W8A8, SCALES, EVEN_K, UPCAST)
 
     offsets = token.to(tl.int64)[None, :] * N + feature[:, None]  # [BLOCK_N, BLOCK_M]
     stored = (feature < N)[:, None] & (token < M)[None, :]
@@ -253,7 +253,7 @@ def int8_input_grad_kernel(
     GROUP_M: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     SCALES: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """Compute BLOCK_M rows by BLOCK_K columns of grad_x [M, K] = grad [M, N] · (weight · scale) [N, K].
 
@@ -295,7 +295,7 @@ def int8_input_grad_kernel(
                 # times a scale.
                 high = grad.to(tl.bfloat16)
                 low = (grad - high.to(tl.float32)).to(tl.bfloat16)
-                if WIDEN:
+                if UPCAST:
                     high, low, w = high.to(tl.float32), low.to(tl.float32), w.to(tl.float32)
                 else:
                     w = w.to(tl.bfloat16)

@@ -85,7 +85,7 @@ def input_grad(grad: Tensor, qweight: Tensor, scale: Tensor, group_size: int) ->
                 GROUP_SIZE=group_size if num_groups > 1 else _ONE_GROUP,
                 SCALES="per_column" if per_column else "per_block",
                 # The kernel multiplies bf16, whatever the gradient's dtype is.
-                WIDEN=devices.upcasts_dot_operands(grad.new_empty(0, dtype=torch.bfloat16)),
+                UPCAST=devices.upcasts_dot_operands(grad.new_empty(0, dtype=torch.bfloat16)),
                 num_warps=chosen.num_warps,
                 num_stages=chosen.num_stages,
                 enable_fp_fusion=True,
@@ -147,7 +147,7 @@ def _launch_gemm(
             SCALES=scales,
             W8A8=w8a8,
             EVEN_K=k % block_k == 0,
-            WIDEN=devices.upcasts_dot_operands(x),
+            UPCAST=devices.upcasts_dot_operands(x),
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
             enable_fp_fusion=True,

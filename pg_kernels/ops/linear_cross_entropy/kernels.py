@@ -27,7 +27,7 @@ def linear_cross_entropy_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """Reduce the logits of BLOCK_M tokens over one split of the vocabulary.
 
@@ -56,7 +56,7 @@ def linear_cross_entropy_fwd_kernel(
             stride_weight_n,
             BLOCK_K,
             EVEN_K,
-            WIDEN,
+            UPCAST,
         )  # [BLOCK_M, BLOCK_N]
         if softcap is not None:
             logits = tl.cast(softcap, tl.float32) * tanh(logits / tl.cast(softcap, tl.float32))
@@ -98,7 +98,7 @@ def linear_cross_entropy_logit_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """Compute a tile [BLOCK_M, BLOCK_N] of scale · d loss / d logit for one chunk of the vocabulary.
 
@@ -107,7 +107,7 @@ def linear_cross_entropy_logit_grad_kernel(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     logits = _logits(
-        hidden_ptr, weight_ptr, offs_m, offs_n, M, N, K, stride_hidden_m, stride_weight_n, BLOCK_K, EVEN_K, WIDEN
+        hidden_ptr, weight_ptr, offs_m, offs_n, M, N, K, stride_hidden_m, stride_weight_n, BLOCK_K, EVEN_K, UPCAST
     )  # [BLOCK_M, BLOCK_N]
     label = tl.load(labels_ptr + offs_m, mask=offs_m < M, other=-1)  # [BLOCK_M]
     lse = tl.load(lse_ptr + offs_m, mask=offs_m < M, other=0.0)  # [BLOCK_M]
@@ -137,7 +137,7 @@ def _logits(
     stride_weight_n,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """Compute hidden[offs_m] · weight[offs_n]ᵀ in fp32: [BLOCK_M, BLOCK_N].
 
@@ -153,7 +153,7 @@ def _logits(
         else:
             hidden = tl.load(hidden_tile + start, mask=(start + offs_k < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
             weight = tl.load(weight_tile + start, mask=(start + offs_k < K)[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
-        if WIDEN:
+        if UPCAST:
             hidden, weight = hidden.to(tl.float32), weight.to(tl.float32)
         acc = tl.dot(hidden, weight, acc, input_precision="ieee")
     return acc
