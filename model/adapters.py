@@ -1,4 +1,4 @@
-"""What PEFT looks for in a model beyond its layers: accessors, older names of parameters, weights that adapters may change."""
+"""What PEFT needs of a model beyond its layers: accessors, older parameter names, weights that adapters may change."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ OLDER_NAMES = {
 class AdapterParent(nn.Module):
     """A module whose child layers can share a weight with another layer, or be int8, and still take PEFT's adapters.
 
-    PEFT merges an adapter into its base layer's weight in place. Output head and embedding may share one: merged into it, an
-    adapter over one of them would change the other, too. So an adapted layer gets a weight of its own. And PEFT's
-    `modules_to_save` trains a copy of a layer, of which nothing would be trained if it were int8: that is a ValueError.
+    PEFT merges an adapter into its base layer's weight in place. Output head and embedding may share a weight, and merging an
+    adapter over one would change both. An adapted layer therefore gets its own copy of the weight. PEFT's `modules_to_save`
+    trains a copy of a layer; an int8 layer cannot be trained and raises ValueError.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        adapter = getattr(value, "token_adapter", value)  # inside PEFT's wrapper for single trained tokens
+        adapter = getattr(value, "token_adapter", value)  # PEFT's wrapper for single trained tokens holds the adapter
         base, copied = getattr(adapter, "base_layer", None), getattr(value, "modules_to_save", None)
         weight = getattr(base, "weight", None)
         if isinstance(base, nn.Module) and isinstance(weight, nn.Parameter):
@@ -40,11 +40,12 @@ class AdapterParent(nn.Module):
 
 
 class Adaptable(AdapterParent):
-    """A PaliGemma as PEFT, accelerate and transformers' utilities expect a model: with transformers' names."""
+    """The interface that PEFT, accelerate and transformers' utilities expect of a PaliGemma, with transformers' names."""
 
     config: Any
     model: Any
     lm_head: Any
+    generation_defaults: dict[str, Any]
 
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _checkpoint_conversion_mapping: ClassVar = OLDER_NAMES
@@ -54,12 +55,12 @@ class Adaptable(AdapterParent):
 
     @property
     def device(self) -> torch.device:
-        """Where the embedding is."""
+        """The device of the embedding."""
         return self._table.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What hidden states are computed in: the embedding's. Norms may be kept in fp32."""
+        """The dtype of hidden states, which is the embedding's. Norms may be kept in fp32."""
         return self._table.dtype
 
     @property
@@ -80,11 +81,11 @@ class Adaptable(AdapterParent):
         self.lm_head = value
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Not called: `generate` is not transformers'. PEFT's model for `task_type="CAUSAL_LM"` wants it to exist."""
+        """Exists because PEFT's `task_type="CAUSAL_LM"` requires it. It is never called: `generate` is not transformers'."""
         raise NotImplementedError("PaliGemma.generate prepares its inputs itself")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Report tensors of an adapter that fit no adapted layer: PEFT would pass over them without a word."""
+        """Report an adapter's tensors that fit no adapted layer, which PEFT would ignore silently."""
         super()._load_from_state_dict(state_dict, prefix, *rest)
         names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
         unknown = [name for name in names if not self._has(name)]

@@ -25,7 +25,7 @@ from pg_kernels.ops._common.extension import instruction_sets, unavailable_reaso
 from pg_kernels.quantization import ACTIVATIONS
 
 from . import EMBEDDED_CHECKPOINT
-from .checkpoints import convert, load
+from .checkpoints.conversion import convert
 from .config import PaliGemmaConfig
 from .evaluation.command import add_arguments as evaluation_arguments
 from .evaluation.command import tasks_in_lines
@@ -299,7 +299,9 @@ def _run(options: argparse.Namespace) -> None:
     device = _device(options.device or _default_device())
     started = time.perf_counter()
     checkpoint = options.checkpoint or EMBEDDED_CHECKPOINT
-    model = load(checkpoint, dtype=DTYPES.get(options.dtype), device=device, quantize=options.quantize)
+    model = PaliGemma.from_pretrained(
+        checkpoint, dtype=DTYPES.get(options.dtype), device=device, quantize=options.quantize
+    )
     processor = _processor(checkpoint, model.config, options)
     inputs = processor([images], [options.prompt]).to(device)
     kind = f" as {options.quantize}" if options.quantize else ""
@@ -353,7 +355,7 @@ def _demo(options: argparse.Namespace) -> None:
     examples = samples()
     processor = Processor.from_pretrained(EMBEDDED_CHECKPOINT)
     started = time.perf_counter()
-    texts = answers(load(EMBEDDED_CHECKPOINT), processor, examples)
+    texts = answers(PaliGemma.from_pretrained(EMBEDDED_CHECKPOINT), processor, examples)
     for example, text in zip(examples, texts, strict=True):
         print(f"{' + '.join(path.name for path in example.images)}, {example.prefix!r}: {text!r}")
     _note(f"{len(examples)} answers in {time.perf_counter() - started:.1f} s")
@@ -451,7 +453,9 @@ def _evaluate(options: argparse.Namespace) -> None:
         made_with = {**origin, "checkpoint_written": last_written(checkpoint)}
         predictions = Predictions(options.output, evaluation, made_with, options.batch_size)
     device = _device(options.device or _default_device())
-    model = load(checkpoint, dtype=DTYPES.get(options.dtype), device=device, quantize=options.quantize)
+    model = PaliGemma.from_pretrained(
+        checkpoint, dtype=DTYPES.get(options.dtype), device=device, quantize=options.quantize
+    )
     processor = _processor(checkpoint, model.config, options)
     answers = ask(
         evaluation,
@@ -485,7 +489,7 @@ def _compare(options: argparse.Namespace) -> None:
     if not tasks:
         tasks, score = _fresh_pictures(options, processor)
     original, quantised = (
-        load(checkpoint, dtype=DTYPES.get(options.dtype), device=device, quantize=mode)
+        PaliGemma.from_pretrained(checkpoint, dtype=DTYPES.get(options.dtype), device=device, quantize=mode)
         for mode in (None, options.quantize)
     )
     found = compare(original, quantised, processor, tasks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,37 +10,12 @@ from torch import Tensor, nn
 from pg_kernels.nn import GeGLUMLP, PrefixLMAttention, RMSNorm, add_and_norm
 
 from .adapters import AdapterParent
+from .cache import AttentionLengths, KVCache
 from .config import TextConfig
 
 
-@dataclass(frozen=True)
-class AttentionLengths:
-    """What `prefix_lm_attention` needs to know of each example, int32 [B] each: see its mask contract."""
-
-    prefix_lens: Tensor
-    kv_starts: Tensor
-    kv_lens: Tensor
-    q_starts: Tensor
-
-
-class KVCache:
-    """Keys and values of every layer in buffers of a fixed capacity: [layers, B, Hkv, capacity, D] each."""
-
-    def __init__(
-        self, config: TextConfig, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Replace the batch by these rows (int64 [B']) of it, some perhaps repeated."""
-        self.keys = self.keys.index_select(1, rows)
-        self.values = self.values.index_select(1, rows)
-
-
 def attention(config: TextConfig, layer: int) -> PrefixLMAttention:
-    """The attention of a layer; on the even ones Gemma 2 may have a window."""
+    """Return the attention of a layer. Gemma 2's even layers may have a sliding window."""
     return PrefixLMAttention(
         config.hidden_size,
         config.num_attention_heads,
@@ -55,10 +29,11 @@ def attention(config: TextConfig, layer: int) -> PrefixLMAttention:
 
 
 class GemmaDecoderLayer(nn.Module):
-    """One block of Gemma: a norm before attention and one, which Hugging Face calls post_attention, before the MLP.
+    """One block of Gemma: a norm before attention and a norm before the MLP, which Hugging Face calls post_attention.
 
-    What a block adds last it leaves to the next norm, which reads it anyway: x and `added` (None before the first block) are
-    [B, S, D], and their sum is the block's input; the two results likewise. The rest is for `PrefixLMAttention`.
+    A block leaves its last residual addition to the next block's norm, which reads the sum anyway. It takes x and `residual`
+    [B, S, D] (None before the first block), whose sum is its input, and returns such a pair. `attention` goes to
+    `PrefixLMAttention`.
     """
 
     def __init__(self, config: TextConfig, layer: int) -> None:
@@ -69,16 +44,16 @@ class GemmaDecoderLayer(nn.Module):
         self.mlp = GeGLUMLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, added: Tensor | None, positions: Tensor, query_index: Tensor | None, **attention: Any
+        self, x: Tensor, residual: Tensor | None, positions: Tensor, query_index: Tensor | None, **attention: Any
     ) -> tuple[Tensor, Tensor]:
-        normed, x = add_and_norm(self.input_layernorm, x, added)
+        normed, x = add_and_norm(self.input_layernorm, x, residual)
         attended = self.self_attn(normed, positions, query_index=query_index, **attention)
-        normed, x = self.post_attention_layernorm(attended, residual=_picked(x, query_index))
+        normed, x = self.post_attention_layernorm(attended, residual=_select_query(x, query_index))
         return x, self.mlp(normed)
 
 
 class Gemma2DecoderLayer(nn.Module):
-    """One block of Gemma 2: norms before and after both attention and MLP; called as Gemma's is."""
+    """One block of Gemma 2: norms before and after both attention and MLP. It is called like Gemma's block."""
 
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
@@ -90,18 +65,18 @@ class Gemma2DecoderLayer(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, added: Tensor | None, positions: Tensor, query_index: Tensor | None, **attention: Any
+        self, x: Tensor, residual: Tensor | None, positions: Tensor, query_index: Tensor | None, **attention: Any
     ) -> tuple[Tensor, Tensor]:
-        normed, x = add_and_norm(self.input_layernorm, x, added)
+        normed, x = add_and_norm(self.input_layernorm, x, residual)
         attended = self.post_attention_layernorm(
             self.self_attn(normed, positions, query_index=query_index, **attention)
         )
-        normed, x = self.pre_feedforward_layernorm(attended, residual=_picked(x, query_index))
+        normed, x = self.pre_feedforward_layernorm(attended, residual=_select_query(x, query_index))
         return x, self.post_feedforward_layernorm(self.mlp(normed))
 
 
-def _picked(x: Tensor, query_index: Tensor | None) -> Tensor:
-    """x [B, S, D], or [B, 1, D] of it at `query_index` [B]."""
+def _select_query(x: Tensor, query_index: Tensor | None) -> Tensor:
+    """Return x [B, S, D], or with `query_index` [B] each example's row there, [B, 1, D]."""
     return (
         x if query_index is None else x[torch.arange(len(query_index), device=query_index.device), query_index][:, None]
     )
@@ -129,7 +104,7 @@ class GemmaModel(AdapterParent):
         self,
         embeddings: Tensor,
         positions: Tensor,
-        visibility: AttentionLengths,
+        lengths: AttentionLengths,
         cache: KVCache | None = None,
         cache_positions: Tensor | None = None,
         query_index: Tensor | None = None,
@@ -139,18 +114,18 @@ class GemmaModel(AdapterParent):
         With `query_index`, int64 [B], return only the state of each example's token at that index, [B, 1, D]. The last layer then
         computes nothing but keys and values of the other tokens.
         """
-        x, added = embeddings, None
+        x, residual = embeddings, None
         for index, layer in enumerate(self.layers):
-            x, added = layer(
+            x, residual = layer(
                 x,
-                added,
+                residual,
                 positions,
                 query_index if index == len(self.layers) - 1 else None,
-                prefix_lens=visibility.prefix_lens,
-                kv_starts=visibility.kv_starts,
-                kv_lens=visibility.kv_lens,
-                q_starts=visibility.q_starts,
+                prefix_lens=lengths.prefix_lens,
+                kv_starts=lengths.kv_starts,
+                kv_lens=lengths.kv_lens,
+                q_starts=lengths.q_starts,
                 cache=None if cache is None else (cache.keys[index], cache.values[index]),
                 cache_positions=cache_positions,
             )
-        return add_and_norm(self.norm, x, added)[0]
+        return add_and_norm(self.norm, x, residual)[0]

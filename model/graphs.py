@@ -1,43 +1,45 @@
-"""Functions of tensors that stay where they are, as CUDA graphs: one launch instead of hundreds."""
+"""Decoding as CUDA graphs: one launch instead of hundreds for each step."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from functools import cache, partial
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pg_kernels import backends
 from pg_kernels.ops.int8_linear import PackedInt8Weight
 
+from .decoding import DecodingSession, GenerativeModel, SamplingConfig
+
 KEPT = 4
-"""How many sessions a model keeps, and a session prefills: each holds memory."""
-Kept = TypeVar("Kept")
+"""How many sessions a model keeps, and how many prefill graphs a session keeps. Each holds memory."""
+T = TypeVar("T")
 
 
 class Recorder:
-    """Captures the graphs of one session: all draw from one generator, and share memory, as no two of them run at once."""
+    """Captures the graphs of one session. They draw from one generator, and share memory because no two run at once."""
 
     def __init__(self, generator: torch.Generator | None) -> None:
         self._generator = generator
         self._pool: Any = None
 
     def capture(self, function: Callable[[], None]) -> Any:
-        """Record a function's launches as a `torch.cuda.CUDAGraph`, without running them."""
+        """Capture a function's launches as a `torch.cuda.CUDAGraph` without running them."""
         graph = capture(function, self._generator, self._pool)
         self._pool = graph.pool()
         return graph
 
 
-class Replayed:
-    """A function without a result, of tensors that stay where they are: it gets the same arguments every time.
+class GraphedFunction:
+    """A function without a result whose arguments are the same at every call, run as a CUDA graph.
 
-    The first call runs it, which also sets up whatever kernels need; the second captures it as a CUDA graph, which from then on
-    is replayed. A function that is called once is never captured: that would take longer than the call.
+    The first call runs the function, which also sets up its kernels. The second call captures it, and later calls replay the
+    graph. A function that is called once is not captured: the capture takes longer than the call.
     """
 
     def __init__(self, function: Callable[..., None], recorder: Recorder) -> None:
@@ -56,18 +58,18 @@ class Replayed:
 
 
 _capturing = threading.Lock()
-"""A capture begins with a wait for the device, which the capture of another thread does not survive."""
+"""A capture starts by synchronising with the device, which would break another thread's capture."""
 
 
 def capture(function: Callable[[], None], generator: torch.Generator | None, pool: Any) -> Any:
-    """Record a function's launches on the current device; each replay draws anew from `generator`.
+    """Capture a function's launches on the current device. Each replay draws new numbers from `generator`.
 
-    Intermediate results take memory of `pool`, if another graph has one to share.
+    Intermediate results use the memory pool of another graph, if `pool` is given.
     """
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    # Of its own stream torch has one for all devices. Other threads may go on allocating memory.
+    # torch's own capture stream is one for all devices. Other threads may go on allocating memory.
     stream = _stream(torch.cuda.current_device())
     with _capturing, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         function()
@@ -79,52 +81,78 @@ def _stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class Shelf(Generic[Kept]):
-    """The last few things that were put back, by key; whoever takes one has it alone."""
+class LRUPool(Generic[T]):
+    """The last `KEPT` objects that were put back, by key. A taken object is no longer in the pool."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, Kept] = OrderedDict()
+        self._objects: OrderedDict[Hashable, T] = OrderedDict()
 
-    def take(self, key: Hashable) -> Kept | None:
-        """Take away what was put back under a key last, if it is still there."""
-        return self._kept.pop(key, None)
+    def take(self, key: Hashable) -> T | None:
+        """Remove and return the object under `key`, or None."""
+        return self._objects.pop(key, None)
 
-    def put(self, key: Hashable, thing: Kept) -> None:
-        """Put back; what was put back longest ago goes when there are more than `KEPT`."""
-        self._kept[key] = thing
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+    def put(self, key: Hashable, value: T) -> None:
+        """Put an object back. Beyond `KEPT` objects, the one put back longest ago is dropped."""
+        self._objects[key] = value
+        while len(self._objects) > KEPT:
+            self._objects.popitem(last=False)
 
     def clear(self) -> None:
-        """Forget everything."""
-        self._kept.clear()
+        """Drop all objects."""
+        self._objects.clear()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._objects)
 
 
-class GraphCache(Shelf[Kept]):
-    """What a model keeps between calls of `generate`, as long as it is the same model; copies and pickles of it are empty."""
+class GraphCache(LRUPool[T]):
+    """Decoding sessions kept between calls of `generate` while the model is unchanged. Copies and pickles of it are empty."""
 
     _fingerprint: tuple[object, ...] = ()
 
-    def of(self, model: nn.Module) -> GraphCache[Kept]:
-        """This, emptied if the model's tensors have moved or its modules changed since."""
+    def of(self, model: nn.Module) -> GraphCache[T]:
+        """Return this cache, emptied if the model's tensors have moved or its modules have changed since the last call."""
         fingerprint = _fingerprint(model)
         if fingerprint != self._fingerprint:
             self.clear()
             self._fingerprint = fingerprint
         return self
 
-    def __deepcopy__(self, memo: object) -> GraphCache[Kept]:
+    def __deepcopy__(self, memo: object) -> GraphCache[T]:
         return GraphCache()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return GraphCache, ()
 
 
+class GraphedDecodingSession(DecodingSession):
+    """A decoding session whose prefill (by the prompt's shapes) and step are captured at their second run, then replayed."""
+
+    def __init__(self, model: GenerativeModel, batch: int, capacity: int, sampling: SamplingConfig) -> None:
+        super().__init__(model, batch, capacity, sampling)
+        self._recorder = Recorder(self.generator)
+        # Store plain functions: a bound method would make a reference cycle and keep the KV cache alive until garbage collection.
+        self._step = GraphedFunction(DecodingSession.step, self._recorder)
+        self._prefills: LRUPool[tuple[dict[str, Tensor], GraphedFunction]] = LRUPool()
+
+    def prefill(self, model: GenerativeModel, prompt: Mapping[str, Tensor]) -> None:
+        key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in prompt.items())
+        kept = self._prefills.take(key)
+        if kept is None:
+            inputs = {name: torch.empty_like(tensor) for name, tensor in prompt.items()}
+            kept = inputs, GraphedFunction(DecodingSession.prefill, self._recorder)
+        inputs, prefill = kept
+        for name, tensor in prompt.items():
+            inputs[name].copy_(tensor)
+        prefill(self, model, inputs)
+        self._prefills.put(key, kept)
+
+    def step(self, model: GenerativeModel) -> None:
+        self._step(self, model)
+
+
 def capture_unsupported_reason(model: nn.Module, device: torch.device) -> str | None:
-    """Why a model's generation cannot be captured on a device, or None when it can."""
+    """Return why generation with `model` cannot be captured on a device, or None if it can."""
     if device.type != "cuda":
         return f"the model is on {device.type}"
     if torch.is_autocast_enabled(device.type):
@@ -133,7 +161,7 @@ def capture_unsupported_reason(model: nn.Module, device: torch.device) -> str | 
         kind = type(module)
         if module._forward_hooks or module._forward_pre_hooks:
             return f"a {kind.__name__} has a forward hook, which a graph would not call"
-        # What an adapter's layer does may change with numbers and switches that are no tensors.
+        # An adapter's layer may depend on numbers and switches that are not tensors, which a graph would not see.
         package, _, rest = kind.__module__.partition(".")
         if package not in ("torch", "pg_kernels") or rest.startswith("integrations."):
             return f"there is a {kind.__name__}, of which a graph might miss changes"
@@ -141,7 +169,7 @@ def capture_unsupported_reason(model: nn.Module, device: torch.device) -> str | 
 
 
 def _fingerprint(model: nn.Module) -> tuple[object, ...]:
-    """What a captured graph depends on: where every number is, which modules there are, and what runs them."""
+    """Return what a captured graph depends on: the address of every tensor, the modules, and global settings."""
     found: list[object] = [
         backends.requested(),
         torch.backends.cuda.matmul.fp32_precision,
@@ -159,7 +187,7 @@ def _fingerprint(model: nn.Module) -> tuple[object, ...]:
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
-    """All modules: `model.modules()` in a third of its time, which each call of `generate` takes before the first launch."""
+    """Return all modules, as `model.modules()` does, in a third of its time: each call of `generate` waits for it."""
     found = [model]
     for module in found:
         found += [child for child in module._modules.values() if child is not None]

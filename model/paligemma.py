@@ -16,10 +16,13 @@ from pg_kernels.nn import LayerNorm, RMSNorm, is_plain_int8_linear, is_plain_lin
 from pg_kernels.ops._common.checks import values_are_free
 
 from .adapters import Adaptable, AdapterParent
+from .cache import AttentionLengths, KVCache
+from .checkpoints.loading import load
+from .checkpoints.saving import save_big_vision, save_huggingface
 from .config import PaliGemmaConfig
-from .gemma import AttentionLengths, GemmaModel, KVCache
-from .generation import DecodingSession, generate
-from .graphs import GraphCache
+from .gemma import GemmaModel
+from .generation import GraphCachingModel, generate
+from .graphs import GraphCache, GraphedDecodingSession
 from .siglip import SiglipVisionTower, resample_position_embedding
 
 # Arguments of transformers' forward that its callers, such as PEFT, pass as None or False.
@@ -56,7 +59,7 @@ class PaliGemmaModel(AdapterParent):
         self.language_model = GemmaModel(config.text_config)
 
 
-class PaliGemma(Adaptable):
+class PaliGemma(Adaptable, GraphCachingModel):
     """The whole model; parameter names are those of transformers' PaliGemmaForConditionalGeneration.
 
     It compiles with `fullgraph=True` and exports with `torch.export.export`; in floats batch and length may be dynamic.
@@ -66,10 +69,10 @@ class PaliGemma(Adaptable):
 
     def __init__(self, config: PaliGemmaConfig) -> None:
         super().__init__()
-        self.config = replace(config)  # its own: PEFT notes in it when head and embedding are no longer tied
+        self.config = replace(config)  # a copy: PEFT writes to it when head and embedding are no longer tied
         self.generation_defaults: dict[str, Any] = {}
-        """The content of the checkpoint's generation_config.json, which `save_pretrained` writes again."""
-        self.graph_cache: GraphCache[DecodingSession] = GraphCache()
+        """The content of the checkpoint's generation_config.json, which `save_pretrained` writes back."""
+        self.graph_cache: GraphCache[GraphedDecodingSession] = GraphCache()
         self.model = PaliGemmaModel(config)
         text = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
@@ -87,35 +90,59 @@ class PaliGemma(Adaptable):
         device: torch.device | str | None = None,
         image_size: int | None = None,
         quantize: str | None = None,
+        config: PaliGemmaConfig | None = None,
+        progress: bool = True,
     ) -> PaliGemma:
         """Load a Hugging Face folder (safetensors) or a big_vision `.npz` file, in evaluation mode.
 
+        Tensors are read one at a time into their dtype and device, or into int8: peak memory is the model and little more, and no
+        tensor stays tied to the file. If all names begin with one prefix, such as `_orig_mod.`, they are read without it, and
+        tensors beside them, which belong to another model, are left out; a warning says so.
+
         Args:
             path: the folder or file.
-            dtype: of the parameters; default: the checkpoint's.
+            dtype: of the parameters; default: the checkpoint's (config.json's, else the widest of its tensors; float64 becomes
+                float32).
             device: default: the CPU.
+            image_size: side of the square images in pixels; a size other than the checkpoint's resamples its position embedding.
             quantize: "int8" loads linear layers and embedding as int8 (W8A16); "int8-dynamic" also rounds activations to int8, by
-                token (W8A8). A checkpoint saved in int8 is loaded as it was saved, and needs this to change that only.
-            image_size: side of the square images in pixels; another one than the checkpoint's resamples its position embedding.
+                token (W8A8). For a checkpoint that is int8 already it only says whether activations are rounded.
+            config: replaces the folder's config.json, or what is inferred from the .npz file; the tensors must fit it.
+            progress: show a bar on stderr, if it is a terminal, once loading has taken a second.
 
         Raises:
-            FileNotFoundError, ValueError: naming the file and what is missing, truncated or of the wrong shape.
+            FileNotFoundError: the path, config.json or a shard does not exist.
+            ValueError: naming file and tensor: unreadable files, other architectures, missing, unexpected or wrongly shaped
+                tensors; an unknown `quantize`.
+            TypeError: a dtype that is not float32, float16 or bfloat16.
         """
-        from .checkpoints import load  # the reader builds this class
-
-        model = load(path, dtype=dtype, device=device, quantize=quantize)
+        model = load(cls, path, dtype=dtype, device=device, config=config, quantize=quantize, progress=progress)
         if image_size is not None:
             model.set_image_size(image_size)
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a Hugging Face folder; in floats transformers loads it too. OSError when it cannot be written."""
-        from .checkpoints import save_huggingface
+    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: float = 5e9) -> None:
+        """Write a Hugging Face folder: config.json, generation_config.json and safetensors of at most `max_shard_bytes` each.
 
-        save_huggingface(self, folder)
+        transformers loads a float model's folder, too. int8 layers are written as int8 with their scales, for this package only.
+        The output head is written unless it is the embedding, and config.json says which. Other files of an existing folder are
+        kept, and no file is ever half-written.
+
+        Raises OSError naming `folder` if it cannot be written; ValueError if the model does not hold exactly PaliGemma's
+        parameters, in floats or int8 (wrapped layers).
+        """
+        save_huggingface(self, folder, PaliGemma, max_shard_bytes=max_shard_bytes)
+
+    def save_big_vision(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write a big_vision .npz file, by default in the embedding's dtype; bfloat16 as two-byte void, like released files.
+
+        Raises OSError naming `path` if it cannot be written; ValueError for an output head whose values are not the embedding's,
+        which the format cannot hold, and for a model that does not hold exactly PaliGemma's floating-point parameters.
+        """
+        save_big_vision(self, path, PaliGemma, dtype=dtype)
 
     def set_image_size(self, image_size: int) -> None:
-        """Take square images of another size in pixels from now on, resampling the position embedding."""
+        """Change the side of the square images, in pixels, by resampling the position embedding."""
         self.config = self.config.with_image_size(image_size)
         table = self.model.vision_tower.embeddings.position_embedding
         tokens = self.config.vision_config.num_image_tokens
@@ -125,7 +152,7 @@ class PaliGemma(Adaptable):
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Encode and project images: [n, 3, H, W] or [B, n, 3, H, W] in [−1, 1] to [images, N, D].
 
-        Raises ValueError for a size that is not the configuration's.
+        Raises ValueError for an image size other than the configuration's.
         """
         size = self.config.vision_config.image_size
         if pixel_values.dim() == 5:
@@ -154,13 +181,13 @@ class PaliGemma(Adaptable):
             input_ids: [B, S] int64, with image_token_id wherever a projected image token goes.
             pixel_values: [n, 3, H, W] in [−1, 1], the batch's images in order; or `image_features`
                 [n, N, D] as `get_image_features` gives them.
-            attention_mask: [B, S], 0 for padding, which may stand on either side but not inside; default: no padding.
+            attention_mask: [B, S], 0 for padding, on either side of the tokens but not between them; default: no padding.
             token_type_ids: [B, S], 0 for the prefix and 1 for the suffix after it; default: all prefix.
-            labels: [B, S] int64, −100 where no loss is wanted; shifted here, as in transformers.
-            logits_to_keep: how many last positions get logits, 0 for all; default: all without labels, none with them.
-            loss_reduction: "token" averages over all labels (transformers), "example" first within each example (big_vision).
+            labels: [B, S] int64, −100 for no loss. They are shifted here, as in transformers.
+            logits_to_keep: how many last positions get logits, 0 for all; default: all without labels, none with labels.
+            loss_reduction: "token" averages over all labels (transformers), "example" within each example first (big_vision).
             label_smoothing: as in torch.nn.functional.cross_entropy.
-            others: further arguments of transformers' models, which PEFT passes; they must be None or False.
+            others: other arguments of transformers' models, which PEFT passes; they must be None or False.
 
         Raises:
             TypeError: other arguments.
@@ -174,8 +201,8 @@ class PaliGemma(Adaptable):
         if labels is not None and token_type_ids is None:
             raise ValueError("token_type_ids: needed with labels, to tell the prefix from the suffix")
         embeddings = self.embed(input_ids, pixel_values, image_features)
-        visibility, positions = self.attention_lengths(input_ids, attention_mask, token_type_ids)
-        hidden = self.model.language_model(embeddings, positions, visibility)
+        lengths, positions = self.attention_lengths(input_ids, attention_mask, token_type_ids)
+        hidden = self.model.language_model(embeddings, positions, lengths)
         output = PaliGemmaOutput()
         if logits_to_keep is not None or labels is None:
             output.logits = self.logits(hidden[:, -(logits_to_keep or 0) :])
@@ -191,7 +218,7 @@ class PaliGemma(Adaptable):
         token_type_ids: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """Continue prompts and give the new tokens; see `pg_kernels.model.generation.generate` for all options."""
+        """Continue prompts and return the new tokens; see `pg_kernels.model.generation.generate` for all options."""
         return generate(self, input_ids, pixel_values, attention_mask, token_type_ids, **options)
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
@@ -207,7 +234,7 @@ class PaliGemma(Adaptable):
             image_features = self.get_image_features(pixel_values)
         placeholders = input_ids == self.config.image_token_id
         self._check_ids(input_ids, placeholders, image_features)
-        # The placeholder's id may lie beyond the embedding.
+        # The placeholder's id may be outside the embedding.
         embeddings = self.model.language_model.embed(input_ids.masked_fill(placeholders, self.config.pad_token_id))
         if image_features is None:
             return embeddings
@@ -216,7 +243,7 @@ class PaliGemma(Adaptable):
     def logits(self, hidden: Tensor) -> Tensor:
         """Score hidden states [..., D] over the vocabulary: fp32 [..., V], softcapped where the configuration says so."""
         head = self.lm_head
-        if is_plain_int8_linear(head):  # its sums are fp32, and need not be rounded
+        if is_plain_int8_linear(head):  # its sums are fp32; rounding them would lose precision
             logits = int8_linear(hidden, head.weight, activations=head.activations, out_dtype=torch.float32)
         else:
             logits = head(hidden).float()
@@ -224,7 +251,7 @@ class PaliGemma(Adaptable):
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def topk_logits(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest of the same logits, fp32 [..., k] and the largest first, and their ids [..., k]."""
+        """Return the k largest logits of hidden states [..., D], fp32 [..., k] in descending order, and their ids [..., k]."""
         if is_plain_int8_linear(self.lm_head):
             softcap = self.config.text_config.final_logit_softcapping
             return int8_topk(hidden, self.lm_head.weight, k, softcap=softcap, activations=self.lm_head.activations)
@@ -234,7 +261,10 @@ class PaliGemma(Adaptable):
     def attention_lengths(
         self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
     ) -> tuple[AttentionLengths, Tensor]:
-        """Turn transformers' masks [B, S] into the attention's lengths and the rotary positions [B, S], which count from 0."""
+        """Turn transformers' masks [B, S] into the attention's lengths and the rotary positions [B, S], counted from 0.
+
+        Raises ValueError for masks of another shape or with holes.
+        """
         for name, mask in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
             if mask is not None and mask.shape != input_ids.shape:
                 raise ValueError(f"{name}: expected shape {list(input_ids.shape)} (input_ids'), got {list(mask.shape)}")
@@ -249,11 +279,11 @@ class PaliGemma(Adaptable):
                 raise ValueError("attention_mask: padding may stand before or after the tokens, not between them")
             if not torch.equal(prefix, valid & (offsets < prefix_lens[:, None])):
                 raise ValueError("token_type_ids: the prefix (0) must come before the suffix (1)")
-        visibility = AttentionLengths(prefix_lens, starts, starts + lens, torch.zeros_like(starts))
-        return visibility, offsets.clamp(min=0)
+        lengths = AttentionLengths(prefix_lens, starts, starts + lens, torch.zeros_like(starts))
+        return lengths, offsets.clamp(min=0)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """Give an empty key-value cache for `batch` rows of `capacity` tokens, in the model's dtype and place."""
+        """Return an empty key-value cache for `batch` rows of `capacity` tokens, in the model's dtype on its device."""
         return KVCache(self.config.text_config, batch, capacity, dtype=self.dtype, device=self.device)
 
     def _loss(self, hidden: Tensor, labels: Tensor, reduction: str, label_smoothing: float) -> Tensor:
@@ -269,7 +299,7 @@ class PaliGemma(Adaptable):
                 label_smoothing=label_smoothing,
                 reduction="none",
             )
-        else:  # An adapter's head is more than a product with its `.weight`, and what watches it must see it called.
+        else:  # An adapter's head is more than a product with its `.weight`, and hooks must see it called.
             logits = self.logits(hidden).transpose(1, 2)
             losses = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
         counts = (targets != -100).sum(1)
@@ -298,7 +328,7 @@ class PaliGemma(Adaptable):
             )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Untie the head if `state_dict` has another one than the embedding, of which it would be loaded over the other."""
+        """Untie the head if `state_dict` has a head other than the embedding: one would be loaded over the other."""
         embedding: Any = self.model.language_model.embed_tokens
         if getattr(self.lm_head, "weight", None) is getattr(embedding, "weight", None):
             for leaf in ("weight", "weight_scale"):  # the scale of int8
@@ -314,7 +344,7 @@ class PaliGemma(Adaptable):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _initialize(self) -> None:
-        """Variance-preserving matrices, unit-variance scaled embeddings, norms that start as the identity, biases of zero."""
+        """Initialise: variance-preserving matrices, embeddings of unit variance after scaling, identity norms, zero biases."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)

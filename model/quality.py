@@ -20,7 +20,7 @@ _WATCHED = (SiglipEncoderLayer, MultiModalProjector, GemmaDecoderLayer, Gemma2De
 
 
 @dataclass(frozen=True)
-class Comparison:
+class QuantizationReport:
     """How far a quantised model is from its original when both read the original's answers."""
 
     layers: Mapping[str, float]
@@ -48,7 +48,7 @@ def compare(
     *,
     max_new_tokens: int = 32,
     batch_size: int = 8,
-) -> Comparison:
+) -> QuantizationReport:
     """Let the original answer each (image, prompt), greedily, and both score its answers token by token.
 
     Raises ValueError for no tasks, and what the processor raises for them.
@@ -78,7 +78,7 @@ def compare(
         divergence += float(F.kl_div(right, left, reduction="sum", log_target=True))
         agreeing += int((left.argmax(-1) == right.argmax(-1)).sum())
         tokens += int(counted.sum())
-    return Comparison(
+    return QuantizationReport(
         {name: (errors[name] / sizes[name]) ** 0.5 if errors[name] else 0.0 for name in errors},
         divergence / tokens,
         agreeing / tokens,

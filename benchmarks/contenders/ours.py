@@ -12,8 +12,8 @@ from pg_kernels.benchmarks.cases.catalogue import ANSWER
 from pg_kernels.benchmarks.cases.ops import Inputs
 from pg_kernels.benchmarks.measure.timing import Candidate, Task
 from pg_kernels.model import PaliGemma
-from pg_kernels.model.generation import Decoder
-from pg_kernels.model.graphs import Recorder, Replayed, capture_unsupported_reason
+from pg_kernels.model.decoding import Decoder
+from pg_kernels.model.graphs import GraphedFunction, Recorder, capture_unsupported_reason
 from pg_kernels.nn import fuse_qkv_
 
 
@@ -55,7 +55,7 @@ def _as_generated(model: PaliGemma, stage: Callable[[], Tensor]) -> Callable[[],
     def keep() -> None:
         found[:] = [stage()]
 
-    replayed = Replayed(keep, Recorder(None))
+    replayed = GraphedFunction(keep, Recorder(None))
 
     def call() -> Tensor:
         replayed()
@@ -79,12 +79,12 @@ def decode_step(inputs: Inputs) -> Candidate:
         decoder.prefill(model, prompt(first))
         decoder.select_rows(torch.zeros_like(inputs["suffix"][:, 0]))
         decoder.tokens.copy_(inputs["suffix"][:, 0])
-        start = {name: lengths.clone() for name, lengths in vars(decoder.visible).items()}
+        start = {name: lengths.clone() for name, lengths in vars(decoder.lengths).items()}
 
     @torch.inference_mode()
     def rewind() -> None:
         for name, lengths in start.items():
-            getattr(decoder.visible, name).copy_(lengths)
+            getattr(decoder.lengths, name).copy_(lengths)
 
     return inference(_as_generated(model, lambda: model.logits(decoder.step(model))), rewind)
 

@@ -30,7 +30,6 @@ from pg_kernels.benchmarks.report.text import duration, markdown_table
 from pg_kernels.benchmarks.sessions import end_to_end_process
 from pg_kernels.benchmarks.sessions.end_to_end_process import CONTENDERS, HEAD, Part, prompts
 from pg_kernels.model import PaliGemma, PaliGemmaConfig
-from pg_kernels.model.checkpoints import save_huggingface
 from pg_kernels.model.files import json_bytes, write_atomically
 
 BASELINE = "transformers bfloat16"
@@ -68,7 +67,7 @@ def run(
     }
     with TemporaryDirectory() as temporary:
         checkpoint = Path(temporary)
-        save_huggingface(filled(config, torch.bfloat16, torch.device("cpu")), checkpoint)
+        filled(config, torch.bfloat16, torch.device("cpu")).save_pretrained(checkpoint)
         draw = random.Random(0)
         with tqdm(total=rounds * len(names), desc="sessions", unit="process", disable=None) as bar:
             for _ in range(rounds):

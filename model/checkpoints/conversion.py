@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from ..files import temporary_sibling
+from ..paligemma import PaliGemma
 from .big_vision import write_big_vision
 from .huggingface import write_huggingface
 from .layout import TensorSpec, check_dtype
-from .loading import load, open_checkpoint, resolve, streamed
-from .saving import save_big_vision
+from .loading import open_checkpoint, resolve, streamed
 
-# What belongs to a checkpoint besides its weights and config.json, and does not depend on their layout.
+# Files of a checkpoint besides its weights and config.json that do not depend on the weights' layout.
 _COMPANIONS = (
     "tokenizer.model",
     "tokenizer.json",
@@ -29,7 +29,7 @@ _COMPANIONS = (
     "generation_config.json",
     "vae-oid.npz",
 )
-# What a model that is trained from it keeps, too: neither its weights nor its processor write these.
+# Files that a fine-tuned model keeps, too, and that neither the model nor the processor writes.
 _HERITAGE = re.compile(r"chat_template\.(?:json|jinja)|(?:LICENSE|NOTICE)(?:\.(?:md|txt))?")
 
 
@@ -41,13 +41,20 @@ def convert(
     tokenizer: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> None:
-    """Converts a checkpoint: a Hugging Face folder or a big_vision .npz to a Hugging Face folder, or to .npz if `target` ends so.
+    """Convert a Hugging Face folder or a big_vision .npz to a Hugging Face folder, or to .npz if `target` ends in .npz.
 
-    `dtype` None keeps the source's. A folder gets the source folder's tokenizer and processor files, generation_config.json,
-    mask decoder (vae-oid.npz), chat template and licence, and `tokenizer`, a SentencePiece model, as tokenizer.model. Memory
-    stays at a few tensors, except from .npz to .npz, which takes the model. Raises what `load` raises for the source, OSError
-    naming the target if it cannot be written, FileNotFoundError for a tokenizer that does not exist, ValueError for a tokenizer
-    with an .npz target and for an output head with values of its own, which .npz has no place for.
+    Memory stays at a few tensors, except from .npz to .npz, which takes the whole model. A folder gets the source folder's
+    tokenizer and processor files, generation_config.json, mask decoder (vae-oid.npz), chat template and licence.
+
+    Args:
+        source, target: folders or .npz files.
+        dtype: of the tensors; default: the source's.
+        tokenizer: a SentencePiece model, written to the folder as tokenizer.model.
+        progress: show a bar on stderr, if it is a terminal.
+
+    Raises what `PaliGemma.from_pretrained` raises for the source; OSError naming the target if it cannot be written;
+    FileNotFoundError for a missing tokenizer; ValueError for a tokenizer with an .npz target, and for an output head whose
+    values are not the embedding's, which .npz cannot hold.
     """
     check_dtype(dtype)
     source, target = Path(source), Path(target)
@@ -57,13 +64,13 @@ def convert(
         if not Path(tokenizer).is_file():
             raise FileNotFoundError(f"tokenizer {tokenizer} does not exist")
     if target.suffix == ".npz" and not source.is_dir():
-        save_big_vision(load(source, dtype=dtype, device="cpu", progress=progress), target)
+        PaliGemma.from_pretrained(source, dtype=dtype, progress=progress).save_big_vision(target)
         return
 
     reader = open_checkpoint(source)
     if reader.quantization is not None:
         raise ValueError(f"{source} holds int8 weights, which are not converted; convert the original checkpoint")
-    config, names = resolve(reader, None)
+    config, names = resolve(PaliGemma, reader, None)
     target_dtype, cpu = dtype or reader.dtype, torch.device("cpu")
     if target.suffix == ".npz":
         file_names = {name: file_name for file_name, name in names.items()}
@@ -81,7 +88,7 @@ def convert(
 
 
 def copy_heritage(source: Path, folder: Path) -> None:
-    """Copy the chat template and the licence of a checkpoint folder into that of a model made from it."""
+    """Copy the chat template and the licence of a checkpoint folder into the folder of a model made from it."""
     for path in _files(source):
         if _HERITAGE.fullmatch(path.name):
             with temporary_sibling(folder / path.name) as temporary:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,17 @@ from tqdm import tqdm
 from pg_kernels.nn import Int8Embedding, Int8Linear
 from pg_kernels.quantization import ACTIVATIONS, quantize_
 
+from ..adapters import Adaptable
 from ..config import PaliGemmaConfig
-from ..paligemma import PaliGemma
 from .big_vision import BigVisionReader
 from .huggingface import HuggingFaceReader
 from .layout import EMBEDDING, HEAD, SCALE, Reader, TensorSpec, check_dtype, expected_shapes, meta_model
 
+Model = TypeVar("Model", bound=Adaptable)
+
 
 def load(
+    build: Callable[[PaliGemmaConfig], Model],
     path: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
@@ -30,30 +34,16 @@ def load(
     config: PaliGemmaConfig | None = None,
     quantize: str | None = None,
     progress: bool = True,
-) -> PaliGemma:
-    """Loads a PaliGemma from a Hugging Face folder or a big_vision .npz file, whichever `path` is.
-
-    `dtype` None keeps the checkpoint's own (config.json's, else the widest of its tensors; float64 becomes float32); `device`
-    None is the CPU. `config` replaces the folder's config.json, or what is inferred from the .npz file's shapes; the tensors'
-    shapes must still agree with it. `quantize` makes the linear layers int8 as `pg_kernels.quantize_` does, "int8" or
-    "int8-dynamic"; for a checkpoint that is int8 already it only says what becomes of activations. Names that all begin with
-    one prefix, such as `_orig_mod.`, are read without it, and tensors beside them, another model's, are left out; a warning
-    says so. Tensors are read one at a time straight to their dtype and device, or into int8, so peak memory is the model and
-    little more; none of them stays tied to the file. With `progress`, a bar appears on stderr, if that is a terminal, once
-    loading has taken a second. The model is returned in evaluation mode.
-
-    Raises FileNotFoundError for a path, config.json or shard that does not exist; ValueError naming file and tensor for
-    unreadable files, other architectures, and missing, unexpected or wrongly shaped tensors, or an unknown `quantize`; TypeError
-    for a dtype that is not float32, float16 or bfloat16.
-    """
+) -> Model:
+    """Build a model and read a checkpoint into it: see `PaliGemma.from_pretrained`."""
     check_dtype(dtype)
     if quantize is not None and quantize not in ACTIVATIONS:
         raise ValueError(f"quantize: got {quantize!r}, expected one of {', '.join(map(repr, ACTIVATIONS))} or None")
     reader = open_checkpoint(path)
-    config, names = resolve(reader, config)
+    config, names = resolve(build, reader, config)
     target_dtype = dtype or reader.dtype
     target_device = torch.device("cpu" if device is None else device)
-    model = meta_model(config).to(target_dtype)
+    model = meta_model(build, config).to(target_dtype)
     _make_int8(model, reader, names, quantize)
     waiting: dict[str, Tensor] = {}
     for file_name, tensor in streamed(reader, names, target_dtype, target_device, progress):
@@ -72,6 +62,7 @@ def load(
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
+    """Open a Hugging Face folder or a big_vision .npz file. Raises FileNotFoundError, ValueError for other files."""
     path = Path(path)
     if path.is_dir():
         return HuggingFaceReader(path)
@@ -84,12 +75,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
     return BigVisionReader(path)
 
 
-def resolve(reader: Reader, config: PaliGemmaConfig | None) -> tuple[PaliGemmaConfig, dict[str, str]]:
-    """The model's configuration, and which of the file's tensors (in its order) is which parameter.
+def resolve(
+    build: Callable[[PaliGemmaConfig], nn.Module], reader: Reader, config: PaliGemmaConfig | None
+) -> tuple[PaliGemmaConfig, dict[str, str]]:
+    """Return the model's configuration, and the parameter name of each tensor of the file, in its order.
 
-    A head equal to the embedding is tied to it, if the configuration says so; one that stands alone serves as both; one
-    that differs stays separate whatever the configuration says. Warns of a prefix of all names. Raises ValueError for missing,
-    unexpected or wrongly shaped tensors.
+    An output head equal to the embedding is tied to it if the configuration says so. A head without an embedding serves as both.
+    A head that differs stays separate, whatever the configuration says. Warns of a prefix of all names. Raises ValueError for
+    missing, unexpected or wrongly shaped tensors.
     """
     config = reader.read_config() if config is None else config
     _check_depths(reader, config)
@@ -102,8 +95,8 @@ def resolve(reader: Reader, config: PaliGemmaConfig | None) -> tuple[PaliGemmaCo
         del names[HEAD]
 
     try:
-        expected = expected_shapes(config)
-    except (RuntimeError, OverflowError, TypeError) as error:  # of torch, about sizes beyond 64 bits
+        expected = expected_shapes(build, config)
+    except (RuntimeError, OverflowError, TypeError) as error:  # torch's, for sizes beyond 64 bits
         sizes = {
             f"{section}.{name}": size
             for section, sizes in asdict(config).items()
@@ -122,12 +115,12 @@ def resolve(reader: Reader, config: PaliGemmaConfig | None) -> tuple[PaliGemmaCo
         if weight not in names:
             continue
         rows = expected.get(names[weight], (0,))[:1]
-        # One scale for each row, or for each group of its columns: how many, packing checks.
+        # One scale for each row, or for each group of its columns. Packing checks the number of groups.
         expected[names[file_name]] = rows + reader.shapes[file_name][1:2]
     present = set(names.values())
     missing = [name for name in expected if name not in present]
     unexpected = [reader.describe(file_name) for file_name, name in names.items() if name not in expected]
-    # Tensors beside the prefixed ones are another model's, unless this one lacks some or could be meant by them.
+    # Tensors without the prefix belong to another model, unless this model lacks tensors or they have its parameters' names.
     unexpected += [
         described for name, described in reader.outside.items() if missing or name in expected or name == HEAD
     ]
@@ -146,7 +139,7 @@ def resolve(reader: Reader, config: PaliGemmaConfig | None) -> tuple[PaliGemmaCo
 
 
 def _check_depths(reader: Reader, config: PaliGemmaConfig) -> None:
-    """Raise ValueError for more layers than the weights could hold, before so many are made."""
+    """Raise ValueError for more layers than the weights can hold, before building them."""
     for section, layers in (
         ("text_config", "model.language_model.layers."),
         ("vision_config", "model.vision_tower.encoder.layers."),
@@ -160,7 +153,7 @@ def _check_depths(reader: Reader, config: PaliGemmaConfig) -> None:
 
 
 def _refuse(reader: Reader, *, missing: list[str], unexpected: list[str]) -> None:
-    """Raise ValueError for both in one message, if there are any."""
+    """Raise ValueError that lists missing and unexpected tensors, if there are any."""
     found = [
         f"{len(names)} {what}: {_listed(reader, names)}"
         for names, what in ((missing, "tensor(s) missing"), (unexpected, "unexpected tensor(s)"))
@@ -177,6 +170,7 @@ def _listed(reader: Reader, names: list[str]) -> str:
 def streamed(
     reader: Reader, names: dict[str, str], dtype: torch.dtype, device: torch.device, progress: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the named tensors with a progress bar over their bytes."""
     int8 = {name.removesuffix(SCALE) for name in names if name.endswith(SCALE)}
     total = sum(TensorSpec(name, reader.shapes[name], torch.int8 if name in int8 else dtype).nbytes for name in names)
     with tqdm(
@@ -193,8 +187,8 @@ def streamed(
             bar.update(tensor.nbytes)
 
 
-def _make_int8(model: PaliGemma, reader: Reader, names: dict[str, str], quantize: str | None) -> None:
-    """Put int8 layers where the checkpoint has them, or everywhere if it has none and `quantize` says so."""
+def _make_int8(model: Adaptable, reader: Reader, names: dict[str, str], quantize: str | None) -> None:
+    """Make the layers int8 that are int8 in the checkpoint, or all layers if it has none and `quantize` is given."""
     layers = {name.removesuffix(f".weight{SCALE}") for name in names.values() if name.endswith(SCALE)}
     if not layers and quantize is None:
         return
@@ -206,7 +200,7 @@ def _make_int8(model: PaliGemma, reader: Reader, names: dict[str, str], quantize
     wanted = layers | ({"lm_head"} if model.config.tie_word_embeddings and embedding in layers else set())
     quantize_(model, mode, skip=lambda name, _: bool(layers) and name not in wanted)
     table = model.get_submodule(embedding)
-    if embedding in layers and isinstance(table, nn.Embedding):  # int8 without being the head
+    if embedding in layers and isinstance(table, nn.Embedding):  # an int8 embedding that is not the head
         rows, columns = table.weight.shape
         model.set_submodule(embedding, Int8Embedding(rows, columns, "meta", table.weight.dtype))
     for name in layers:
@@ -215,7 +209,7 @@ def _make_int8(model: PaliGemma, reader: Reader, names: dict[str, str], quantize
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor, waiting: dict[str, Tensor]) -> None:
-    """Hand a tensor to its module; an int8 weight and its scale, one of which is `waiting` for the other, together."""
+    """Give a tensor to its module. An int8 weight waits in `waiting` for its scale, or the scale for its weight."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(module, (Int8Linear, Int8Embedding)) and leaf != "bias":

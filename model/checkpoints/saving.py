@@ -10,34 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pg_kernels import PackedInt8Weight
 from pg_kernels.nn import Int8Embedding, Int8Linear
 
+from ..adapters import Adaptable
 from ..config import PaliGemmaConfig
-from ..paligemma import PaliGemma
 from .big_vision import write_big_vision
 from .huggingface import write_huggingface
 from .layout import EMBEDDING, FLOAT_DTYPES, HEAD, SCALE, TensorSpec, check_dtype, expected_shapes
 
+Build = Callable[[PaliGemmaConfig], nn.Module]
 Entries = dict[str, tuple[TensorSpec, Callable[[], Tensor]]]
 
 
-def save_huggingface(model: PaliGemma, folder: str | os.PathLike[str], *, max_shard_bytes: float = 5e9) -> None:
-    """Writes a model as a Hugging Face folder: config.json, generation_config.json and safetensors.
-
-    The tensors keep their dtypes and get the names that transformers 4.48 to 5.x read; they are split into shards of
-    `max_shard_bytes` at most where one file would be larger. An output head is written unless it is the embedding, whatever
-    the model's configuration says of it, and config.json says which. Other files of an existing folder are kept, among them
-    its generation_config.json if the model was not loaded with one, and no file is ever half-written. int8 layers are written
-    as int8 with their scales beside them, for this package alone to read.
-    Raises OSError naming `folder` if it cannot be written; ValueError if the model does not hold exactly PaliGemma's
-    parameters, in floats or int8 (wrapped layers).
-    """
+def save_huggingface(model: Adaptable, folder: str | os.PathLike[str], build: Build, *, max_shard_bytes: float) -> None:
+    """Write a model as a Hugging Face folder: see `PaliGemma.save_pretrained`. `build` makes the model of a configuration."""
     config = replace(model.config, tie_word_embeddings=head_is_embedding(model))
-    entries = _entries(model, config)
-    # Wide dtypes first, so that every tensor of a file with several of them starts aligned.
+    entries = _entries(model, build, config)
+    # Write wide dtypes first, so that every tensor of a file with several dtypes is aligned.
     specs = sorted((spec for spec, _ in entries.values()), key=lambda spec: -spec.dtype.itemsize)
     tensors = ((spec.name, entries[spec.name][1]()) for spec in specs)
     kinds = {module.activations for module in model.modules() if type(module) is Int8Linear}
@@ -56,23 +48,20 @@ def save_huggingface(model: PaliGemma, folder: str | os.PathLike[str], *, max_sh
     )
 
 
-def save_big_vision(model: PaliGemma, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-    """Writes a model as a big_vision .npz file.
-
-    `dtype` None keeps the embedding's; bfloat16 is written as two-byte void, as in the released files. Raises OSError
-    naming `path` if it cannot be written; ValueError for an output head whose values are not the embedding's, which the
-    format has no place for, or a model that does not hold exactly PaliGemma's floating-point parameters.
-    """
+def save_big_vision(
+    model: Adaptable, path: str | os.PathLike[str], build: Build, *, dtype: torch.dtype | None = None
+) -> None:
+    """Write a model as a big_vision .npz file: see `PaliGemma.save_big_vision`."""
     check_dtype(dtype)
     config = replace(model.config, tie_word_embeddings=head_is_embedding(model, by_value=True))
-    entries = _entries(model, config)
+    entries = _entries(model, build, config)
     if any(spec.dtype == torch.int8 for spec, _ in entries.values()):
         raise ValueError(f"{path}: .npz files hold no int8 weights; save the model before quantising it")
     write_big_vision(config, lambda name: entries[name][1](), Path(path), dtype or entries[EMBEDDING][0].dtype)
 
 
-def head_is_embedding(model: PaliGemma, *, by_value: bool = False) -> bool:
-    """Whether the output head is the embedding: the same memory, or equal values if the configuration or `by_value` says so."""
+def head_is_embedding(model: Adaptable, *, by_value: bool = False) -> bool:
+    """Return whether head and embedding are the same memory, or equal values if the configuration ties them or `by_value`."""
     head: Any = getattr(model.lm_head, "weight", None)
     embedding: Any = getattr(model.model.language_model.embed_tokens, "weight", None)
     if head is embedding:
@@ -87,9 +76,9 @@ def head_is_embedding(model: PaliGemma, *, by_value: bool = False) -> bool:
     return same_memory or (compared and all(torch.equal(a, b) for a, b in zip(*pair, strict=True)))
 
 
-def _entries(model: PaliGemma, config: PaliGemmaConfig) -> Entries:
-    """What is to be written of a model, a tied head left out, by name. Raises ValueError if it is not PaliGemma's."""
-    expected = expected_shapes(config)
+def _entries(model: Adaptable, build: Build, config: PaliGemmaConfig) -> Entries:
+    """Return the tensors to write by name, without a tied head. Raises ValueError if they are not exactly PaliGemma's."""
+    expected = expected_shapes(build, config)
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     entries: Entries = {}

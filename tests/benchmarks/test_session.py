@@ -20,7 +20,6 @@ from pg_kernels.benchmarks.sessions import end_to_end_process
 from pg_kernels.benchmarks.sessions.end_to_end import markdown
 from pg_kernels.benchmarks.sessions.end_to_end_process import CONTENDERS, Answer, Part
 from pg_kernels.model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
-from pg_kernels.model.checkpoints import save_huggingface
 
 TEXT = TextConfig(
     vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -35,7 +34,7 @@ CPU = torch.device("cpu")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
-    save_huggingface(PaliGemma(CONFIG).bfloat16(), folder)
+    PaliGemma(CONFIG).bfloat16().save_pretrained(folder)
     return folder
 
 

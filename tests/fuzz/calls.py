@@ -701,7 +701,7 @@ def unpack_int8(draw: Draw) -> Call:
     data, scale = _layout_arguments(weight)
     n, k = weight.shape
     arguments = {"data": data, "scale": scale, "n": n, "k": k, "group_size": weight.group_size}
-    return Call(OPS.unpack_int8, arguments, _as_packed(weight, lambda: weight._canonical()))
+    return Call(OPS.unpack_int8, arguments, _as_packed(weight, lambda: weight._unpacked()))
 
 
 def _as_packed(weight: pg.PackedInt8Weight, result: Callable[[], Any]) -> Callable[..., Any]:
@@ -729,7 +729,7 @@ def _require_same(given: Sequence[Any], packed: Sequence[Any]) -> None:
 
 def pack_int8_raw(draw: Draw) -> Call:
     weight = _packed(draw, draw.choice(SIZES), draw.choice(WIDTHS))
-    qweight, scale = (draw.laid_out(tensor) for tensor in weight._canonical())
+    qweight, scale = (draw.laid_out(tensor) for tensor in weight._unpacked())
     arguments = {"qweight": qweight, "scale": scale, "group_size": weight.group_size}
 
     def call(qweight: Tensor, scale: Tensor, group_size: int) -> Any:

@@ -35,7 +35,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from pg_kernels.model import EMBEDDED_CHECKPOINT, PaliGemma, PaliGemmaConfig, Processor, TextConfig, VisionConfig, cli
-from pg_kernels.model.checkpoints import save_big_vision, save_huggingface
 from pg_kernels.model.segmentation import MaskVQVAE
 from pg_kernels.model.tokenizer import Tokenizer
 
@@ -275,14 +274,14 @@ def write_good_files(folder: Path) -> list[Subject]:
         mask_decoder=MaskVQVAE.from_file(EMBEDDED_CHECKPOINT / "vae-oid.npz"),
     )
     for name, shard_bytes in (("checkpoint", 5e9), ("sharded", 3e5)):
-        save_huggingface(model, folder / name, max_shard_bytes=shard_bytes)
+        model.save_pretrained(folder / name, max_shard_bytes=shard_bytes)
         processor.save_pretrained(folder / name)
         shutil.copy(EMBEDDED_CHECKPOINT / "vae-oid.npz", folder / name)
     PaliGemma.from_pretrained(folder / "checkpoint", quantize="int8").save_pretrained(folder / "int8")
     processor.save_pretrained(folder / "int8")
     model.lm_head.weight = model.model.language_model.embed_tokens.weight
     model.config = PaliGemmaConfig(model.config.vision_config, model.config.text_config, tokenizer.image_token_id)
-    save_big_vision(model, folder / "big_vision.npz")
+    model.save_big_vision(folder / "big_vision.npz")
     (folder / "checkpoint/added_tokens.json").write_text(_dump({"<image>": tokenizer.image_token_id}))
     (folder / "checkpoint/special_tokens_map.json").write_text(_dump({"eos_token": "<eos>"}))
     for ending, mode in FORMATS.items():

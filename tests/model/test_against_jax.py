@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pg_kernels.model import PaliGemma
-from pg_kernels.model.checkpoints import load
 from pg_kernels.model.checkpoints.big_vision import BigVisionReader
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -25,7 +24,7 @@ class Fixture:
         if version == 2:  # the released 27B's scale, which this small model has at another head dimension
             config = replace(config, text_config=replace(config.text_config, query_pre_attn_scalar=96 / 4))
         self.version = version
-        self.model: PaliGemma = load(path, config=config)
+        self.model: PaliGemma = PaliGemma.from_pretrained(path, config=config)
         self.arrays = np.load(FIXTURES / f"bigvision_v{version}.io.npz")
         self.pixel_values = self["image"].permute(0, 3, 1, 2)
         batch, self.image_tokens = self["image_embeddings"].shape[:2]

@@ -16,7 +16,8 @@ import torch
 from transformers import PaliGemmaConfig as HFConfig
 from transformers import PaliGemmaForConditionalGeneration as HFPaliGemma
 
-from pg_kernels.model.checkpoints import big_vision, convert, huggingface, load, save_big_vision, save_huggingface
+from pg_kernels.model.checkpoints import big_vision, huggingface
+from pg_kernels.model.checkpoints.conversion import convert
 from pg_kernels.model.config import PaliGemmaConfig
 from pg_kernels.model.paligemma import PaliGemma
 
@@ -120,7 +121,7 @@ def folder(saved: dict[str, HFPaliGemma], tmp_path: Path) -> Path:
 @pytest.mark.parametrize("family", ["gemma", "gemma2"])
 def test_loads_what_transformers_writes(saved: dict[str, HFPaliGemma], family: str, tmp_path: Path) -> None:
     saved[family].save_pretrained(tmp_path)
-    model = load(tmp_path)
+    model = PaliGemma.from_pretrained(tmp_path)
     assert_same_state(model, expected_state(saved[family]))
     assert model.lm_head.weight is model.get_parameter(EMBEDDING)
     assert model.config.text_config.model_type == family
@@ -154,7 +155,7 @@ def renamed(tensors: dict[str, torch.Tensor], rules: list[tuple[str, str]]) -> d
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_reads_every_key_layout(saved: dict[str, HFPaliGemma], folder: Path, layout: str) -> None:
     rewrite(folder, lambda tensors: renamed(tensors, LAYOUTS[layout]))
-    assert_same_state(load(folder), expected_state(saved["gemma"]))
+    assert_same_state(PaliGemma.from_pretrained(folder), expected_state(saved["gemma"]))
 
 
 def test_ignores_the_pooling_head_and_old_buffers(saved: dict[str, HFPaliGemma], folder: Path) -> None:
@@ -165,34 +166,34 @@ def test_ignores_the_pooling_head_and_old_buffers(saved: dict[str, HFPaliGemma],
         "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
     }
     rewrite(folder, lambda tensors: tensors | extra)
-    assert_same_state(load(folder), expected_state(saved["gemma"]))
+    assert_same_state(PaliGemma.from_pretrained(folder), expected_state(saved["gemma"]))
 
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2"])
 def test_logits_are_transformers(saved: dict[str, HFPaliGemma], family: str, tmp_path: Path) -> None:
     saved[family].save_pretrained(tmp_path)
     expected = hf_logits(saved[family])
-    difference = (hf_logits(load(tmp_path)) - expected).abs().max()
+    difference = (hf_logits(PaliGemma.from_pretrained(tmp_path)) - expected).abs().max()
     assert difference <= 2e-5 * expected.abs().max()
 
 
 def test_reads_shards(saved: dict[str, HFPaliGemma], tmp_path: Path) -> None:
     saved["gemma2"].save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
-    assert_same_state(load(tmp_path), expected_state(saved["gemma2"]))
+    assert_same_state(PaliGemma.from_pretrained(tmp_path), expected_state(saved["gemma2"]))
 
 
 def test_mapping_a_file_anew_loses_nothing(
     saved: dict[str, HFPaliGemma], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface, "_MAPPED_BYTES", 5000)
-    assert_same_state(load(folder), expected_state(saved["gemma"]))
+    assert_same_state(PaliGemma.from_pretrained(folder), expected_state(saved["gemma"]))
 
 
 def test_reads_an_untied_head(tmp_path: Path) -> None:
     source = hf_model("gemma", tied=False)
     source.save_pretrained(tmp_path)
-    model = load(tmp_path)
+    model = PaliGemma.from_pretrained(tmp_path)
     assert_same_state(model, expected_state(source))
     assert not model.config.tie_word_embeddings
     assert model.lm_head.weight is not model.get_parameter(EMBEDDING)
@@ -204,7 +205,7 @@ def test_a_different_head_is_kept_although_the_configuration_ties_it(
 ) -> None:
     head = torch.randn(VOCABULARY, 24)
     rewrite(folder, lambda tensors: tensors | {head_key: head})
-    model = load(folder)
+    model = PaliGemma.from_pretrained(folder)
     assert_same_state(model, expected_state(saved["gemma"]) | {"lm_head.weight": head})
     assert not model.config.tie_word_embeddings
 
@@ -213,14 +214,14 @@ def test_an_equal_head_is_tied(saved: dict[str, HFPaliGemma], folder: Path) -> N
     rewrite(
         folder, lambda t: t | {"language_model.lm_head.weight": t["language_model.model.embed_tokens.weight"].clone()}
     )
-    model = load(folder)
+    model = PaliGemma.from_pretrained(folder)
     assert_same_state(model, expected_state(saved["gemma"]))
     assert model.lm_head.weight is model.get_parameter(EMBEDDING)
 
 
 def test_reads_a_head_without_an_embedding(saved: dict[str, HFPaliGemma], folder: Path) -> None:
     rewrite(folder, lambda t: renamed(t, [(r"^language_model\.model\.embed_tokens", "lm_head")]))
-    model = load(folder)
+    model = PaliGemma.from_pretrained(folder)
     assert_same_state(model, expected_state(saved["gemma"]))
     assert model.lm_head.weight is model.get_parameter(EMBEDDING)
 
@@ -228,20 +229,23 @@ def test_reads_a_head_without_an_embedding(saved: dict[str, HFPaliGemma], folder
 def test_dtype_is_config_jsons_then_the_tensors_then_the_arguments(tmp_path: Path) -> None:
     source = hf_model("gemma", dtype=torch.bfloat16)
     source.save_pretrained(tmp_path)
-    assert_same_state(load(tmp_path), expected_state(source))
+    assert_same_state(PaliGemma.from_pretrained(tmp_path), expected_state(source))
     edit_config(tmp_path, dtype="float16")
-    assert load(tmp_path).lm_head.weight.dtype == torch.float16
+    assert PaliGemma.from_pretrained(tmp_path).lm_head.weight.dtype == torch.float16
     edit_config(tmp_path, dtype=None, torch_dtype="float32")
-    assert load(tmp_path).lm_head.weight.dtype == torch.float32
+    assert PaliGemma.from_pretrained(tmp_path).lm_head.weight.dtype == torch.float32
     edit_config(tmp_path, dtype=None, torch_dtype=None)
-    assert load(tmp_path).lm_head.weight.dtype == torch.bfloat16
-    assert_same_state(load(tmp_path, dtype=torch.float32), {k: v.float() for k, v in expected_state(source).items()})
+    assert PaliGemma.from_pretrained(tmp_path).lm_head.weight.dtype == torch.bfloat16
+    assert_same_state(
+        PaliGemma.from_pretrained(tmp_path, dtype=torch.float32),
+        {k: v.float() for k, v in expected_state(source).items()},
+    )
     with pytest.raises(TypeError, match="torch.int8"):
-        load(tmp_path, dtype=torch.int8)
+        PaliGemma.from_pretrained(tmp_path, dtype=torch.int8)
 
 
 def test_parameters_do_not_follow_the_file(saved: dict[str, HFPaliGemma], folder: Path) -> None:
-    model = load(folder)
+    model = PaliGemma.from_pretrained(folder)
     file = folder / "model.safetensors"
     with file.open("r+b") as handle:
         handle.seek(file.stat().st_size // 2)
@@ -250,22 +254,22 @@ def test_parameters_do_not_follow_the_file(saved: dict[str, HFPaliGemma], folder
 
 
 def test_a_given_config_replaces_config_json(folder: Path) -> None:
-    config = load(folder).config
+    config = PaliGemma.from_pretrained(folder).config
     config = replace(config, text_config=replace(config.text_config, rope_theta=500.0))
-    assert load(folder, config=config).config == config
+    assert PaliGemma.from_pretrained(folder, config=config).config == config
 
 
 # The peak of resident memory, mapped pages included: a second copy anywhere would show as another 128 MB.
 _MEASURE = """
 import re, sys
 import torch
-from pg_kernels.model.checkpoints import load
+from pg_kernels.model import PaliGemma
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-load(sys.argv[1])
+PaliGemma.from_pretrained(sys.argv[1])
 before = peak()
 for path in sys.argv[2:]:
-    model = load(path)
+    model = PaliGemma.from_pretrained(path)
     print(peak() - before, sum(p.nbytes for p in model.parameters()))
     del model
 """
@@ -273,11 +277,11 @@ for path in sys.argv[2:]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_loading_holds_one_copy(folder: Path, tmp_path: Path) -> None:
-    small = load(folder)
+    small = PaliGemma.from_pretrained(folder)
     text = replace(small.config.text_config, hidden_size=512, intermediate_size=4096, num_hidden_layers=5)
     model = PaliGemma(replace(small.config, text_config=text))
-    save_huggingface(model, tmp_path / "large", max_shard_bytes=6e7)
-    save_big_vision(model, tmp_path / "large.npz")
+    model.save_pretrained(tmp_path / "large", max_shard_bytes=6e7)
+    model.save_big_vision(tmp_path / "large.npz")
     arguments = [folder, tmp_path / "large", tmp_path / "large.npz"]
     output = subprocess.run(
         [sys.executable, "-c", _MEASURE, *map(str, arguments)], check=True, capture_output=True, text=True
@@ -293,37 +297,37 @@ def test_loading_holds_one_copy(folder: Path, tmp_path: Path) -> None:
 
 def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="google/paligemma-3b-pt-224 does not exist"):
-        load(tmp_path / "google/paligemma-3b-pt-224")
+        PaliGemma.from_pretrained(tmp_path / "google/paligemma-3b-pt-224")
 
 
 def test_missing_config_json(folder: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(f"{folder / 'config.json'} does not exist")):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="PEFT adapter"):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
 
 
 def test_malformed_config_json(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": ')
     with pytest.raises(ValueError, match=r"config\.json cannot be read as a JSON object"):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
 
 
 def test_other_architectures_and_quantised_weights(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "bitsandbytes"})
     with pytest.raises(ValueError, match=r"config\.json: the weights are quantised \(bitsandbytes\)"):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
     edit_config(folder, model_type="llava")
     with pytest.raises(ValueError, match=r"config\.json: model_type is 'llava', expected 'paligemma'"):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
 
 
 def test_weights_in_another_format(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors .*pytorch_model\.bin cannot be read"):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
 
 
 def test_a_missing_shard(saved: dict[str, HFPaliGemma], tmp_path: Path) -> None:
@@ -331,14 +335,14 @@ def test_a_missing_shard(saved: dict[str, HFPaliGemma], tmp_path: Path) -> None:
     shard = sorted(tmp_path.glob("model-*"))[1]
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(f"{shard} does not exist, but")):
-        load(tmp_path)
+        PaliGemma.from_pretrained(tmp_path)
 
 
 def test_an_index_that_points_elsewhere(saved: dict[str, HFPaliGemma], tmp_path: Path) -> None:
     saved["gemma"].save_pretrained(tmp_path, max_shard_size="30KB")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../secret.safetensors"}}')
     with pytest.raises(ValueError, match=r"'\.\./secret\.safetensors'"):
-        load(tmp_path)
+        PaliGemma.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("size", [4, 100, -8])
@@ -346,42 +350,42 @@ def test_truncated_safetensors(folder: Path, size: int) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(ValueError, match=re.escape(f"{file} cannot be read as safetensors")):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
 
 
 def test_a_git_lfs_pointer(folder: Path) -> None:
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(ValueError, match="git lfs pull"):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
 
 
 def test_a_wrong_shape(folder: Path) -> None:
     key = "language_model.model.layers.1.mlp.up_proj.weight"
     rewrite(folder, lambda tensors: tensors | {key: torch.zeros(40, 23)})
     with pytest.raises(ValueError, match=rf"model\.safetensors: {re.escape(key)} has shape \[40, 23\].*\[40, 24\]"):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
 
 
 def test_missing_and_unexpected_tensors(folder: Path) -> None:
     key = "language_model.model.layers.1.mlp.up_proj.weight"
     rewrite(folder, lambda tensors: tensors | {f"extra.{i}": torch.zeros(1) for i in range(7)})
     with pytest.raises(ValueError, match=r"7 unexpected tensor\(s\): .*model\.safetensors: extra\.0; .*…"):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
     rewrite(folder, lambda tensors: {k: v for k, v in tensors.items() if k != key and not k.startswith("extra")})
     with pytest.raises(ValueError, match=rf"1 tensor\(s\) missing: {re.escape(key)}"):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
 
 
 def test_a_parameter_stored_twice(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors | {"model.language_model.norm.weight": torch.zeros(24)})
     with pytest.raises(ValueError, match="language_model.norm.weight holds the same parameter"):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
 
 
 def test_an_integer_tensor(folder: Path) -> None:
     rewrite(folder, lambda t: t | {"language_model.model.norm.weight": torch.zeros(24, dtype=torch.int8)})
     with pytest.raises(ValueError, match=r"language_model\.model\.norm\.weight has dtype I8"):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
 
 
 # Hugging Face: writing
@@ -393,8 +397,8 @@ def test_an_integer_tensor(folder: Path) -> None:
 def test_transformers_loads_what_is_written(family: str, tied: bool, max_shard_bytes: float, tmp_path: Path) -> None:
     source = hf_model(family, tied=tied)
     source.save_pretrained(tmp_path / "in")
-    model = load(tmp_path / "in")
-    save_huggingface(model, tmp_path / "out", max_shard_bytes=max_shard_bytes)
+    model = PaliGemma.from_pretrained(tmp_path / "in")
+    model.save_pretrained(tmp_path / "out", max_shard_bytes=max_shard_bytes)
     sizes = [file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")]
     assert (len(sizes) == 1) == (max_shard_bytes == 5e9)
     assert max(sizes) < max_shard_bytes + 5000  # the header comes on top
@@ -402,49 +406,51 @@ def test_transformers_loads_what_is_written(family: str, tied: bool, max_shard_b
     reloaded, info = HFPaliGemma.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     assert torch.equal(hf_logits(reloaded.eval()), hf_logits(source))
-    again = load(tmp_path / "out")
+    again = PaliGemma.from_pretrained(tmp_path / "out")
     assert_same_state(again, expected_state(source))
     assert again.config == model.config
 
 
 def test_mixed_dtypes_survive(folder: Path, tmp_path: Path) -> None:
-    model = load(folder, dtype=torch.bfloat16)
+    model = PaliGemma.from_pretrained(folder, dtype=torch.bfloat16)
     for name in ("layers.0.mlp.up_proj", "norm"):
         module = model.get_submodule(f"model.language_model.{name}")
         module.weight = torch.nn.Parameter(module.weight.detach().float())
-    save_huggingface(model, tmp_path / "out")
+    model.save_pretrained(tmp_path / "out")
     tensors = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     assert tensors["language_model.model.norm.weight"].dtype == torch.float32
     assert tensors["language_model.model.embed_tokens.weight"].dtype == torch.bfloat16
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
-    assert_same_state(load(tmp_path / "out"), {name: t.float() for name, t in model.state_dict().items()})
+    assert_same_state(
+        PaliGemma.from_pretrained(tmp_path / "out"), {name: t.float() for name, t in model.state_dict().items()}
+    )
 
 
 def test_an_existing_folder_keeps_other_files_and_no_old_weights(folder: Path, tmp_path: Path) -> None:
-    model = load(folder)
+    model = PaliGemma.from_pretrained(folder)
     target = tmp_path / "out"
-    save_huggingface(model, target, max_shard_bytes=2e4)
+    model.save_pretrained(target, max_shard_bytes=2e4)
     (target / "tokenizer.model").write_bytes(b"pieces")
-    save_huggingface(model, target)
+    model.save_pretrained(target)
     assert {p.name for p in target.iterdir()} == {
         "config.json",
         "generation_config.json",
         "model.safetensors",
         "tokenizer.model",
     }
-    save_huggingface(model, target, max_shard_bytes=2e4)
+    model.save_pretrained(target, max_shard_bytes=2e4)
     assert not (target / "model.safetensors").exists()
-    assert_same_state(load(target), model.state_dict())
+    assert_same_state(PaliGemma.from_pretrained(target), model.state_dict())
 
 
 @pytest.mark.parametrize("existing", [True, False])
 def test_a_failed_write_leaves_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
 ) -> None:
-    model = load(folder)
+    model = PaliGemma.from_pretrained(folder)
     target = tmp_path / "target" / "out"
     if existing:
-        save_huggingface(model, target)
+        model.save_pretrained(target)
     before = sorted(p.name for p in tmp_path.rglob("*"))
     state = model.state_dict()
     calls = iter(range(10))
@@ -457,40 +463,40 @@ def test_a_failed_write_leaves_nothing(
     monkeypatch.setattr(huggingface, "raw_bytes", full)
     monkeypatch.setattr(big_vision, "raw_bytes", full)
     with pytest.raises(OSError, match=f"{re.escape(str(target))}.*|No space left on device") as caught:
-        save_huggingface(model, target)
+        model.save_pretrained(target)
     assert str(target) in str(caught.value)
     assert caught.value.errno == 28
     calls = iter(range(10))
     with pytest.raises(OSError, match=re.escape(f"{target}.npz")):
-        save_big_vision(model, f"{target}.npz")
+        model.save_big_vision(f"{target}.npz")
     assert sorted(p.name for p in tmp_path.rglob("*")) == (before if existing else sorted([*before, "target"]))
     if existing:
-        assert_same_state(load(target), state)
+        assert_same_state(PaliGemma.from_pretrained(target), state)
 
 
 def test_unwritable_targets(folder: Path, tmp_path: Path) -> None:
-    model = load(folder)
+    model = PaliGemma.from_pretrained(folder)
     (tmp_path / "file").write_text("kept")
-    for save in (save_huggingface, save_big_vision):
+    for save in (PaliGemma.save_pretrained, PaliGemma.save_big_vision):
         with pytest.raises(OSError, match=re.escape(f"{tmp_path / 'file' / 'out'}")):
             save(model, tmp_path / "file" / "out")
     with pytest.raises(NotADirectoryError, match="file"):
-        save_huggingface(model, tmp_path / "file")
+        model.save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "kept"
     with pytest.raises(ValueError, match="max_shard_bytes must be positive, got 0"):
-        save_huggingface(model, tmp_path / "out", max_shard_bytes=0)
+        model.save_pretrained(tmp_path / "out", max_shard_bytes=0)
     assert not (tmp_path / "out").exists()
 
 
 def test_models_that_are_not_plain_are_refused(folder: Path, tmp_path: Path) -> None:
-    model = load(folder)
+    model = PaliGemma.from_pretrained(folder)
     norm = model.get_submodule("model.language_model.norm")
     norm.register_parameter("lora_A", torch.nn.Parameter(torch.zeros(1)))
     with pytest.raises(ValueError, match=r"unexpected parameter.*norm\.lora_A"):
-        save_huggingface(model, tmp_path / "out")
+        model.save_pretrained(tmp_path / "out")
     del norm.lora_A, norm.weight
     with pytest.raises(ValueError, match=r"model\.language_model\.norm\.weight is missing"):
-        save_big_vision(model, tmp_path / "out.npz")
+        model.save_big_vision(tmp_path / "out.npz")
 
 
 # big_vision: reading
@@ -566,13 +572,13 @@ def torch_state(arrays: Arrays) -> dict[str, torch.Tensor]:
 
 
 def test_reads_the_original_files(version: int) -> None:
-    model = load(FIXTURES / f"bigvision_v{version}.params.npz")
+    model = PaliGemma.from_pretrained(FIXTURES / f"bigvision_v{version}.params.npz")
     assert_same_state(model, torch_state(fixture_arrays(version)))
     assert model.lm_head.weight is model.get_parameter(EMBEDDING)
 
 
 def test_infers_the_configuration_from_the_shapes() -> None:
-    v1 = load(FIXTURES / "bigvision_v1.params.npz").config
+    v1 = PaliGemma.from_pretrained(FIXTURES / "bigvision_v1.params.npz").config
     vision, text = v1.vision_config, v1.text_config
     assert (vision.hidden_size, vision.num_hidden_layers, vision.intermediate_size) == (144, 2, 272)
     assert (vision.num_attention_heads, vision.patch_size, vision.image_size) == (2, 14, 56)
@@ -580,7 +586,7 @@ def test_infers_the_configuration_from_the_shapes() -> None:
     assert (text.num_attention_heads, text.num_key_value_heads, text.head_dim, text.vocab_size) == (4, 1, 32, 320)
     assert (text.attn_logit_softcapping, text.final_logit_softcapping, text.sliding_window) == (None, None, None)
     assert v1.image_token_id == 320
-    text = load(FIXTURES / "bigvision_v2.params.npz").config.text_config
+    text = PaliGemma.from_pretrained(FIXTURES / "bigvision_v2.params.npz").config.text_config
     assert (text.model_type, text.num_key_value_heads, text.head_dim) == ("gemma2", 2, 16)
     assert (text.attn_logit_softcapping, text.final_logit_softcapping, text.sliding_window) == (50.0, 30.0, None)
     assert text.attention_scale == 16**-0.5
@@ -654,9 +660,9 @@ def variants() -> Iterator[tuple[str, Callable[[Arrays], Arrays]]]:
 def test_reads_every_variant(version: int, change: Callable[[Arrays], Arrays], tmp_path: Path) -> None:
     arrays = fixture_arrays(version)
     np.savez(tmp_path / "p.npz", **change(arrays))
-    model = load(tmp_path / "p.npz")
+    model = PaliGemma.from_pretrained(tmp_path / "p.npz")
     assert_same_state(model, torch_state(arrays))
-    assert model.config == load(FIXTURES / f"bigvision_v{version}.params.npz").config
+    assert model.config == PaliGemma.from_pretrained(FIXTURES / f"bigvision_v{version}.params.npz").config
 
 
 def multi_head(arrays: Arrays) -> tuple[Arrays, Arrays]:
@@ -675,15 +681,15 @@ def multi_head(arrays: Arrays) -> tuple[Arrays, Arrays]:
 def test_reads_and_writes_fused_qkv(version: int, tmp_path: Path) -> None:
     separate, fused = multi_head(fixture_arrays(version))
     np.savez(tmp_path / "p.npz", **fused)
-    model = load(tmp_path / "p.npz")
+    model = PaliGemma.from_pretrained(tmp_path / "p.npz")
     assert_same_state(model, torch_state(separate))
     assert model.config.text_config.num_key_value_heads == 4
-    save_big_vision(model, tmp_path / "out.npz")
+    model.save_big_vision(tmp_path / "out.npz")
     assert_same_arrays(tmp_path / "out.npz", fused)
 
     without_w = {key.removesuffix("/w"): array for key, array in fused.items()}
     np.savez(tmp_path / "p.npz", **unstacked(without_w, "img/Transformer/encoderblock_{i}", "llm/layers_{i}"))
-    assert_same_state(load(tmp_path / "p.npz"), torch_state(separate))
+    assert_same_state(PaliGemma.from_pretrained(tmp_path / "p.npz"), torch_state(separate))
 
 
 def bfloat16_bits(array: np.ndarray) -> np.ndarray:
@@ -693,25 +699,29 @@ def bfloat16_bits(array: np.ndarray) -> np.ndarray:
 def test_reads_float16_and_bfloat16(version: int, tmp_path: Path) -> None:
     arrays = fixture_arrays(version)
     np.savez(tmp_path / "p.npz", **{k: v.astype(np.float16) for k, v in arrays.items()})
-    assert_same_state(load(tmp_path / "p.npz"), {k: v.half() for k, v in torch_state(arrays).items()})
+    assert_same_state(
+        PaliGemma.from_pretrained(tmp_path / "p.npz"), {k: v.half() for k, v in torch_state(arrays).items()}
+    )
     np.savez(tmp_path / "p.npz", **{k: bfloat16_bits(v) for k, v in arrays.items()})
     expected = {k: v.bfloat16() for k, v in torch_state(arrays).items()}
-    assert_same_state(load(tmp_path / "p.npz"), expected)
-    assert_same_state(load(tmp_path / "p.npz", dtype=torch.float32), {k: v.float() for k, v in expected.items()})
+    assert_same_state(PaliGemma.from_pretrained(tmp_path / "p.npz"), expected)
+    assert_same_state(
+        PaliGemma.from_pretrained(tmp_path / "p.npz", dtype=torch.float32), {k: v.float() for k, v in expected.items()}
+    )
 
 
 def test_a_given_config_replaces_the_inferred_one(tmp_path: Path) -> None:
     path = FIXTURES / "bigvision_v2.params.npz"
-    config = load(path).config
+    config = PaliGemma.from_pretrained(path).config
     config = replace(config, text_config=replace(config.text_config, query_pre_attn_scalar=24.0))
-    assert load(path, config=config).config == config
+    assert PaliGemma.from_pretrained(path, config=config).config == config
     wrong = replace(config, text_config=replace(config.text_config, intermediate_size=161))
     with pytest.raises(ValueError, match=r"gating_einsum has shape \[160, 96\] .*expected \[161, 96\]"):
-        load(path, config=wrong)
+        PaliGemma.from_pretrained(path, config=wrong)
 
 
 def test_parameters_keep_only_their_own_memory(version: int) -> None:
-    for name, parameter in load(FIXTURES / f"bigvision_v{version}.params.npz").named_parameters():
+    for name, parameter in PaliGemma.from_pretrained(FIXTURES / f"bigvision_v{version}.params.npz").named_parameters():
         assert parameter.is_contiguous(), name
         assert parameter.untyped_storage().nbytes() == parameter.nbytes, name
 
@@ -723,29 +733,29 @@ def test_not_a_zip(tmp_path: Path) -> None:
     path = tmp_path / "p.npz"
     path.write_bytes(b"\x93NUMPY")
     with pytest.raises(ValueError, match=re.escape(f"{path} cannot be read as .npz")):
-        load(path)
+        PaliGemma.from_pretrained(path)
     path.write_bytes((FIXTURES / "bigvision_v1.params.npz").read_bytes()[:-100])
     with pytest.raises(ValueError, match=re.escape(f"{path} cannot be read as .npz")):
-        load(path)
+        PaliGemma.from_pretrained(path)
 
 
 def test_a_safetensors_file_instead_of_its_folder(folder: Path) -> None:
     with pytest.raises(ValueError, match="give the folder"):
-        load(folder / "model.safetensors")
+        PaliGemma.from_pretrained(folder / "model.safetensors")
 
 
 def test_object_arrays_are_never_unpickled(tmp_path: Path) -> None:
     arrays = fixture_arrays(1) | {"params/llm/final_norm/scale": np.array([{}], dtype=object)}
     np.savez(tmp_path / "p.npz", **arrays)
     with pytest.raises(ValueError, match=r"p\.npz: params/llm/final_norm/scale: is an array of Python objects"):
-        load(tmp_path / "p.npz")
+        PaliGemma.from_pretrained(tmp_path / "p.npz")
 
 
 def test_npz_with_wrong_tensors(tmp_path: Path) -> None:
     def reload(changes: Arrays, without: str = "") -> None:
         kept = {k: v for k, v in fixture_arrays(2).items() if not without or without not in k}
         np.savez(tmp_path / "p.npz", **(kept | changes))
-        load(tmp_path / "p.npz")
+        PaliGemma.from_pretrained(tmp_path / "p.npz")
 
     linear = "params/llm/layers/mlp/linear"
     with pytest.raises(ValueError, match=rf"p\.npz: {linear}: has dtype int32"):
@@ -779,7 +789,7 @@ def test_damaged_array_data(tmp_path: Path) -> None:
     content[position + 10] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"p\.npz: params/llm/embedder/input_embedding: cannot be read: Bad CRC"):
-        load(path)
+        PaliGemma.from_pretrained(path)
 
 
 # big_vision: writing, and converting
@@ -796,12 +806,12 @@ def assert_same_arrays(path: Path, expected: Arrays) -> None:
 
 def test_writes_the_original_arrays_back(version: int, tmp_path: Path) -> None:
     arrays = fixture_arrays(version)
-    model = load(FIXTURES / f"bigvision_v{version}.params.npz")
-    save_big_vision(model, tmp_path / "p.npz")
+    model = PaliGemma.from_pretrained(FIXTURES / f"bigvision_v{version}.params.npz")
+    model.save_big_vision(tmp_path / "p.npz")
     assert_same_arrays(tmp_path / "p.npz", arrays)
-    save_big_vision(model, tmp_path / "p.npz", dtype=torch.bfloat16)
+    model.save_big_vision(tmp_path / "p.npz", dtype=torch.bfloat16)
     assert_same_arrays(tmp_path / "p.npz", {k: bfloat16_bits(v) for k, v in arrays.items()})
-    save_big_vision(model, tmp_path / "p.npz", dtype=torch.float16)
+    model.save_big_vision(tmp_path / "p.npz", dtype=torch.float16)
     assert_same_arrays(tmp_path / "p.npz", {k: v.astype(np.float16) for k, v in arrays.items()})
 
 
@@ -810,8 +820,8 @@ def test_converts_back_and_forth(version: int, tmp_path: Path) -> None:
     (tmp_path / "sp.model").write_bytes(b"pieces")
     convert(original, tmp_path / "hf", tokenizer=tmp_path / "sp.model")
     assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == b"pieces"
-    assert_same_state(load(tmp_path / "hf"), torch_state(fixture_arrays(version)))
-    config, inferred = load(tmp_path / "hf").config, load(original).config
+    assert_same_state(PaliGemma.from_pretrained(tmp_path / "hf"), torch_state(fixture_arrays(version)))
+    config, inferred = PaliGemma.from_pretrained(tmp_path / "hf").config, PaliGemma.from_pretrained(original).config
     assert config.text_config.attention_scale == inferred.text_config.attention_scale
     text = replace(config.text_config, query_pre_attn_scalar=inferred.text_config.query_pre_attn_scalar)
     assert replace(config, text_config=text) == inferred
@@ -830,23 +840,25 @@ def test_converting_a_folder_takes_its_other_files_along(folder: Path, tmp_path:
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"tokenizer.json", "preprocessor_config.json", "config.json", "model.safetensors"} <= names
     assert "README.md" not in names
-    expected = {name: tensor.bfloat16() for name, tensor in load(folder).state_dict().items()}
-    assert_same_state(load(tmp_path / "out"), expected)
+    expected = {name: tensor.bfloat16() for name, tensor in PaliGemma.from_pretrained(folder).state_dict().items()}
+    assert_same_state(PaliGemma.from_pretrained(tmp_path / "out"), expected)
 
 
 def test_a_folder_can_be_converted_in_place(saved: dict[str, HFPaliGemma], folder: Path) -> None:
     convert(folder, folder, dtype=torch.bfloat16)
-    assert_same_state(load(folder), {name: t.bfloat16() for name, t in expected_state(saved["gemma"]).items()})
+    assert_same_state(
+        PaliGemma.from_pretrained(folder), {name: t.bfloat16() for name, t in expected_state(saved["gemma"]).items()}
+    )
 
 
 def test_hugging_faces_extra_rows_are_left_out_of_npz(folder: Path, tmp_path: Path) -> None:
-    config = load(folder).config
+    config = PaliGemma.from_pretrained(folder).config
     text = replace(config.text_config, vocab_size=257_216, hidden_size=8, head_dim=2, intermediate_size=8)
     model = PaliGemma(replace(config, text_config=text, image_token_id=257_152))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
-    save_big_vision(model, tmp_path / "p.npz", dtype=torch.float16)
-    reloaded = load(tmp_path / "p.npz")
+    model.save_big_vision(tmp_path / "p.npz", dtype=torch.float16)
+    reloaded = PaliGemma.from_pretrained(tmp_path / "p.npz")
     assert reloaded.config.text_config.vocab_size == 257_152
     assert reloaded.config.image_token_id == 257_152
     assert torch.equal(reloaded.lm_head.weight, model.lm_head.weight[:257_152].half())

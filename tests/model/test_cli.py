@@ -21,7 +21,6 @@ from tiny import make_answer
 import pg_kernels
 from pg_kernels import backends
 from pg_kernels.model import PaliGemma, PaliGemmaConfig, Processor, TextConfig, VisionConfig, cli
-from pg_kernels.model.checkpoints import save_big_vision
 from pg_kernels.model.locations import Detection
 from pg_kernels.model.tokenizer import Tokenizer
 from pg_kernels.model.training.vocabulary import train_tokenizer
@@ -274,7 +273,7 @@ def test_a_big_vision_checkpoint(
     run: Run, random_model: PaliGemma, random_checkpoint: Path, tokenizer: Path, picture: Path, tmp_path: Path
 ) -> None:
     npz = tmp_path / "model.npz"
-    save_big_vision(random_model, npz)
+    random_model.save_big_vision(npz)
     options = ("--max-new-tokens", 6)
     done = run("run", picture, "caption en", "--checkpoint", npz, "--tokenizer", tokenizer, *options)
     assert done.code == 0, done.err

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from pg_kernels.model import EMBEDDED_CHECKPOINT, PaliGemma, PaliGemmaConfig, Processor, TextConfig, VisionConfig, cli
-from pg_kernels.model.checkpoints import convert, load
+from pg_kernels.model.checkpoints.conversion import convert
 from pg_kernels.model.tokenizer import Tokenizer
 
 GENERATION = {"bos_token_id": 2, "eos_token_id": [1, 49], "pad_token_id": 0, "max_new_tokens": 20, "_from": "a person"}
@@ -94,14 +94,14 @@ def test_fine_tuning(folder: Path, tmp_path: Path, options: tuple[str, ...]) -> 
 
 
 def test_a_generation_config_stays_with_the_model(folder: Path, tmp_path: Path) -> None:
-    load(folder, quantize="int8").save_pretrained(tmp_path / "int8")
+    PaliGemma.from_pretrained(folder, quantize="int8").save_pretrained(tmp_path / "int8")
     assert generation(tmp_path / "int8") == GENERATION
-    load(tmp_path / "int8").save_pretrained(tmp_path / "int8")
+    PaliGemma.from_pretrained(tmp_path / "int8").save_pretrained(tmp_path / "int8")
     assert generation(tmp_path / "int8") == GENERATION
     # A model that came without one leaves a folder's alone, and brings its ids where there is none.
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
-    model = PaliGemma(replace(load(folder).config, eos_token_id=1))
+    model = PaliGemma(replace(PaliGemma.from_pretrained(folder).config, eos_token_id=1))
     model.save_pretrained(tmp_path / "new")
     assert generation(tmp_path / "new") == {"eos_token_id": [1, 7]}
     model.save_pretrained(tmp_path / "newer")

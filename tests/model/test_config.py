@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from pg_kernels.model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
-from pg_kernels.model.checkpoints import load
 
 TEXT = TextConfig("gemma2", 64, 32, 48, 1, 2, 1, 16, 16, 50.0, 30.0, sliding_window=8)
 CONFIG = PaliGemmaConfig(VisionConfig(32, 48, 1, 2, image_size=28), TEXT, image_token_id=63)
@@ -85,7 +84,7 @@ def test_values_that_are_none_of_a_paligemmas(folder: Path, fields: list[str], v
             if field == "torch_dtype":
                 path.write_text(path.read_text().replace('"dtype"', '"other"'))
             with pytest.raises(ValueError) as caught:
-                load(folder)
+                PaliGemma.from_pretrained(folder)
             message = str(caught.value)
             assert str(path) in message and field in message and len(message) < 500, (field, value, message)
 
@@ -96,15 +95,15 @@ def test_values_that_are_none_of_a_paligemmas(folder: Path, fields: list[str], v
 def test_rope_parameters(folder: Path, nested: dict[str, Any]) -> None:
     path = changed(folder, "text_config.rope_parameters", nested)
     with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: text_config.*(rope_theta|rotary)"):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
 
 
 def test_rope_theta_of_either_form(folder: Path) -> None:
     """transformers 5 reads `rope_parameters` before `rope_theta`."""
     changed(folder, "text_config.rope_parameters", {"rope_theta": 500.0, "rope_type": "default"})
-    assert load(folder).config.text_config.rope_theta == 500.0
+    assert PaliGemma.from_pretrained(folder).config.text_config.rope_theta == 500.0
     changed(folder, "text_config.rope_parameters", None)
-    assert load(folder).config.text_config.rope_theta == TEXT.rope_theta
+    assert PaliGemma.from_pretrained(folder).config.text_config.rope_theta == TEXT.rope_theta
 
 
 @pytest.mark.parametrize("field", SIZES)
@@ -112,11 +111,11 @@ def test_rope_theta_of_either_form(folder: Path) -> None:
 def test_absurd_sizes_are_refused_from_the_headers(folder: Path, field: str, value: int) -> None:
     path = changed(folder, field, value)
     if field == "text_config.max_position_embeddings":  # no tensor's
-        assert load(folder).config.text_config.max_position_embeddings == value
+        assert PaliGemma.from_pretrained(folder).config.text_config.max_position_embeddings == value
         return
     started = time.process_time()
     with pytest.raises(ValueError, match=re.escape(str(folder))) as caught:
-        load(folder)
+        PaliGemma.from_pretrained(folder)
     assert time.process_time() - started < 1
     named = field if "layers" in field else "shape|config"
     assert re.search(named, str(caught.value)) and path.name
@@ -125,7 +124,7 @@ def test_absurd_sizes_are_refused_from_the_headers(folder: Path, field: str, val
 def test_the_depth_is_compared_with_the_weights(folder: Path) -> None:
     changed(folder, "text_config.num_hidden_layers", 2**31)
     with pytest.raises(ValueError, match=r"text_config\.num_hidden_layers is 2147483648, but the weights hold 1 layer"):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -135,17 +134,17 @@ def test_the_depth_is_compared_with_the_weights(folder: Path) -> None:
 def test_files_that_are_no_json_object(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json cannot be read as a JSON object: "):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
     changed(folder, "pad_token_id", 0)
     (folder / "generation_config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"generation_config\.json cannot be read as a JSON object: "):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
     (folder / "generation_config.json").unlink()
 
 
 def test_several_end_tokens(folder: Path) -> None:
     changed(folder, "eos_token_id", [1, 49])
-    config = load(folder).config
+    config = PaliGemma.from_pretrained(folder).config
     assert config.eos_token_id == (1, 49)
     assert PaliGemmaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

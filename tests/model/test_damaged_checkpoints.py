@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pg_kernels import quantize_
 from pg_kernels.model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
-from pg_kernels.model.checkpoints import convert, load, save_big_vision
+from pg_kernels.model.checkpoints.conversion import convert
 from pg_kernels.model.files import temporary_sibling
 
 TEXT = TextConfig("gemma", 64, 32, 48, 2, 2, 1, 16)
@@ -74,26 +74,26 @@ def test_one_prefix_of_all_tensors(folder: Path, model: PaliGemma, prefix: str, 
     with pytest.warns(
         UserWarning, match=rf"{re.escape(str(folder))}: read without the prefix '{re.escape(prefix)}'"
     ) as told:
-        found = load(folder)
+        found = PaliGemma.from_pretrained(folder)
     assert len(told) == 1
     assert_equal(found, model)
     with pytest.warns(UserWarning, match="read without the prefix"):
         convert(folder, folder.parent / "plain")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert_equal(load(folder.parent / "plain"), model)
+        assert_equal(PaliGemma.from_pretrained(folder.parent / "plain"), model)
 
 
 def test_an_untied_head_and_int8_under_a_prefix(folder: Path, model: PaliGemma) -> None:
     head = torch.randn(64, 32)
     prefixed(folder, model, "module.", "memory", **{"module.lm_head.weight": head})
     with pytest.warns(UserWarning, match="'module.'"):
-        assert torch.equal(load(folder).lm_head.weight, head)
+        assert torch.equal(PaliGemma.from_pretrained(folder).lm_head.weight, head)
     quantised = quantize_(load_copy(model))
     quantised.save_pretrained(folder)
     prefixed(folder, model, "_orig_mod.", "files")
     with pytest.warns(UserWarning, match="'_orig_mod.'"):
-        assert_equal(load(folder), quantised)
+        assert_equal(PaliGemma.from_pretrained(folder), quantised)
 
 
 def load_copy(model: PaliGemma) -> PaliGemma:
@@ -112,7 +112,7 @@ def test_tensors_beside_the_prefixed_ones_are_another_models(folder: Path, model
     }
     prefixed(folder, model, prefix, "memory", **expert)
     with pytest.warns(UserWarning, match=r"3 tensor\(s\) without it are ignored: .*model\.action_in_proj\.bias"):
-        assert_equal(load(folder), model)
+        assert_equal(PaliGemma.from_pretrained(folder), model)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_prefixes_that_do_not_tell(
     others |= {name: value for name, value in changes.items() if value is not None}
     prefixed(folder, model, "module.", "memory", **others)
     with pytest.raises(ValueError, match=message.replace("model\\.safetensors", ".*model\\.safetensors")):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
 
 
 def test_missing_and_unexpected_names_stand_in_one_error(folder: Path) -> None:
@@ -147,7 +147,7 @@ def test_missing_and_unexpected_names_stand_in_one_error(folder: Path) -> None:
             changed["up"] = changed.pop(f"{prefix}language_model.model.layers.0.mlp.up.weight")
         safetensors.torch.save_file(changed, folder / "model.safetensors")
         with pytest.raises(ValueError) as caught:
-            load(folder)
+            PaliGemma.from_pretrained(folder)
         missing, unexpected = str(caught.value).split("; 2 unexpected tensor(s): ")
         assert missing.startswith(
             f"{folder}: 2 tensor(s) missing: {prefix}language_model.model.layers.0.mlp.up_proj.weight"
@@ -187,7 +187,7 @@ HEADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_damaged_headers(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     with_header(folder / "model.safetensors", change)
     with pytest.raises(ValueError, match=re.escape(str(folder))) as caught:
-        load(folder)
+        PaliGemma.from_pretrained(folder)
     assert len(str(caught.value)) < 2000
 
 
@@ -201,7 +201,7 @@ def test_an_index_of_other_types_or_places(folder: Path, weight_map: object) -> 
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
     index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(str(index))):
-        load(folder)
+        PaliGemma.from_pretrained(folder)
 
 
 def rewritten(path: Path, **changes: bytes | None) -> Path:
@@ -260,31 +260,31 @@ ARRAYS: list[tuple[str, bytes]] = [
 
 @pytest.mark.parametrize(("name", "content"), ARRAYS)
 def test_damaged_arrays(model: PaliGemma, tmp_path: Path, name: str, content: bytes) -> None:
-    save_big_vision(model, tmp_path / "p.npz")
+    model.save_big_vision(tmp_path / "p.npz")
     rewritten(tmp_path / "p.npz", **{name: content})
     named = name.replace(".", "/")[:40]
     with pytest.raises(ValueError, match=rf"p\.npz: .*({re.escape(named)}|num_hidden_layers)"):
-        load(tmp_path / "p.npz")
+        PaliGemma.from_pretrained(tmp_path / "p.npz")
 
 
 def test_an_array_stored_twice(model: PaliGemma, tmp_path: Path) -> None:
-    save_big_vision(model, tmp_path / "p.npz")
+    model.save_big_vision(tmp_path / "p.npz")
     with zipfile.ZipFile(tmp_path / "p.npz", "a") as archive:
         archive.writestr("llm/final_norm/scale.npy", archive.read("params/llm/final_norm/scale.npy"))
     with pytest.raises(ValueError, match=r"llm/final_norm/scale: holds the same array as params/llm/final_norm/scale"):
-        load(tmp_path / "p.npz")
+        PaliGemma.from_pretrained(tmp_path / "p.npz")
 
 
 @pytest.mark.parametrize("offset", [4, 6, 8, 10, 20, 24, 28, 42])  # version, flags, compression, sizes, lengths, place
 def test_damaged_directory_of_a_zip(model: PaliGemma, tmp_path: Path, offset: int) -> None:
     path = tmp_path / "p.npz"
-    save_big_vision(model, path)
+    model.save_big_vision(path)
     content = bytearray(path.read_bytes())
     start = content.index(b"PK\1\2")
     content[start + offset : start + offset + 2] = b"\xff\x7f"
     path.write_bytes(content)
     try:
-        load(path)
+        PaliGemma.from_pretrained(path)
     except ValueError as error:
         assert str(path) in str(error)
 
@@ -292,7 +292,7 @@ def test_damaged_directory_of_a_zip(model: PaliGemma, tmp_path: Path, offset: in
 def test_an_array_that_claims_more_than_the_file_holds(model: PaliGemma, tmp_path: Path) -> None:
     """Sizes in the zip's directory, the array's header and the configuration agree; memory is not taken for them."""
     path = tmp_path / "p.npz"
-    save_big_vision(model, path)
+    model.save_big_vision(path)
     table = array((2**38, 32))
     rewritten(path, **{"llm.embedder.input_embedding": table})
     content = bytearray(path.read_bytes())
@@ -304,7 +304,7 @@ def test_an_array_that_claims_more_than_the_file_holds(model: PaliGemma, tmp_pat
             content[start + 24 : start + 28] = min(claimed, 2**32 - 2).to_bytes(4, "little")
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"input_embedding: has \d+ bytes of data, expected 35184372088832"):
-        load(path)
+        PaliGemma.from_pretrained(path)
 
 
 def test_float64_becomes_float32(model: PaliGemma, folder: Path, tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_float64_becomes_float32(model: PaliGemma, folder: Path, tmp_path: Path)
     )
     convert(folder, tmp_path / "p.npz")
     for path in (folder, tmp_path / "p.npz"):
-        found = load(path)
+        found = PaliGemma.from_pretrained(path)
         assert found.lm_head.weight.dtype == torch.float32
         assert_equal(found, model)
 
@@ -344,7 +344,7 @@ def test_a_full_disk_is_one_os_error(model: PaliGemma, folder: Path, small_files
 
     for save in (
         lambda: model.save_pretrained(target),
-        lambda: save_big_vision(model, target),
+        lambda: model.save_big_vision(target),
         lambda: convert(folder, target),
         by_safetensors,
     ):

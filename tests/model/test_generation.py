@@ -114,7 +114,7 @@ def test_draws_follow_the_seed(model: PaliGemma) -> None:
 
 def test_draws_follow_the_distribution(model: PaliGemma) -> None:
     """20,000 first tokens against softmax(logits / temperature) restricted to the nucleus and the k likeliest."""
-    from pg_kernels.model.generation import Choice, _choose
+    from pg_kernels.model.decoding import SamplingConfig, choose_tokens
 
     model = PaliGemma(PaliGemmaConfig(VISION, TextConfig(vocab_size=12, hidden_size=4, num_hidden_layers=1)))
     torch.manual_seed(0)
@@ -127,8 +127,8 @@ def test_draws_follow_the_distribution(model: PaliGemma) -> None:
         ({"top_k": 3, "top_p": None}, order[:3]),
         ({"top_k": None, "top_p": 0.8}, order[: int((probabilities[order].cumsum(0) < 0.8).sum()) + 1]),
     ):
-        choice, generator = Choice((), 0.7, seeded=True, **options), torch.Generator().manual_seed(1)
-        draws = _choose(model, hidden, choice, generator)
+        sampling, generator = SamplingConfig((), 0.7, seeded=True, **options), torch.Generator().manual_seed(1)
+        draws = choose_tokens(model, hidden, sampling, generator)
         expected = torch.zeros(12).index_copy(0, kept, probabilities[kept] / probabilities[kept].sum())
         observed = torch.bincount(draws, minlength=12) / 20_000
         # Five standard deviations of a binomial share, at most 0.018.

@@ -22,9 +22,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import pg_kernels
 from pg_kernels import nn as pg_nn
 from pg_kernels import quantize_
-from pg_kernels.model import PaliGemma, PaliGemmaConfig, gemma, generation, graphs, siglip
+from pg_kernels.model import PaliGemma, PaliGemmaConfig, decoding, gemma, generation, graphs, siglip
 from pg_kernels.model.config import TextConfig, VisionConfig
-from pg_kernels.model.generation import Choice, DecodingSession
+from pg_kernels.model.decoding import DecodingSession, SamplingConfig
 from pg_kernels.nn import attention as nn_attention
 from pg_kernels.nn import fusion as nn_fusion
 
@@ -267,10 +267,10 @@ def test_answers_end_where_the_last_one_does(
     free = model.generate(**given, max_new_tokens=12, eos_token_id=-1, cuda_graph=False)
     ends = sorted(set(free[:, ends_at - 1].tolist()))
     expected = model.generate(**given, max_new_tokens=12, eos_token_id=ends, cuda_graph=False)
-    session = DecodingSession(model, 2, 128, Choice(tuple(ends), 0.0, None, None, False), graphs=True)
+    session = graphs.GraphedDecodingSession(model, 2, 128, SamplingConfig(tuple(ends), 0.0, None, None, False))
     with torch.inference_mode():
         for look in (2, 5, 8):
-            monkeypatch.setattr(generation, "_between_looks", lambda device, stream, look=look: look)
+            monkeypatch.setattr(decoding, "_steps_between_checks", lambda device, stream, look=look: look)
             assert torch.equal(session.answer(model, given, None, 12, None), expected)
 
 
@@ -284,15 +284,17 @@ def test_a_step_looks_at_no_number(options: dict[str, Any], quantised: bool) -> 
             quantize_(model)
         with pytest.raises(DataDependentOutputException):
             model.model.language_model.norm.weight.sum().item()
-        choice = Choice((1, 2), options.get("temperature", 0.0), options.get("top_k"), options.get("top_p"), False)
-        session = DecodingSession(model, 2, 128, choice, graphs=False)
-        state = {**vars(session), **vars(session.decoder), **vars(session.decoder.visible)}
-        session._run_prefill(model, prompts(model))
-        session._run_step(model)
+        sampling = SamplingConfig(
+            (1, 2), options.get("temperature", 0.0), options.get("top_k"), options.get("top_p"), False
+        )
+        session = DecodingSession(model, 2, 128, sampling)
+        state = {**vars(session), **vars(session.decoder), **vars(session.decoder.lengths)}
+        session.prefill(model, prompts(model))
+        session.step(model)
         # The same tensors as before hold everything.
-        after = {**vars(session), **vars(session.decoder), **vars(session.decoder.visible)}
+        after = {**vars(session), **vars(session.decoder), **vars(session.decoder.lengths)}
         assert all(after[name] is value for name, value in state.items())
-        assert session._ids.shape == (2, 128) and session._ids.dtype == torch.int64
+        assert session._answers.shape == (2, 128) and session._answers.dtype == torch.int64
 
 
 def test_where_there_can_be_no_graph(model: PaliGemma, monkeypatch: pytest.MonkeyPatch) -> None:

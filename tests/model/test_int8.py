@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pg_kernels import backend, quantize_
 from pg_kernels.model import EMBEDDED_CHECKPOINT, PaliGemma, PaliGemmaConfig, Processor, TextConfig, VisionConfig
-from pg_kernels.model.checkpoints import convert, load, save_big_vision, save_huggingface
+from pg_kernels.model.checkpoints.conversion import convert
 from pg_kernels.model.generation import Decoder
 from pg_kernels.model.quality import compare
 from pg_kernels.nn import Int8Embedding, Int8Linear
@@ -48,7 +48,7 @@ def prompts(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 
 @pytest.fixture(params=CONFIGS)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    save_huggingface(model(CONFIGS[request.param]), tmp_path / "original")
+    model(CONFIGS[request.param]).save_pretrained(tmp_path / "original")
     return tmp_path / "original"
 
 
@@ -65,7 +65,7 @@ def logits(of: PaliGemma) -> Tensor:
 @pytest.mark.parametrize("mode", MODES)
 def test_loading_quantises_as_quantize_does(folder: Path, mode: str, dtype: torch.dtype) -> None:
     loaded = PaliGemma.from_pretrained(folder, quantize=mode, dtype=dtype)
-    expected = quantize_(load(folder, dtype=dtype), mode)
+    expected = quantize_(PaliGemma.from_pretrained(folder, dtype=dtype), mode)
     assert torch.equal(logits(loaded), logits(expected))
     head, embedding = loaded.lm_head, loaded.model.language_model.embed_tokens
     assert type(head) is Int8Linear and head.activations == ("keep" if mode == "int8" else "int8")
@@ -81,8 +81,8 @@ def test_loading_quantises_as_quantize_does(folder: Path, mode: str, dtype: torc
 def test_what_was_saved_comes_back(
     folder: Path, tmp_path: Path, mode: str, group_size: int | None, shard: float
 ) -> None:
-    quantised = quantize_(load(folder, dtype=torch.bfloat16), mode, group_size=group_size)
-    save_huggingface(quantised, tmp_path / "int8", max_shard_bytes=shard)
+    quantised = quantize_(PaliGemma.from_pretrained(folder, dtype=torch.bfloat16), mode, group_size=group_size)
+    quantised.save_pretrained(tmp_path / "int8", max_shard_bytes=shard)
     files = sorted((tmp_path / "int8").glob("*.safetensors"))
     assert (len(files) > 1) == (shard < 1e6)
     tensors = {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
@@ -90,28 +90,28 @@ def test_what_was_saved_comes_back(
     scale = tensors["language_model.model.layers.0.mlp.down_proj.weight_scale"]
     assert (levels.dtype, scale.dtype) == (torch.int8, torch.float32)
     assert scale.shape == ((32,) if group_size is None else (32, 3))
-    loaded = load(tmp_path / "int8")
+    loaded = PaliGemma.from_pretrained(tmp_path / "int8")
     assert torch.equal(logits(loaded), logits(quantised))
     assert loaded.lm_head.activations == quantised.lm_head.activations
     assert loaded.state_dict().keys() == quantised.state_dict().keys()
     # Saved again it is the same to the byte.
-    save_huggingface(loaded, tmp_path / "again", max_shard_bytes=shard)
+    loaded.save_pretrained(tmp_path / "again", max_shard_bytes=shard)
     for file in (tmp_path / "int8").iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_a_saved_model_says_what_it_is(folder: Path, tmp_path: Path) -> None:
-    quantize_(load(folder), "int8-dynamic").save_pretrained(tmp_path / "int8")
+    quantize_(PaliGemma.from_pretrained(folder), "int8-dynamic").save_pretrained(tmp_path / "int8")
     config = json.loads((tmp_path / "int8" / "config.json").read_text())
     assert config["quantization_config"] == {"quant_method": "pg_kernels", "bits": 8, "activations": "int8"}
     assert config["torch_dtype"] == "float32"
-    assert load(tmp_path / "int8", quantize="int8").lm_head.activations == "keep"
+    assert PaliGemma.from_pretrained(tmp_path / "int8", quantize="int8").lm_head.activations == "keep"
 
 
 def test_some_layers_may_stay_as_they_are(tmp_path: Path) -> None:
     mixed = quantize_(model(dtype=torch.bfloat16), skip=lambda name, _: "vision_tower" in name or name == "lm_head")
     mixed.save_pretrained(tmp_path)
-    loaded = load(tmp_path)
+    loaded = PaliGemma.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(mixed))
     assert type(loaded.lm_head) is torch.nn.Linear and loaded.lm_head.weight.dtype == torch.bfloat16
     assert type(loaded.model.multi_modal_projector.linear) is Int8Linear
@@ -147,15 +147,15 @@ def test_damaged_files(tmp_path: Path, changes: dict[str, Tensor | None], messag
     quantize_(model()).save_pretrained(tmp_path)
     rewrite(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
-        load(tmp_path)
+        PaliGemma.from_pretrained(tmp_path)
 
 
 def test_errors(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="^quantize: got 'int4', expected one of 'int8', 'int8-dynamic' or None"):
         PaliGemma.from_pretrained(folder, quantize="int4")
-    quantised = quantize_(load(folder))
+    quantised = quantize_(PaliGemma.from_pretrained(folder))
     with pytest.raises(ValueError, match=r"\.npz files hold no int8 weights"):
-        save_big_vision(quantised, tmp_path / "model.npz")
+        quantised.save_big_vision(tmp_path / "model.npz")
     quantised.save_pretrained(tmp_path / "int8")
     with pytest.raises(ValueError, match="holds int8 weights, which are not converted"):
         convert(tmp_path / "int8", tmp_path / "out")
@@ -173,7 +173,7 @@ def test_int8_without_any_scale(tmp_path: Path) -> None:
     rewrite(tmp_path, **{name: None for name in tensors if name.endswith("_scale")})
     for mode in (None, "int8"):
         with pytest.raises(ValueError, match="int8 without a scale"):
-            load(tmp_path, quantize=mode)
+            PaliGemma.from_pretrained(tmp_path, quantize=mode)
 
 
 @pytest.mark.parametrize("content", ["int8", {"quant_method": "pg_kernels", "activations": ["x"]}], ids=str)
@@ -182,14 +182,14 @@ def test_configurations_that_say_something_else(tmp_path: Path, content: object)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": content}))
     with pytest.raises(ValueError, match=r"config\.json"):
-        load(tmp_path)
+        PaliGemma.from_pretrained(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
-    save_huggingface(model(), tmp_path)
+    model().save_pretrained(tmp_path)
     rewrite(tmp_path, **{GATE: torch.full((48, 32), torch.inf)})
     with pytest.raises(ValueError, match=rf"model\.safetensors: {GATE}: weight: holds NaN or infinity"):
-        load(tmp_path, quantize="int8")
+        PaliGemma.from_pretrained(tmp_path, quantize="int8")
 
 
 # Running
@@ -260,7 +260,7 @@ def test_the_built_in_model_still_sees(mode: str) -> None:
 
 
 def test_comparison_with_itself_finds_nothing() -> None:
-    original, processor = load(EMBEDDED_CHECKPOINT), Processor.from_pretrained(EMBEDDED_CHECKPOINT)
+    original, processor = PaliGemma.from_pretrained(EMBEDDED_CHECKPOINT), Processor.from_pretrained(EMBEDDED_CHECKPOINT)
     tasks = [(Image.open(SAMPLE), prompt) for prompt in ("caption en", "detect owl", "detect banana")]
     found = compare(original, original, processor, tasks, batch_size=2)
     assert set(found.layers.values()) == {0.0} and found.kl_divergence == 0
@@ -269,14 +269,19 @@ def test_comparison_with_itself_finds_nothing() -> None:
 
 
 def test_comparison_finds_what_was_changed() -> None:
-    original, processor = load(EMBEDDED_CHECKPOINT), Processor.from_pretrained(EMBEDDED_CHECKPOINT)
-    other = load(EMBEDDED_CHECKPOINT)
+    original, processor = PaliGemma.from_pretrained(EMBEDDED_CHECKPOINT), Processor.from_pretrained(EMBEDDED_CHECKPOINT)
+    other = PaliGemma.from_pretrained(EMBEDDED_CHECKPOINT)
     with torch.no_grad():
         other.model.language_model.layers[2].mlp.down_proj.weight.mul_(1.5)
     found = compare(original, other, processor, [(Image.open(SAMPLE), "caption en")])
     errors = list(found.layers.values())
     assert max(errors[:-2]) == 0 and min(errors[-2:]) > 0.01 and found.kl_divergence > 0
-    quantised = compare(original, quantize_(load(EMBEDDED_CHECKPOINT)), processor, [(Image.open(SAMPLE), "caption en")])
+    quantised = compare(
+        original,
+        quantize_(PaliGemma.from_pretrained(EMBEDDED_CHECKPOINT)),
+        processor,
+        [(Image.open(SAMPLE), "caption en")],
+    )
     assert all(0 < error < 0.03 for error in quantised.layers.values()) and quantised.kl_divergence < 0.01
     with pytest.raises(ValueError, match="^tasks: expected at least one"):
         compare(original, other, processor, [])
@@ -284,5 +289,5 @@ def test_comparison_finds_what_was_changed() -> None:
 
 def test_both_kinds_of_int8_modules_are_loaded(tmp_path: Path) -> None:
     quantize_(model()).save_pretrained(tmp_path)
-    kinds = {type(module) for module in load(tmp_path).modules()}
+    kinds = {type(module) for module in PaliGemma.from_pretrained(tmp_path).modules()}
     assert {Int8Linear, Int8Embedding} <= kinds

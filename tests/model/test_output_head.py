@@ -17,7 +17,7 @@ from transformers import PaliGemmaForConditionalGeneration as HFPaliGemma
 
 from pg_kernels import quantize_
 from pg_kernels.model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
-from pg_kernels.model.checkpoints import convert, load, save_big_vision
+from pg_kernels.model.checkpoints.conversion import convert
 from pg_kernels.nn import Int8Linear
 
 TEXT = TextConfig(
@@ -90,16 +90,16 @@ def test_another_head_is_written(make: Callable[[], PaliGemma], tmp_path: Path) 
     expected = logits(model)
     model.save_pretrained(tmp_path / "hf")
     assert declared(tmp_path / "hf") == {False}
-    again = load(tmp_path / "hf")
+    again = PaliGemma.from_pretrained(tmp_path / "hf")
     assert torch.equal(logits(again), expected) and not again.config.tie_word_embeddings
     theirs, info = HFPaliGemma.from_pretrained(tmp_path / "hf", output_loading_info=True, attn_implementation="eager")
     assert not any(info.values()), info
     assert (logits(theirs.eval()) - expected).abs().max() <= 2e-5 * expected.abs().max()
     convert(tmp_path / "hf", tmp_path / "converted")
-    assert torch.equal(logits(load(tmp_path / "converted")), expected)
+    assert torch.equal(logits(PaliGemma.from_pretrained(tmp_path / "converted")), expected)
 
     with pytest.raises(ValueError, match="no place for an output head"):
-        save_big_vision(model, tmp_path / "p.npz")
+        model.save_big_vision(tmp_path / "p.npz")
     with pytest.raises(ValueError, match="no place for an output head"):
         convert(tmp_path / "hf", tmp_path / "p.npz")
     assert not (tmp_path / "p.npz").exists()
@@ -108,10 +108,10 @@ def test_another_head_is_written(make: Callable[[], PaliGemma], tmp_path: Path) 
     expected = logits(quantised)
     quantised.save_pretrained(tmp_path / "int8")
     assert declared(tmp_path / "int8") == {False}
-    assert torch.equal(logits(load(tmp_path / "int8")), expected)
-    assert torch.equal(logits(load(tmp_path / "hf", quantize="int8")), expected)
+    assert torch.equal(logits(PaliGemma.from_pretrained(tmp_path / "int8")), expected)
+    assert torch.equal(logits(PaliGemma.from_pretrained(tmp_path / "hf", quantize="int8")), expected)
     with pytest.raises(ValueError, match=r"no int8 weights"):
-        save_big_vision(quantised, tmp_path / "p.npz")
+        quantised.save_big_vision(tmp_path / "p.npz")
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
@@ -123,11 +123,11 @@ def test_an_int8_head_beside_an_int8_embedding(scale: float, tmp_path: Path) -> 
     model.lm_head = Int8Linear.from_linear(head)
     expected = logits(model)
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(load(tmp_path)), expected) and declared(tmp_path) == {scale == 1.0}
+    assert torch.equal(logits(PaliGemma.from_pretrained(tmp_path)), expected) and declared(tmp_path) == {scale == 1.0}
     if scale != 1.0:
         content = (tmp_path / "config.json").read_text()
         (tmp_path / "config.json").write_text(content.replace('embeddings": false', 'embeddings": true'))
-        assert torch.equal(logits(load(tmp_path)), expected)
+        assert torch.equal(logits(PaliGemma.from_pretrained(tmp_path)), expected)
 
 
 def test_an_int8_embedding_under_a_float_head(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_an_int8_embedding_under_a_float_head(tmp_path: Path) -> None:
     model.lm_head = nn.Linear(32, 64, bias=False)
     expected = logits(model)
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(load(tmp_path)), expected)
+    assert torch.equal(logits(PaliGemma.from_pretrained(tmp_path)), expected)
 
 
 def test_loading_a_state_dict_with_another_int8_head_unties_it() -> None:
@@ -163,14 +163,14 @@ def test_an_equal_head(same: str, configured: bool, tmp_path: Path) -> None:
     assert declared(tmp_path / "hf") == {one}
     names = safetensors.torch.load_file(tmp_path / "hf" / "model.safetensors").keys()
     assert ("language_model.lm_head.weight" in names) != one
-    again = load(tmp_path / "hf")
+    again = PaliGemma.from_pretrained(tmp_path / "hf")
     assert torch.equal(logits(again), expected)
     assert (again.lm_head.weight is again.get_parameter(EMBEDDING)) == one
     # .npz has no head: equal values are all that counts.
-    save_big_vision(model, tmp_path / "p.npz")
+    model.save_big_vision(tmp_path / "p.npz")
     convert(tmp_path / "hf", tmp_path / "q.npz")
     for name in ("p.npz", "q.npz"):
-        state = load(tmp_path / name).state_dict()
+        state = PaliGemma.from_pretrained(tmp_path / name).state_dict()
         assert torch.equal(state[HEAD], weight) and torch.equal(state[EMBEDDING], weight)
 
 
@@ -181,6 +181,6 @@ def test_a_head_in_another_dtype_than_the_embedding(tmp_path: Path) -> None:
     weight = tensors["language_model.model.embed_tokens.weight"]
     for head, same in ((weight.bfloat16(), False), (weight, True), (weight.double() + 1e-12, False)):
         safetensors.torch.save_file(tensors | {HEAD: head.clone()}, tmp_path / "model.safetensors")
-        again = load(tmp_path)
+        again = PaliGemma.from_pretrained(tmp_path)
         assert (again.lm_head.weight is again.get_parameter(EMBEDDING)) == same
         assert torch.equal(again.lm_head.weight, head.float())

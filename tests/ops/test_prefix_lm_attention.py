@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ from pg_kernels.ops.prefix_lm_attention import cpu, launch, tile_ranges, tiles
 OP = "prefix_lm_attention"
 
 
-def who_sees_what(
+def visible_pairs(
     batch: int,
     q_len: int,
     kv_len: int,
@@ -49,7 +50,7 @@ def who_sees_what(
     causal: bool = True,
     window: int | None = None,
 ) -> Tensor:
-    """The mask contract in its own words: [B, Sq, Skv], true where query i of example b sees key j."""
+    """Return the mask [B, Sq, Skv], pair by pair from the mask contract: true where query i of example b sees key j."""
     prefix_lens = prefix_lens or [0] * batch
     kv_starts = kv_starts or [0] * batch
     kv_lens = kv_lens or [kv_len] * batch
@@ -69,20 +70,20 @@ def who_sees_what(
 def definition(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None = None, softcap: float | None = None
 ) -> Tensor:
-    """Softmax over the visible keys alone, one head of one example at a time."""
+    """Compute softmax over the visible keys, one head of one example at a time."""
     batch, heads, _, dim = q.shape
-    heads_per_group = heads // k.shape[1]
+    heads_per_kv = heads // k.shape[1]
     scale = dim**-0.5 if scale is None else scale
     rows = []
     for b in range(batch):
         for h in range(heads):
-            keys, values = k[b, h // heads_per_group], v[b, h // heads_per_group]
+            keys, values = k[b, h // heads_per_kv], v[b, h // heads_per_kv]
             scores = q[b, h] @ keys.T * scale
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
-            seeing = visible[b].any(-1).nonzero()[:, 0].to(q.device)
-            weights = scores[seeing].masked_fill(~visible[b].to(q.device)[seeing], float("-inf")).softmax(-1)
-            rows.append(torch.zeros_like(q[b, h]).index_copy(0, seeing, weights @ values))
+            seeing_rows = visible[b].any(-1).nonzero()[:, 0].to(q.device)
+            weights = scores[seeing_rows].masked_fill(~visible[b].to(q.device)[seeing_rows], float("-inf")).softmax(-1)
+            rows.append(torch.zeros_like(q[b, h]).index_copy(0, seeing_rows, weights @ values))
     return torch.stack(rows).unflatten(0, (batch, heads)) if rows else q * 0 + k.sum() + v.sum()
 
 
@@ -96,7 +97,7 @@ def tensors(
     kv_len: int | None = None,
     dim: int = 16,
 ) -> list[Tensor]:
-    """q, k and v."""
+    """Draw q, k and v."""
     kv_len = q_len if kv_len is None else kv_len
     return [
         randn(batch, heads, q_len, dim, device=device),
@@ -106,7 +107,7 @@ def tensors(
 
 
 def on(device: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Lists become int32 tensors."""
+    """Turn lists into int32 tensors on `device`."""
     return {
         name: torch.tensor(value, dtype=torch.int32, device=device) if isinstance(value, list) else value
         for name, value in options.items()
@@ -114,13 +115,16 @@ def on(device: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 ORDER = 4.0
-"""A score's gradient is the difference of two products of 16 terms or more: equal ones, where a query sees one key alone."""
+"""Size of the terms of a score's gradient: the difference of two sums of 16 products or more.
+
+The sums are equal if a query sees a single key.
+"""
 
 
 def check(inputs: list[Tensor], options: dict[str, Any], dtype: torch.dtype, **scores: float) -> None:
-    """Values and gradients; `options` give the mask, with lists for lengths, and `scores` scale and softcap."""
+    """Check output and gradients. `options` are the mask, with lists for lengths; `scores` are scale and softcap."""
     q, k, _ = inputs
-    visible = who_sees_what(q.shape[0], q.shape[2], k.shape[2], **options)
+    visible = visible_pairs(q.shape[0], q.shape[2], k.shape[2], **options)
     arguments = on(q.device.type, options)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -130,9 +134,9 @@ def check(inputs: list[Tensor], options: dict[str, Any], dtype: torch.dtype, **s
         return definition(q, k, v, visible, **scores)
 
     assert_accurate(attend, define, inputs, dtype, order=ORDER)
-    if q.shape[2] > cpu.FEW:
+    if q.shape[2] > cpu.MAX_FEW_QUERIES:
         return
-    # Without gradients a few queries have a kernel of their own.
+    # Without gradients the C++ extension computes a few queries.
     low = [tensor.to(dtype) for tensor in inputs]
     assert_within(attend(*low), define(*low), define(*(tensor.double() for tensor in low)), "without gradients", ORDER)
 
@@ -218,13 +222,13 @@ def test_scores_beyond_fp16(device: str, backend: str) -> None:
     q, k, v = tensors(device, q_len=3, dim=64)
     q, k = ((tensor * 200).half() for tensor in (q, k))
     out = prefix_lm_attention(q, k, v.half(), scale=1.0)
-    expected = definition(q.double(), k.double(), v.half().double(), who_sees_what(2, 3, 3), scale=1.0)
+    expected = definition(q.double(), k.double(), v.half().double(), visible_pairs(2, 3, 3), scale=1.0)
     torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)
 
 
 @st.composite
 def masks(draw: st.DrawFn) -> tuple[int, int, int, dict[str, Any]]:
-    """Sizes and a mask, every part of the contract at its ends and beyond."""
+    """Draw (batch, Sq, Skv) and a mask. Every length takes values up to its bounds; prefix_lens and q_starts also beyond."""
     batch, q_len, kv_len = draw(st.integers(1, 3)), draw(st.integers(1, 40)), draw(st.integers(1, 40))
     options: dict[str, Any] = {"causal": draw(st.booleans())}
     if draw(st.booleans()):
@@ -249,9 +253,12 @@ def masks(draw: st.DrawFn) -> tuple[int, int, int, dict[str, Any]]:
     database=None,
 )
 def test_any_mask(device: str, backend: str, mask: tuple[int, int, int, dict[str, Any]]) -> None:
-    """Equal scores and values that tell keys apart: a key is seen exactly where the output is not 0. Garbage stays unseen."""
+    """All scores are equal and each key has its own column of v: an output column is not 0 exactly where its key is visible.
+
+    Padding keys hold NaN, which must not reach the output.
+    """
     batch, q_len, kv_len, options = mask
-    visible = who_sees_what(batch, q_len, kv_len, **options).to(device)
+    visible = visible_pairs(batch, q_len, kv_len, **options).to(device)
     q, k = randn(batch, 1, q_len, 64, device=device), torch.zeros(batch, 1, kv_len, 64, device=device)
     v = torch.eye(64, device=device)[:kv_len].repeat(batch, 1, 1, 1)
     for b in range(batch):
@@ -278,23 +285,23 @@ def test_rows_that_see_nothing_are_zero_with_zero_gradients(device: str, backend
 
 @pytest.mark.parametrize("garbage", [float("inf"), float("nan")])
 @pytest.mark.parametrize("q_len", [1, 20])
-def test_queries_that_see_nothing_may_hold_anything(device: str, backend: str, q_len: int, garbage: float) -> None:
-    """Example 0 has no valid key, and of 20 queries in example 1 the first one comes before them."""
+def test_queries_that_see_nothing_may_hold_garbage(device: str, backend: str, q_len: int, garbage: float) -> None:
+    """Example 0 has no valid key. In example 1 the first of 20 queries stands before the first valid key."""
     q, k, v = tensors(device, q_len=q_len, kv_len=20)
     position = torch.arange(20 - q_len, 20, device=device)
-    blind = torch.stack((position >= 0, position < 1))[:, None, :, None].expand_as(q)
-    q = q.masked_fill(blind, garbage).requires_grad_()
+    sees_nothing = torch.stack((position >= 0, position < 1))[:, None, :, None].expand_as(q)
+    q = q.masked_fill(sees_nothing, garbage).requires_grad_()
     kv_lens = torch.tensor([1, 20], device=device, dtype=torch.int32)
     with torch.no_grad():
-        few = prefix_lm_attention(q, k, v, kv_starts=1, kv_lens=kv_lens)
+        out_without_grad = prefix_lm_attention(q, k, v, kv_starts=1, kv_lens=kv_lens)
     out = prefix_lm_attention(q, k, v, kv_starts=1, kv_lens=kv_lens)
     (gradient,) = torch.autograd.grad(out.sum(), q)
-    for tensor in (few, out, gradient):
-        assert not tensor[blind].any() and tensor.isfinite().all()
+    for tensor in (out_without_grad, out, gradient):
+        assert not tensor[sees_nothing].any() and tensor.isfinite().all()
 
 
-def test_keys_that_are_not_valid_may_hold_anything(device: str, backend: str) -> None:
-    """The unused end of a static cache is memory that nobody has written."""
+def test_padding_keys_may_hold_garbage(device: str, backend: str) -> None:
+    """The unused end of a static cache is uninitialised memory."""
     q, k, v = tensors(device, q_len=2, kv_len=6)
     starts, ends = (torch.tensor(value, device=device, dtype=torch.int32) for value in ([1, 0], [5, 3]))
 
@@ -309,20 +316,20 @@ def test_keys_that_are_not_valid_may_hold_anything(device: str, backend: str) ->
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_static_cache_decodes_as_the_whole_does(device: str, backend: str, dtype: torch.dtype, kv_heads: int) -> None:
-    """One query at a time over a cache longer than what is in it, left padding and prefix included."""
+def test_static_cache_decodes_like_prefill(device: str, backend: str, dtype: torch.dtype, kv_heads: int) -> None:
+    """Decode one query at a time from a cache with unused space, left padding and a prefix."""
     q, k, v = (tensor.to(dtype) for tensor in tensors(device, kv_heads=kv_heads, q_len=8))
     masks = {
         name: torch.tensor(value, device=device) for name, value in {"prefix_lens": [3, 4], "kv_starts": [2, 0]}.items()
     }
-    whole = prefix_lm_attention(q, k, v, **masks)
+    prefill = prefix_lm_attention(q, k, v, **masks)
     cache = [torch.nn.functional.pad(tensor, (0, 0, 0, 5), value=3.0) for tensor in (k, v)]
     for position in range(6, 8):
         length = torch.full((2,), position + 1, device=device, dtype=torch.int32)
         one = prefix_lm_attention(
             q[:, :, position : position + 1], *cache, **masks, kv_lens=length, q_starts=length - 1
         )
-        torch.testing.assert_close(one, whole[:, :, position : position + 1])
+        torch.testing.assert_close(one, prefill[:, :, position : position + 1])
 
 
 def test_static_cache_of_different_lengths(device: str, backend: str, dtype: torch.dtype) -> None:
@@ -375,7 +382,7 @@ def test_any_layout(device: str, backend: str) -> None:
 
 
 def test_heads_split_from_a_projection(device: str, backend: str) -> None:
-    """[B, S, (H + 2·Hkv)·D] from one product, seen as [B, heads, S, D]."""
+    """q, k and v are views of one projection's output [B, S, (H + 2·Hkv)·D]."""
     rows = randn(2, 6, 8 * 16, device=device)
 
     def split(x: Tensor) -> tuple[Tensor, ...]:
@@ -413,7 +420,7 @@ def test_autocast_casts_all_three(device: str, backend: str, low: torch.dtype) -
 
 
 IN_GRAPHS = pytest.mark.backends("triton", "reference")
-"""The native backend looks at lengths, which a compiled graph does not know."""
+"""The native backend reads the values of lengths, which a compiled graph does not know."""
 
 
 @IN_GRAPHS
@@ -464,7 +471,7 @@ def test_bad_lengths_raise_where_they_can_be_read(name: str, lengths: list[int],
 @IN_GRAPHS
 @pytest.mark.parametrize(("name", "lengths"), [(name, lengths) for name, lengths, _ in BAD_LENGTHS])
 def test_bad_lengths_give_nan_where_they_cannot(device: str, backend: str, name: str, lengths: list[int]) -> None:
-    """For the example that has them, and for no other."""
+    """Only the example with invalid lengths is NaN."""
     q, k, v = tensors(device)
     attend = prefix_lm_attention
     if device == "cpu":
@@ -550,21 +557,19 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str) ->
         prefix_lm_attention(**{"q": Q, "k": K, "v": K, **change})
 
 
-# What tiles bring with them
+# --- tiles
 
 
 def small(
-    block_m: int, block_n: int, dim: int = 16, itemsize: int = 4, **options: bool
+    block_m: int, block_n: int, dim: int = 16, itemsize: int = 4, use_tma: bool = False
 ) -> AbstractContextManager[None]:
-    """Tiles so small that short sequences have many."""
+    """Run with tiles so small that short sequences have many."""
     names = [
-        ("prefix_lm_attention", tiles.key(kernel, dim, itemsize, rows))
+        ("prefix_lm_attention", tiles.key(kernel, dim, itemsize, num_rows))
         for kernel in ("forward", "backward_dq", "backward_dkv")
-        for rows in (64, 65)
+        for num_rows in (64, 65)
     ]
-    return devices.override_tiles(
-        dict.fromkeys(names, {"block_m": block_m, "block_n": block_n, "num_warps": 4, "num_stages": 1, **options})
-    )
+    return devices.override_tiles(dict.fromkeys(names, asdict(tiles.Tiles(block_m, block_n, 4, 1, use_tma))))
 
 
 @pytest.fixture(params=[(16, 16), (32, 16), (16, 32)], ids=str)
@@ -597,7 +602,7 @@ def test_many_tiles(device: str, backend: str, small_tiles: None, mask: str) -> 
 @pytest.mark.backends("triton")
 @pytest.mark.parametrize("prefix", [0, 40, 150])
 def test_decoding_shares_the_keys_among_programs(device: str, backend: str, prefix: int, dtype: torch.dtype) -> None:
-    """Parts without visible keys, rows without any, and a window that leaves a gap."""
+    """Cover splits and rows without visible keys, and a window that does not touch the prefix."""
     for length, options in (([150, 40], {}), ([150, 0], {}), ([149, 120], {"window": 30})):
         options = {"kv_lens": length, "prefix_lens": [prefix, min(prefix, 20)], "kv_starts": [0, 11], **options}
         options["q_starts"] = [n - 2 for n in length]
@@ -611,52 +616,52 @@ def test_decoding_shares_the_keys_among_programs(device: str, backend: str, pref
 @pytest.mark.backends("triton")
 @pytest.mark.parametrize("mask", MANY_TILES)
 @pytest.mark.parametrize("dim", [16, 72])
-def test_descriptors_load_what_pointers_do(
+def test_tma_loads_what_pointers_load(
     device: str, backend: str, dim: int, mask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dtype = DTYPES[list(MANY_TILES).index(mask) % 3]  # all of them with every mask take three times as long
+    dtype = DTYPES[list(MANY_TILES).index(mask) % 3]  # one dtype for each mask: all of them take three times as long
     q, k, v = (t.to(dtype) for t in tensors(device, heads=3, kv_heads=1, q_len=70, dim=dim))
     options = on(device, MANY_TILES[mask])
-    for tensor in (k, v):  # what is not valid may hold anything
+    for tensor in (k, v):  # padding keys may hold garbage
         for b, start in enumerate(options.get("kv_starts", [])):
             tensor[b, :, :start] = float("nan")
         for b, end in enumerate(options.get("kv_lens", [])):
             tensor[b, :, end:] = float("nan")
-    loads = spy(monkeypatch, "_descriptors")
+    loads = spy(monkeypatch, "_tma_descriptors")
     outs = []
-    for descriptors in (False, True):
-        with small(32, 16, dim, dtype.itemsize, use_descriptors=descriptors):
+    for use_tma in (False, True):
+        with small(32, 16, dim, dtype.itemsize, use_tma):
             outs.append(prefix_lm_attention(q, k, v, **options))
-        assert [part is not None for part in loads.pop().values()] == [descriptors, descriptors and dim == 72] * 2
+        assert [part is not None for part in loads.pop().values()] == [use_tma, use_tma and dim == 72] * 2
     assert_same(*outs)
     assert not outs[0].isnan().any()
 
 
 @pytest.mark.backends("triton")
-def test_descriptors_of_packed_sequences(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tma_with_packed_sequences(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = packed(device, 9)
-    loads = spy(monkeypatch, "_descriptors")
-    with small(16, 16, use_descriptors=True):
-        described = pack_of_two(*inputs)
-    assert loads.pop()["k_descriptor0"] is not None
-    assert_same(described, pack_of_two(*inputs))
+    loads = spy(monkeypatch, "_tma_descriptors")
+    with small(16, 16, use_tma=True):
+        with_tma = pack_of_two(*inputs)
+    assert loads.pop()["k_desc"] is not None
+    assert_same(with_tma, pack_of_two(*inputs))
 
 
 @pytest.mark.backends("triton")
-def test_pointers_where_descriptors_cannot_say_it(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pointers_where_the_layout_rules_tma_out(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors(device, kv_heads=2)
-    every_row_the_same, unaligned = v[:, :1].expand_as(v), torch.cat([k.flatten()[:1], k.flatten()])[1:].view_as(k)
+    expanded, unaligned = v[:, :1].expand_as(v), torch.cat([k.flatten()[:1], k.flatten()])[1:].view_as(k)
     assert unaligned.data_ptr() % 16
-    loads = spy(monkeypatch, "_descriptors")
-    for inputs in ((q, k, every_row_the_same), (q, unaligned, v)):
-        with small(16, 16, use_descriptors=True):
+    loads = spy(monkeypatch, "_tma_descriptors")
+    for inputs in ((q, k, expanded), (q, unaligned, v)):
+        with small(16, 16, use_tma=True):
             out = prefix_lm_attention(*inputs)
         assert set(loads.pop().values()) == {None}
         assert_same(out, prefix_lm_attention(*inputs))
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
-    """What a function of `launch` returns from now on."""
+    """Return a list to which every call of a function of `launch` appends its result."""
     function, returned = getattr(launch, name), []
 
     def spied(*args: Any) -> Any:
@@ -669,43 +674,36 @@ def spy(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
 
 @triton.jit
 def _count(
-    out_ptr,
-    kv_start,
-    kv_end,
-    prefix_end,
-    q_start,
-    window,
-    CAUSAL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    out_ptr, start, end, prefix_end, q_start, window, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     first = q_start + tl.program_id(0) * BLOCK_M
-    full, partial = tile_ranges.key_tiles(
-        first, first + BLOCK_M - 1, kv_start, kv_end, prefix_end, window, CAUSAL, BLOCK_N
+    _, num_full, _, num_boundary = tile_ranges.key_tiles(
+        first, first + BLOCK_M - 1, start, end, prefix_end, window, CAUSAL, BLOCK_N
     )
-    tl.store(out_ptr + 2 * tl.program_id(0), full[2])
-    tl.store(out_ptr + 2 * tl.program_id(0) + 1, partial[3])
+    tl.store(out_ptr + 2 * tl.program_id(0), num_full)
+    tl.store(out_ptr + 2 * tl.program_id(0) + 1, num_boundary)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("window", [None, 25, 48])
 @pytest.mark.parametrize(("prefix", "causal"), [(320, True), (160, True), (150, True), (0, True), (0, False)])
 def test_no_tile_too_many(device: str, prefix: int, causal: bool, window: int | None) -> None:
-    """Tiles visited are those that some query sees, and the ones with mask arithmetic those that some query sees in part."""
-    rows, keys, length = 64, 32, 320
-    counts = torch.zeros(length // rows, 2, dtype=torch.int32, device=device)
-    _count[(length // rows,)](counts, 0, length, prefix, 0, window, causal, rows, keys)
-    visible = who_sees_what(1, length, length, prefix_lens=[prefix], causal=causal, window=window)[0]
-    blocks = visible.view(length // rows, rows, length // keys, keys).transpose(1, 2)
-    some, whole = blocks.any(-1).any(-1).sum(-1), blocks.all(-1).all(-1).sum(-1)
-    assert counts.sum(-1).tolist() == some.tolist()
-    assert counts[:, 0].tolist() == whole.tolist()
+    """The full tiles and the boundary tiles together are the tiles that some query sees; full ones are seen by all queries."""
+    block_m, block_n, length = 64, 32, 320
+    counts = torch.zeros(length // block_m, 2, dtype=torch.int32, device=device)
+    _count[(length // block_m,)](counts, 0, length, prefix, 0, window, causal, block_m, block_n)
+    visible = visible_pairs(1, length, length, prefix_lens=[prefix], causal=causal, window=window)[0]
+    blocks = visible.view(length // block_m, block_m, length // block_n, block_n).transpose(1, 2)
+    seen, full = blocks.any(-1).any(-1).sum(-1), blocks.all(-1).all(-1).sum(-1)
+    assert counts.sum(-1).tolist() == seen.tolist()
+    assert counts[:, 0].tolist() == full.tolist()
 
 
-# int8 keys and values
+# --- int8 keys and values
 
 
-def quantised(tensor: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 keys or values and their scales."""
     scale = tensor.abs().amax(-1) / 127
     return (tensor / scale[..., None]).round().to(torch.int8), scale.float()
 
@@ -713,13 +711,13 @@ def quantised(tensor: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("q_len", [1, 20])
 def test_int8_keys_and_values(device: str, backend: str, dtype: torch.dtype, q_len: int) -> None:
     q, k, v = tensors(device, heads=8, kv_heads=2, q_len=q_len, kv_len=150, dim=64)
-    (k8, k_scale), (v8, v_scale) = quantised(k), quantised(v)
-    # What no token has been written to.
+    (k8, k_scale), (v8, v_scale) = quantize(k), quantize(v)
+    # Nothing has been written to keys 140 to 149 of example 0.
     k_scale[0, :, 140:], v_scale[0, :, 140:] = float("nan"), float("inf")
     options = {"prefix_lens": [100, 30], "kv_lens": [140, 150], "q_starts": [140 - q_len, 150 - q_len]}
     ours = prefix_lm_attention(q.to(dtype), k8, v8, k_scale=k_scale, v_scale=v_scale, **on(device, options))
     k, v = (x.double() * scale.double().nan_to_num(0, 0, 0)[..., None] for x, scale in ((k8, k_scale), (v8, v_scale)))
-    visible = who_sees_what(2, q_len, 150, **options)
+    visible = visible_pairs(2, q_len, 150, **options)
     exact = definition(q.to(dtype).double(), k, v, visible)
     plain = definition(q.to(dtype), k.to(dtype), v.to(dtype), visible)
     assert ours.dtype == dtype
@@ -728,7 +726,7 @@ def test_int8_keys_and_values(device: str, backend: str, dtype: torch.dtype, q_l
 
 def test_int8_errors(device: str, backend: str) -> None:
     q, k, v = tensors(device)
-    (k8, k_scale), (v8, v_scale) = quantised(k), quantised(v)
+    (k8, k_scale), (v8, v_scale) = quantize(k), quantize(v)
     scales = {"k_scale": k_scale, "v_scale": v_scale}
     with pytest.raises(TypeError, match="^k_scale: int8 keys and values come with both their scales, others with none"):
         prefix_lm_attention(q, k8, v8)
@@ -744,7 +742,7 @@ def test_int8_errors(device: str, backend: str) -> None:
         prefix_lm_attention(q.requires_grad_(), k8, v8, **scales)
 
 
-# Sequences end to end
+# --- packed sequences
 
 
 def packed(device: str, tokens: int, heads: int = 4, kv_heads: int = 2, dim: int = 16) -> list[Tensor]:
@@ -765,7 +763,7 @@ def packed(device: str, tokens: int, heads: int = 4, kv_heads: int = 2, dim: int
 def test_packed_sequences(
     device: str, backend: str, dtype: torch.dtype, lengths: list[int], options: dict[str, Any]
 ) -> None:
-    """As each of them alone."""
+    """The result equals attention of each sequence alone."""
     ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
     softcap = options.get("softcap")
     mask = {name: value for name, value in options.items() if name != "softcap"}
@@ -777,7 +775,7 @@ def test_packed_sequences(
             if "prefix_lens" in one:
                 prefix = one["prefix_lens"]
                 one["prefix_lens"] = [prefix if isinstance(prefix, int) else prefix[b]]
-            visible = who_sees_what(1, end - start, end - start, **one)
+            visible = visible_pairs(1, end - start, end - start, **one)
             rows = [tensor[start:end].transpose(0, 1)[None] for tensor in (q, k, v)]
             parts.append(definition(*rows, visible, softcap=softcap)[0].transpose(0, 1))
         return torch.cat(parts)
@@ -824,7 +822,7 @@ def test_packed_errors(offsets: list[int], longest: Any, error: type[Exception],
         prefix_lm_attention_varlen(*packed("cpu", 9), torch.tensor(offsets, dtype=torch.int64), longest)
 
 
-# --- a few queries on the CPU
+# --- the C++ extension: a few queries on the CPU
 
 
 def test_few_queries_of_any_strides() -> None:

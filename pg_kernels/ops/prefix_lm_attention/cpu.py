@@ -1,6 +1,7 @@
-"""On the CPU, where lengths can be looked at: attention over what each block of queries sees, and no more.
+"""The native backend: attention on the CPU over the keys that each block of queries sees.
 
-PyTorch's, or for a few queries the C++ extension's: PyTorch's costs more than the work itself there.
+Lengths are Python ints here, so that no work is done for keys that nothing sees. PyTorch's scaled_dot_product_attention (SDPA)
+does most of the work. A few queries go to the C++ extension: for them SDPA's overhead is larger than the work itself.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +20,24 @@ from pg_kernels.ops._common.autograd import is_function_transformed, needs_autog
 from pg_kernels.ops._common.registration import define_opaque
 from pg_kernels.ops.prefix_lm_attention.mask import visible_keys
 
-ROWS = 256
-"""Queries that share a mask, where they need any: [ROWS, keys in sight], never [Sq, Skv]."""
-FEW = 16
-"""So many queries the C++ extension attends for: when decoding, and in prompts as short."""
+BLOCK_M = 256
+"""Queries that share a mask, if they need one: it is [BLOCK_M, visible keys], never [Sq, Skv]."""
+MAX_FEW_QUERIES = 16
+"""The C++ extension takes up to this many queries per example: decoding, and prompts this short."""
 
-Example = tuple[int, int, int, int]
-"""Prefix length, start, end, position of the first query."""
+
+class Example(NamedTuple):
+    """The lengths of one example of the batch."""
+
+    prefix_len: int
+    kv_start: int
+    kv_end: int
+    q_start: int
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What becomes of them, as in the public function."""
+    """How scores are computed and masked, as in the public function."""
 
     causal: bool
     scale: float
@@ -38,78 +46,92 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Keys or values [B, Hkv, Skv, D], and the scales [B, Hkv, Skv] of int8 ones."""
+class ScaledTensor:
+    """Keys or values [B, Hkv, Skv, D]. Int8 ones have scales, fp32 [B, Hkv, Skv]."""
 
     tensor: Tensor
     scale: Tensor | None
 
-    def split(self, sizes: Sequence[int]) -> list[Rows]:
-        """Parts of so many examples."""
+    def split(self, sizes: Sequence[int]) -> list[ScaledTensor]:
+        """Split the batch into parts of these many examples."""
         scales = [None] * len(sizes) if self.scale is None else self.scale.split(list(sizes))
-        return [Rows(tensor, scale) for tensor, scale in zip(self.tensor.split(list(sizes)), scales, strict=True)]
+        return [ScaledTensor(t, scale) for t, scale in zip(self.tensor.split(list(sizes)), scales, strict=True)]
 
-    def largest(self, rows: slice) -> float:
-        """The largest magnitude of these rows or more; NaN where one is NaN."""
+    def upper_bound(self, keys: slice) -> float:
+        """Return an upper bound of the magnitudes at these keys; NaN if there is a NaN."""
         if self.scale is not None:
-            return 128 * _largest(self.scale[:, :, rows])
-        return _largest(self.tensor[:, :, rows])
+            return 128 * _max_abs(self.scale[:, :, keys])
+        return _max_abs(self.tensor[:, :, keys])
 
-    def part(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        part = self.tensor[:, :, rows]
-        return part if self.scale is None else (part * self.scale[:, :, rows, None]).to(dtype)
+    def dequantize(self, keys: slice, dtype: torch.dtype) -> Tensor:
+        """Return the rows of these keys: int8 ones multiplied by their scales, in `dtype`."""
+        part = self.tensor[:, :, keys]
+        return part if self.scale is None else (part * self.scale[:, :, keys, None]).to(dtype)
 
 
-def handles(q: Tensor, k: Rows, v: Rows, rows: slice, scores: Scores) -> bool:
-    """Whether all scores and values of keys in `rows` are sure to be finite, or the C++ extension is for them.
+def valid_keys(examples: Sequence[Example]) -> slice:
+    """Return the smallest slice of keys that holds the valid keys of all examples."""
+    start = min((example.kv_start for example in examples), default=0)
+    return slice(start, max((example.kv_end for example in examples), default=0))
 
-    PyTorch's kernel takes a score of NaN for −inf, and multiplies the values that a query does not see by 0.
+
+def is_supported(q: Tensor, k: ScaledTensor, v: ScaledTensor, keys: slice, scores: Scores) -> bool:
+    """Return True if the C++ extension will run, or if all scores and values of `keys` are sure to be finite.
+
+    SDPA's kernel treats a score of NaN as −inf, and multiplies values that a query does not see by 0. Return True, too, if the
+    tensors hold no values that can be read: fake tensors, tensors in a function transform.
     """
-    known = all(map(checks.values_are_free, (q, k.tensor, v.tensor))) and not is_function_transformed()
-    if not known or _are_few(q, k, v):
+    are_readable = all(map(checks.values_are_free, (q, k.tensor, v.tensor))) and not is_function_transformed()
+    if not are_readable or _uses_extension(q, k, v):
         return True
-    key, value, most = k.largest(rows), v.largest(rows), torch.finfo(q.dtype).max
-    return q.shape[3] * _largest(q) * key * max(scores.scale, 1.0) < 1e38 and key <= most and value <= most
+    max_key, max_value, max_finite = k.upper_bound(keys), v.upper_bound(keys), torch.finfo(q.dtype).max
+    max_score = q.shape[3] * _max_abs(q) * max_key * max(scores.scale, 1.0)
+    return max_score < 1e38 and max_key <= max_finite and max_value <= max_finite
 
 
-def _largest(x: Tensor) -> float:
+def _max_abs(x: Tensor) -> float:
     if not x.numel():
         return 0.0
-    least, most = torch.aminmax(x.detach())  # both NaN where one is; a sixteenth of vector_norm's time
-    return max(-float(least), float(most))
+    smallest, largest = torch.aminmax(x.detach())  # both NaN if one element is; a sixteenth of vector_norm's time
+    return max(-float(smallest), float(largest))
 
 
-def prefix_lm_attention(q: Tensor, k: Rows, v: Rows, examples: Sequence[Example], scores: Scores) -> Tensor:
-    """Attention of q [B, H, Sq, D]; examples that are alike are done at once."""
-    if _are_few(q, k, v):
+def prefix_lm_attention(
+    q: Tensor, k: ScaledTensor, v: ScaledTensor, examples: Sequence[Example], scores: Scores
+) -> Tensor:
+    """Compute attention of q [B, H, Sq, D]. Adjacent examples of equal lengths are computed together."""
+    if _uses_extension(q, k, v):
         numbers = list(chain.from_iterable(examples))
         options = (scores.causal, scores.scale, scores.softcap, scores.window)
         return torch.ops.pg_kernels.prefix_lm_attention_few(q, k.tensor, v.tensor, numbers, *options)
-    alike = [(example, len(list(group))) for example, group in groupby(examples)]
-    # Split, not sliced: the gradient of every slice would be as large as the whole, mostly zeros, and added to the others.
-    sizes = [size for _, size in alike]
+    groups = [(example, len(list(group))) for example, group in groupby(examples)]
+    # Use split, not slices: each slice's backward would allocate a full-size, mostly zero gradient.
+    sizes = [size for _, size in groups]
     outs = []
-    for (example, _), queries, keys, values in zip(alike, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-        blocks = _blocks(q.shape[2], example, scores)
-        outs.append(_joined([_block(queries, keys, values, example, block, scores) for block in blocks], 2))
-    return _joined(outs, 0) if outs else q * (k.tensor.sum() + v.tensor.sum())
+    for (example, _), queries, keys, values in zip(groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+        blocks = _query_blocks(q.shape[2], example, scores)
+        outs.append(_cat([_attend_block(queries, keys, values, example, block, scores) for block in blocks], 2))
+    return _cat(outs, 0) if outs else q * (k.tensor.sum() + v.tensor.sum())
 
 
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """torch.cat, which copies a single part, too."""
+def _cat(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Concatenate, without the copy that torch.cat makes of a single part."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
-def _are_few(q: Tensor, k: Rows, v: Rows) -> bool:
-    """Whether the C++ extension is for them."""
-    fits = (
-        q.dtype in extension.FLOAT_CODES and k.scale is None and q.shape[3] <= extension.LONGEST_HEAD and q.numel() > 0
+def _uses_extension(q: Tensor, k: ScaledTensor, v: ScaledTensor) -> bool:
+    return (
+        q.dtype in extension.FLOAT_CODES
+        and k.scale is None
+        and q.shape[3] <= extension.LONGEST_HEAD
+        and q.shape[2] <= MAX_FEW_QUERIES
+        and q.numel() > 0
+        and extension.unavailable_reason(q.device.type) is None
+        and not needs_autograd(q, k.tensor, v.tensor)
     )
-    few = fits and q.shape[2] <= FEW and extension.unavailable_reason(q.device.type) is None
-    return few and not needs_autograd(q, k.tensor, v.tensor)
 
 
-def _few(
+def _few_queries(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -119,7 +141,7 @@ def _few(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """`examples` are prefix lengths, starts, ends and first positions, [4 · B]."""
+    """Compute attention with the C++ extension. `examples` holds the four numbers of every `Example`, [B · 4]."""
     extension.check(q=q, k=k, v=v)
     checks.check_same(q=q, k=k, v=v)
     checks.check_shape("q", q, ["B", "H", "Sq", "D"])
@@ -127,20 +149,19 @@ def _few(
     checks.check_shape("v", v, list(k.shape), " (k's)")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1] or not 1 <= q.shape[3] <= extension.LONGEST_HEAD:
         raise ValueError(f"q: {list(q.shape)} are not heads of at most {extension.LONGEST_HEAD} over k's {k.shape[1]}")
-    bounds = [0 <= place <= k.shape[2] for i, place in enumerate(examples) if i % 4 in (1, 2)]
-    if len(examples) != 4 * q.shape[0] or not all(bounds):
+    prefix_lens, kv_starts, kv_ends, q_starts = (list(examples[i::4]) for i in range(4))
+    if len(examples) != 4 * q.shape[0] or not all(0 <= bound <= k.shape[2] for bound in (*kv_starts, *kv_ends)):
         raise ValueError(f"examples: expected 4 lengths for each of {q.shape[0]}, with keys in [0, {k.shape[2]}]")
     q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (q, k, v))
     out = q.new_empty(q.shape)
-    prefix_lens, starts, ends, q_starts = (list(examples[i::4]) for i in range(4))
     extension._C.attention(
         q=extension.heads(q),
         k=extension.heads(k),
         v=extension.heads(v),
         out=extension.heads(out),
-        prefix_ends=[start + prefix for start, prefix in zip(starts, prefix_lens, strict=True)],
-        starts=starts,
-        ends=ends,
+        prefix_ends=[start + prefix_len for start, prefix_len in zip(kv_starts, prefix_lens, strict=True)],
+        starts=kv_starts,
+        ends=kv_ends,
         q_starts=q_starts,
         queries=q.shape[2],
         keys=k.shape[2],
@@ -157,82 +178,101 @@ def _few(
 define_opaque(
     "prefix_lm_attention_few(Tensor q, Tensor k, Tensor v, int[] examples, bool causal, float scale, float? softcap, "
     "int? window) -> Tensor",
-    _few,
+    _few_queries,
     lambda q, *rest: q.new_empty(q.shape),
 )
 
 
 def prefix_lm_attention_varlen(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Sequence[int], prefix_lens: Sequence[int], scores: Scores
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Sequence[int], prefix_lens: Sequence[int], scores: Scores
 ) -> Tensor:
-    """Sequences laid end to end in q [1, H, T, D], from each offset to the next."""
+    """Compute attention of packed sequences q [1, H, T, D], from each of `cu_seqlens` to the next."""
     outs = []
-    for (start, end), prefix in zip(pairwise(offsets), prefix_lens, strict=True):
-        rows = (tensor[:, :, start:end] for tensor in (q, k, v))
-        one, keys, values = rows
-        example = (prefix, 0, end - start, 0)
-        outs.append(prefix_lm_attention(one, Rows(keys, None), Rows(values, None), [example], scores))
-    return _joined(outs, 2) if outs else q * (k.sum() + v.sum())
+    for (start, end), prefix_len in zip(pairwise(cu_seqlens), prefix_lens, strict=True):
+        queries, keys, values = (tensor[:, :, start:end] for tensor in (q, k, v))
+        example = Example(prefix_len, 0, end - start, 0)
+        outs.append(
+            prefix_lm_attention(queries, ScaledTensor(keys, None), ScaledTensor(values, None), [example], scores)
+        )
+    return _cat(outs, 2) if outs else q * (k.sum() + v.sum())
 
 
-def _blocks(q_len: int, example: Example, scores: Scores) -> Iterator[slice]:
-    """Blocks of queries: one of few, else those inside the prefix, who see all of it and nothing else, however many there are."""
-    prefix, start, end, q_start = example
-    if (not scores.causal and scores.window is None) or q_len <= ROWS:
+def _query_blocks(q_len: int, example: Example, scores: Scores) -> Iterator[slice]:
+    """Yield blocks of queries.
+
+    Queries inside the prefix see the whole prefix and nothing else: they are one block of any length. The others are blocks of
+    BLOCK_M. Without a mask by position, or with at most BLOCK_M queries, there is one block.
+    """
+    prefix_len, kv_start, kv_end, q_start = example
+    if (not scores.causal and scores.window is None) or q_len <= BLOCK_M:
         yield slice(0, q_len)
         return
-    inside = min(max(min(start + prefix, end) - q_start, 0), q_len) if scores.causal else 0
-    if inside:
-        yield slice(0, inside)
-    for first in range(inside, q_len, ROWS):
-        yield slice(first, min(first + ROWS, q_len))
+    num_in_prefix = min(max(min(kv_start + prefix_len, kv_end) - q_start, 0), q_len) if scores.causal else 0
+    if num_in_prefix:
+        yield slice(0, num_in_prefix)
+    for first in range(num_in_prefix, q_len, BLOCK_M):
+        yield slice(first, min(first + BLOCK_M, q_len))
 
 
-def _block(q: Tensor, k: Rows, v: Rows, example: Example, block: slice, scores: Scores) -> Tensor:
-    """A block of queries of examples that are alike, with a mask only where not all of it see the same keys."""
-    prefix, start, end, q_start = example
+def _attend_block(
+    q: Tensor, k: ScaledTensor, v: ScaledTensor, example: Example, block: slice, scores: Scores
+) -> Tensor:
+    """Compute a block of queries of examples of equal lengths, with a mask only if its queries see different keys."""
+    prefix_len, kv_start, kv_end, q_start = example
     q = q[:, :, block]
-    prefix_end, window = min(start + prefix, end), scores.window
-    first, last = q_start + block.start, q_start + block.stop - 1
-    seen_end, all_end = (min(end, last + 1), min(end, first + 1)) if scores.causal else (end, end)
-    seen_begin, all_begin = (start, start) if window is None else (first - window + 1, last - window + 1)
-    low = start if prefix_end > start else max(start, seen_begin)
-    high = max(prefix_end, seen_end)
-    if high <= low or not q.numel():  # nothing to see: 0, and so are its gradients
-        high = low
-    keys, values = (rows.part(slice(low, high), q.dtype) for rows in (k, v))
-    if high == low:
-        # Not 0 · q, which is NaN for infinity.
+    prefix_end, window = min(kv_start + prefix_len, kv_end), scores.window
+    first_position, last_position = q_start + block.start, q_start + block.stop - 1
+    # By position, some query sees keys from seen_begin to seen_end, and every query keys from full_begin to full_end.
+    seen_end, full_end = kv_end, kv_end
+    if scores.causal:
+        seen_end, full_end = min(kv_end, last_position + 1), min(kv_end, first_position + 1)
+    seen_begin, full_begin = kv_start, kv_start
+    if window is not None:
+        seen_begin, full_begin = first_position - window + 1, last_position - window + 1
+    begin = kv_start if prefix_end > kv_start else max(kv_start, seen_begin)
+    end = max(prefix_end, seen_end)
+    if end <= begin or not q.numel():  # no query sees a key
+        end = begin
+    keys, values = (rows.dequantize(slice(begin, end), q.dtype) for rows in (k, v))
+    if end == begin:
+        # 0 with zero gradients. Not 0 · q, which is NaN for infinity.
         return q.masked_fill(torch.ones((), dtype=torch.bool), 0.0) + (keys.sum() + values.sum())
-    if high <= prefix_end or (all_end >= high and all_begin <= max(low, prefix_end)):
-        return _attend(q, keys, values, None, scores)
-    one = torch.tensor([prefix, start - low, end - low, first - low]).unsqueeze(1)
-    visible = visible_keys(q.shape[2], high - low, one[0], one[1], one[2], one[3], scores.causal, window)[0]
-    sees = visible.any(-1, keepdim=True)
-    if sees.all():
-        return _attend(q, keys, values, visible, scores)
-    # A row that sees nothing would be 0 / 0: it sees all, and is 0 before, whatever it held, and afterwards.
-    return _attend(q.masked_fill(~sees, 0.0), keys, values, visible | ~sees, scores).masked_fill(~sees, 0.0)
+    if end <= prefix_end or (full_end >= end and full_begin <= max(begin, prefix_end)):
+        return _sdpa(q, keys, values, None, scores)
+    # Count keys and positions from `begin`, as lengths of a batch of one.
+    lengths = torch.tensor([prefix_len, kv_start - begin, kv_end - begin, first_position - begin]).unsqueeze(1)
+    prefix_lens, kv_starts, kv_lens, q_starts = lengths
+    visible = visible_keys(q.shape[2], end - begin, prefix_lens, kv_starts, kv_lens, q_starts, scores.causal, window)[
+        0
+    ]  # [Sq, keys]
+    sees_any = visible.any(-1, keepdim=True)
+    if sees_any.all():
+        return _sdpa(q, keys, values, visible, scores)
+    # A row that sees nothing would give 0 / 0. Let it see all keys, with 0 for its query, and set its output to 0.
+    out = _sdpa(q.masked_fill(~sees_any, 0.0), keys, values, visible | ~sees_any, scores)
+    return out.masked_fill(~sees_any, 0.0)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
-    """No key is repeated: PyTorch's forward for CPUs knows that heads share keys.
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+    """Call SDPA without repeating key heads.
 
-    Its backward does not, where all query heads of a KV head as rows of one product take a sixth less time (D = 256).
+    SDPA's forward for CPUs shares a key head among query heads. Its backward does not: with gradients, the query heads of a KV
+    head become rows of one head, which takes a sixth less time (D = 256).
     """
     group = q.shape[1] // k.shape[1]
     if scores.softcap is None and (group == 1 or not needs_autograd(q, k, v)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scores.scale, enable_gqa=group > 1)
-    rows = q if group == 1 else q.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)
+    rows = q if group == 1 else q.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)  # [B, Hkv, Sq · group, D]
     mask = None if mask is None else mask.repeat_interleave(group, 0)
     if scores.softcap is None:
         out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scores.scale)
     else:
-        out = _softcapped(rows, k, v, mask, scores.scale, scores.softcap)
+        out = _softcapped_attention(rows, k, v, mask, scores.scale, scores.softcap)
     return out if group == 1 else out.unflatten(2, (-1, group)).transpose(2, 3).flatten(1, 2)
 
 
-def _softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+def _softcapped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """Compute in fp32 (fp64 for fp64): SDPA has no softcap."""
     wide = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         scores = softcap * torch.tanh((q.to(wide) * (scale / softcap)) @ k.to(wide).mT)

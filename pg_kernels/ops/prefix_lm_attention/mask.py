@@ -1,4 +1,4 @@
-"""The mask contract of `prefix_lm_attention` as a dense mask."""
+"""The mask contract in plain PyTorch, for the reference, for the CPU and for tests of whole masks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def visible_keys(
     causal: bool,
     window: int | None,
 ) -> Tensor:
-    """The mask contract itself: [B, Sq, Skv], true where query i (at position q_starts + i) sees key j."""
+    """Return the mask [B, Sq, Skv] of bool: true where query i, at position q_starts + i, sees key j. Lengths are [B]."""
     device = prefix_lens.device
     key = torch.arange(kv_len, device=device)[None, None, :]
     position = q_starts[:, None, None] + torch.arange(q_len, device=device)[None, :, None]
-    start, end, prefix = (t[:, None, None] for t in (kv_starts, kv_lens, prefix_lens))
-    outside_prefix = torch.ones((), dtype=torch.bool, device=device)
+    start, end, prefix_len = (t[:, None, None] for t in (kv_starts, kv_lens, prefix_lens))
+    visible_by_position = torch.ones((), dtype=torch.bool, device=device)
     if causal:
-        outside_prefix = key <= position
+        visible_by_position = key <= position
     if window is not None:
-        outside_prefix = outside_prefix & (position - key < window)
-    return (start <= key) & (key < end) & ((key - start < prefix) | outside_prefix)
+        visible_by_position = visible_by_position & (position - key < window)
+    return (start <= key) & (key < end) & ((key - start < prefix_len) | visible_by_position)

@@ -1,3 +1,5 @@
+"""The public functions, their registration as PyTorch ops, and autograd of the Triton backend."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,12 +13,18 @@ from pg_kernels.ops._common import checks, devices
 from pg_kernels.ops._common.autograd import refuse_second_derivative
 from pg_kernels.ops._common.registration import define_composite, define_opaque
 from pg_kernels.ops.prefix_lm_attention import cpu, launch, reference, tiles
-from pg_kernels.ops.prefix_lm_attention.arguments import check_tensors, checked_longest, checked_scores, per_example
-
-_LENGTHS = (
-    "Tensor? prefix_lens, Tensor? kv_starts, Tensor? kv_lens, Tensor? q_starts, Tensor? cu_seqlens, SymInt[] lengths"
+from pg_kernels.ops.prefix_lm_attention.arguments import (
+    check_tensors,
+    checked_length,
+    checked_max_seqlen,
+    checked_scores,
 )
-"""int32 [B] each, or one for all examples in `lengths`: (prefix length, start, end, first query's position, longest sequence)."""
+
+_LENGTHS = "Tensor? prefix_lens, Tensor? kv_starts, Tensor? kv_lens, Tensor? q_starts, Tensor? cu_seqlens, SymInt[] int_lengths"
+"""Lengths as int32 [B], and five ints: prefix length, first key, end of keys, position of the first query, max_seqlen.
+
+The ints stand for the tensors that are None. max_seqlen is used with cu_seqlens only.
+"""
 _SCORES = "bool causal, float scale, float? softcap, int? window"
 
 
@@ -25,20 +33,21 @@ class _PrefixLMAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = torch.ops.pg_kernels.prefix_lm_attention_triton(q, k, v, *options)
-        _, _, *lengths, cu_seqlens, sizes, causal, scale, softcap, window = options
+        _, _, *lengths, cu_seqlens, int_lengths, causal, scale, softcap, window = options
         ctx.save_for_backward(q, k, v, out, lse, *lengths, cu_seqlens)
-        ctx.options = (sizes, causal, scale, softcap, window)
+        ctx.options = (int_lengths, causal, scale, softcap, window)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("prefix_lm_attention")
-        needs = ctx.needs_input_grad[:3]
+        needs_grad = ctx.needs_input_grad[:3]
+        needs_kv = needs_grad[1] or needs_grad[2]
         grads = torch.ops.pg_kernels.prefix_lm_attention_triton_backward(
-            grad, *ctx.saved_tensors, *ctx.options, needs[1] or needs[2]
+            grad_out, *ctx.saved_tensors, *ctx.options, needs_kv
         )
-        return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 12
+        return *(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)), *[None] * 12
 
 
 register_backend("prefix_lm_attention", "triton", devices.unavailable_reason)
@@ -56,14 +65,14 @@ define_opaque(
     f"prefix_lm_attention_triton(Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, {_LENGTHS}, {_SCORES}) "
     "-> (Tensor, Tensor)",
     launch.forward,
-    launch.fake_forward,
+    launch.empty_outputs,
     _PrefixLMAttention.apply,
 )
 define_opaque(
-    f"prefix_lm_attention_triton_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_LENGTHS}, "
-    f"{_SCORES}, bool needs_kv) -> (Tensor, Tensor, Tensor)",
+    "prefix_lm_attention_triton_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_LENGTHS}, {_SCORES}, bool needs_kv) -> (Tensor, Tensor, Tensor)",
     launch.backward,
-    launch.fake_backward,
+    launch.empty_gradients,
 )
 
 
@@ -83,58 +92,60 @@ def prefix_lm_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Attention that is bidirectional over each example's prefix and causal after it, with grouped key-value heads.
+    """Compute attention that is bidirectional over each example's prefix and causal after it, with grouped key-value heads.
 
-    Query i of example b stands at position p = q_starts[b] + i. It sees key j when kv_starts[b] <= j < kv_lens[b] and either
+    Query i of example b stands at position p = q_starts[b] + i. It sees key j if kv_starts[b] <= j < kv_lens[b] and either
     j - kv_starts[b] < prefix_lens[b], or (not causal or j <= p) and (window is None or p - j < window). A query that sees
-    nothing gives 0. Lengths are one int for all, or int32 [B]. Infinity and NaN in keys and values that a query does not see
-    leave its output as it is; the Triton kernels promise that of keys only, and of values outside [kv_starts, kv_lens).
+    nothing gives 0. A length is one int for all examples, or int32 [B].
+
+    Infinity and NaN in keys and values that a query does not see do not change its output. The Triton kernels guarantee this
+    for keys, and for values outside [kv_starts, kv_lens) only.
 
     Args:
         q: [B, H, Sq, D], fp32, fp16 or bf16, any strides. Under autocast q, k and v are cast.
         k, v: [B, Hkv, Skv, D] in q's dtype, H a multiple of Hkv; or int8 with scales, which have no gradient.
-        prefix_lens: how many keys from kv_starts on everybody sees; default 0.
+        prefix_lens: number of keys, from kv_starts on, that every query sees; default 0.
         kv_starts: the first valid key, for left padding; default 0.
         kv_lens: the end of the valid keys, for right padding and static caches; default Skv.
         q_starts: position of the first query among the keys; default Skv − Sq. With a static cache: kv_lens − Sq.
-        causal: false lets every query see every valid key inside its window.
-        scale: of the scores; default D^−½.
-        softcap: scores become softcap · tanh(scores / softcap).
-        window: a key outside the prefix is seen from fewer than this many positions later.
-        k_scale, v_scale: [B, Hkv, Skv] fp32, what int8 keys and values are multiplied by.
+        causal: False lets every query see every valid key inside its window.
+        scale: factor of the scores; default D^−½.
+        softcap: bound of the scores, which become softcap · tanh(scores / softcap); default none.
+        window: number of positions, its own included, that a query sees back outside the prefix; default no limit.
+        k_scale, v_scale: fp32 [B, Hkv, Skv], factors of int8 keys and values.
 
     Returns:
         [B, H, Sq, D] in q's dtype.
 
     Raises:
-        TypeError: q, k, v not floating-point or of several dtypes, int8 without scales or scales without int8, lengths not
-            integers.
-        ValueError: shapes or devices that do not fit; scale, softcap or window not positive; kv_starts or kv_lens outside
-            [0, Skv] or prefix_lens below 0. Tensors are looked at on the CPU only; in a compiled graph and on a GPU an
-            example with such lengths gives NaN.
+        TypeError: q, k or v is not floating-point or they differ in dtype; int8 without scales or scales without int8; a length
+            that is not an integer.
+        ValueError: shapes or devices do not fit; scale, softcap or window is not positive; kv_starts or kv_lens is outside
+            [0, Skv] or prefix_lens below 0. Values of tensors are checked on the CPU only. In a compiled graph and on a GPU an
+            example with invalid lengths gives NaN.
 
     Source: Raffel et al., https://arxiv.org/abs/1910.10683 (prefix LM); Gemma 2, https://arxiv.org/abs/2408.00118 (softcap).
     """
-    quantised = check_tensors(q, k, v, "Sq", "Skv", k_scale, v_scale)
-    if not quantised:
+    is_int8 = check_tensors(q, k, v, "Sq", "Skv", k_scale, v_scale)
+    if not is_int8:
         q, k, v = checks.autocast(q, k, v)
         checks.check_same(q=q, k=k, v=v)
     scores = checked_scores(q, causal, scale, softcap, window)
     batch, _, q_len, _ = q.shape
     kv_len = k.shape[2]
     lengths = [
-        per_example("prefix_lens", prefix_lens, 0, q, lower=0, upper=None),
-        per_example("kv_starts", kv_starts, 0, q, lower=0, upper=kv_len),
-        per_example("kv_lens", kv_lens, kv_len, q, lower=0, upper=kv_len),
-        per_example("q_starts", q_starts, kv_len - q_len, q, lower=None, upper=None),
+        checked_length("prefix_lens", prefix_lens, 0, q, lower=0, upper=None),
+        checked_length("kv_starts", kv_starts, 0, q, lower=0, upper=kv_len),
+        checked_length("kv_lens", kv_lens, kv_len, q, lower=0, upper=kv_len),
+        checked_length("q_starts", q_starts, kv_len - q_len, q, lower=None, upper=None),
     ]
-    backend = _selected(q, k, lengths)
+    backend = _select_backend(q, k, lengths)
     if backend == "native":
-        numbers = [t.tolist() if isinstance(t, Tensor) else [t] * batch for t in lengths]
-        keys, values = cpu.Rows(k, k_scale), cpu.Rows(v, v_scale)
-        valid = slice(min(numbers[1], default=0), max(numbers[2], default=0))
-        if cpu.handles(q, keys, values, valid, cpu.Scores(*scores)):
-            return cpu.prefix_lm_attention(q, keys, values, list(zip(*numbers, strict=True)), cpu.Scores(*scores))
+        lists = [t.tolist() if isinstance(t, Tensor) else [t] * batch for t in lengths]
+        examples = [cpu.Example(*numbers) for numbers in zip(*lists, strict=True)]
+        keys, values = cpu.ScaledTensor(k, k_scale), cpu.ScaledTensor(v, v_scale)
+        if cpu.is_supported(q, keys, values, cpu.valid_keys(examples), cpu.Scores(*scores)):
+            return cpu.prefix_lm_attention(q, keys, values, examples, cpu.Scores(*scores))
     if backend == "triton":
         tensors = [length if isinstance(length, Tensor) else None for length in lengths]
         ints = [0 if isinstance(length, Tensor) else length for length in lengths]
@@ -143,10 +154,10 @@ def prefix_lm_attention(
         )[0]
     if k_scale is not None and v_scale is not None:
         k, v = k * k_scale[..., None], v * v_scale[..., None]
-    full = [
+    tensors = [
         t if isinstance(t, Tensor) else torch.full((batch,), t, dtype=torch.int32, device=q.device) for t in lengths
     ]
-    return torch.ops.pg_kernels.prefix_lm_attention(q, k, v, *full, *scores)
+    return torch.ops.pg_kernels.prefix_lm_attention(q, k, v, *tensors, *scores)
 
 
 def prefix_lm_attention_varlen(
@@ -162,23 +173,23 @@ def prefix_lm_attention_varlen(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """`prefix_lm_attention` of sequences of different lengths laid end to end, each on its own: fine-tuning without padding.
+    """Compute `prefix_lm_attention` of packed sequences, each on its own: fine-tuning without padding.
 
     Args:
-        q: [T, H, D], fp32, fp16 or bf16: the tokens of all sequences. Under autocast q, k and v are cast.
+        q: [T, H, D], fp32, fp16 or bf16: the tokens of all sequences, end to end. Under autocast q, k and v are cast.
         k, v: [T, Hkv, D] in q's dtype.
-        cu_seqlens: int32 or int64 [B + 1]: sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1], from 0 to T.
+        cu_seqlens: int32 or int64 [B + 1], rising from 0 to T: sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1].
         max_seqlen: length of the longest sequence, or more.
-        prefix_lens: one int, or int32 [B]: how many tokens from each sequence's first on all its tokens see; default 0.
-        causal, scale, softcap, window: as there.
+        prefix_lens: one int, or int32 [B]: number of tokens at the begin of a sequence that all its tokens see; default 0.
+        causal, scale, softcap, window: as in `prefix_lm_attention`.
 
     Returns:
         [T, H, D] in q's dtype.
 
     Raises:
-        TypeError: dtypes that do not fit.
-        ValueError: shapes or devices that do not fit; offsets that do not rise from 0 to T in steps of at most max_seqlen, which
-            are looked at on the CPU only: on a GPU tokens that no sequence holds give NaN.
+        TypeError: dtypes do not fit.
+        ValueError: shapes or devices do not fit; cu_seqlens does not rise from 0 to T in steps of at most max_seqlen. Its values
+            are checked on the CPU only. On a GPU tokens that are in no sequence give NaN.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         checks.check_shape(name, tensor, ["T", "heads", "D"])
@@ -190,28 +201,28 @@ def prefix_lm_attention_varlen(
     checks.check_integer(cu_seqlens=cu_seqlens)
     checks.check_shape("cu_seqlens", cu_seqlens, ["B + 1"])
     checks.check_device(q=q, cu_seqlens=cu_seqlens)
-    max_seqlen = checked_longest(cu_seqlens, max_seqlen, q.shape[2])
-    prefix = per_example("prefix_lens", prefix_lens, 0, cu_seqlens[1:], lower=0, upper=None)
-    backend = _selected(q, k, [cu_seqlens, prefix])
-    every = cpu.Rows(k, None), cpu.Rows(v, None), slice(None)
-    if backend == "native" and cpu.handles(q, *every, cpu.Scores(*scores)):
+    max_seqlen = checked_max_seqlen(cu_seqlens, max_seqlen, q.shape[2])
+    prefix = checked_length("prefix_lens", prefix_lens, 0, cu_seqlens[1:], lower=0, upper=None)
+    backend = _select_backend(q, k, [cu_seqlens, prefix])
+    keys, values = cpu.ScaledTensor(k, None), cpu.ScaledTensor(v, None)
+    if backend == "native" and cpu.is_supported(q, keys, values, slice(None), cpu.Scores(*scores)):
         prefixes = prefix.tolist() if isinstance(prefix, Tensor) else [prefix] * (len(cu_seqlens) - 1)
         out = cpu.prefix_lm_attention_varlen(q, k, v, cu_seqlens.tolist(), prefixes, cpu.Scores(*scores))
     elif backend == "triton":
-        given = prefix if isinstance(prefix, Tensor) else None
-        lengths = [0 if isinstance(prefix, Tensor) else prefix, 0, 0, 0, max_seqlen]
+        prefix_tensor, prefix_int = (prefix, 0) if isinstance(prefix, Tensor) else (None, prefix)
+        int_lengths = [prefix_int, 0, 0, 0, max_seqlen]
         out, _ = torch.ops.pg_kernels.prefix_lm_attention_triton(
-            q, k, v, None, None, given, None, None, None, cu_seqlens.int(), lengths, *scores
+            q, k, v, None, None, prefix_tensor, None, None, None, cu_seqlens.int(), int_lengths, *scores
         )
     else:
         out = reference.prefix_lm_attention_varlen(q, k, v, cu_seqlens, max_seqlen, prefix, scores)
     return out[0].transpose(0, 1)
 
 
-def _selected(q: Tensor, k: Tensor, lengths: Sequence[Tensor | int]) -> str:
+def _select_backend(q: Tensor, k: Tensor, lengths: Sequence[Tensor | int]) -> str:
     triton, native = devices.unsupported_reason(q, k), None
-    if not tiles.MIN_DIM <= q.shape[3] <= tiles.MAX_DIM:
-        triton = f"a head dimension of {q.shape[3]} is not between {tiles.MIN_DIM} and {tiles.MAX_DIM}"
+    if not tiles.MIN_HEAD_DIM <= q.shape[3] <= tiles.MAX_HEAD_DIM:
+        triton = f"a head dimension of {q.shape[3]} is not between {tiles.MIN_HEAD_DIM} and {tiles.MAX_HEAD_DIM}"
     if torch.compiler.is_compiling() or not all(checks.values_are_free(t) for t in lengths if isinstance(t, Tensor)):
         native = "lengths must be known, which they are not in a compiled graph"
     return select("prefix_lm_attention", q.device.type, {"triton": triton, "native": native})
