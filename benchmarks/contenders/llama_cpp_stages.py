@@ -13,7 +13,7 @@ from torch import Tensor
 from pg_kernels.benchmarks.cases.catalogue import ANSWER
 from pg_kernels.benchmarks.cases.models import num_text_ids
 from pg_kernels.benchmarks.cases.ops import Inputs
-from pg_kernels.benchmarks.measure.timing import Candidate, Task
+from pg_kernels.benchmarks.measure.timing import Candidate, TimedCall
 from pg_kernels.model import PaliGemma
 
 
@@ -51,7 +51,7 @@ def prefill(inputs: Inputs) -> Candidate:
         decoder.prefill(ids)
         return decoder.logits()[None]
 
-    return Candidate(Task(run), lambda: [run(None)])
+    return Candidate(TimedCall(run), lambda: [run(None)])
 
 
 def decode_step(inputs: Inputs) -> Candidate:
@@ -70,4 +70,4 @@ def decode_step(inputs: Inputs) -> Candidate:
         rewind()
         return [run(None)]
 
-    return Candidate(Task(run, rewind), results)
+    return Candidate(TimedCall(run, rewind), results)

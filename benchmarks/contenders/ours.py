@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pg_kernels.benchmarks.cases.catalogue import ANSWER
 from pg_kernels.benchmarks.cases.ops import Inputs
-from pg_kernels.benchmarks.measure.timing import Candidate, Task
+from pg_kernels.benchmarks.measure.timing import Candidate, TimedCall
 from pg_kernels.model import PaliGemma
 from pg_kernels.model.decoding import Decoder
 from pg_kernels.model.graphs import GraphedFunction, Recorder, capture_unsupported_reason
@@ -24,7 +24,7 @@ def inference(call: Callable[[], Tensor], prepare: Callable[[], Any] = lambda: N
         with torch.inference_mode():
             return call()
 
-    return Candidate(Task(run, prepare), lambda: [run(prepare())])
+    return Candidate(TimedCall(run, prepare), lambda: [run(prepare())])
 
 
 def prompt(inputs: Inputs) -> dict[str, Any]:
@@ -126,4 +126,4 @@ def finetune_step(model: nn.Module, inputs: Inputs) -> Candidate:
         forget()
         return found
 
-    return Candidate(Task(run, forget), results)
+    return Candidate(TimedCall(run, forget), results)

@@ -18,7 +18,7 @@ from pg_kernels.quantization import ACTIVATIONS
 
 
 @dataclass(frozen=True)
-class Stage:
+class ModelStage:
     """One op of the whole model, for our model and for transformers': inputs to a candidate."""
 
     ours: Callable[[Inputs], Candidate]
@@ -27,12 +27,12 @@ class Stage:
     llama: Callable[[Inputs], Candidate] | None = None
 
 
-STAGES: dict[str, Stage] = {
-    "siglip": Stage(ours.siglip, transformers.siglip),
-    "prefill": Stage(ours.prefill, transformers.prefill, llama.prefill),
-    "decode_step": Stage(ours.decode_step, transformers.decode_step, llama.decode_step),
-    "generate": Stage(ours.generate, transformers.generate),
-    "finetune_step": Stage(
+STAGES: dict[str, ModelStage] = {
+    "siglip": ModelStage(ours.siglip, transformers.siglip),
+    "prefill": ModelStage(ours.prefill, transformers.prefill, llama.prefill),
+    "decode_step": ModelStage(ours.decode_step, transformers.decode_step, llama.decode_step),
+    "generate": ModelStage(ours.generate, transformers.generate),
+    "finetune_step": ModelStage(
         lambda inputs: ours.finetune_step(inputs["model"], inputs),
         lambda inputs, model: ours.finetune_step(model, inputs),
     ),
@@ -70,15 +70,15 @@ def stage_contenders(case: Case, *, full: bool) -> list[Contender]:
     return found
 
 
-def _ours_int8(stage: Stage, mode: str, inputs: Inputs) -> Candidate:
+def _ours_int8(stage: ModelStage, mode: str, inputs: Inputs) -> Candidate:
     return stage.ours({**inputs, "model": in_int8(inputs["model"], mode)})
 
 
-def _theirs(stage: Stage, attention: str, inputs: Inputs) -> Candidate:
+def _theirs(stage: ModelStage, attention: str, inputs: Inputs) -> Candidate:
     return stage.theirs(inputs, transformers.transformers_model(inputs["model"], attention))
 
 
-def _theirs_int8(stage: Stage, inputs: Inputs) -> Candidate:
+def _theirs_int8(stage: ModelStage, inputs: Inputs) -> Candidate:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     model = transformers.transformers_model(inputs["model"], "sdpa")

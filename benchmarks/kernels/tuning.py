@@ -21,7 +21,7 @@ from tqdm import tqdm
 import pg_kernels
 from pg_kernels import backend
 from pg_kernels.benchmarks.measure.machine import versions
-from pg_kernels.benchmarks.measure.timing import Effort, Task, interleave
+from pg_kernels.benchmarks.measure.timing import Effort, TimedCall, interleave
 from pg_kernels.benchmarks.report.text import duration
 from pg_kernels.model.files import json_bytes, read_json_object, write_atomically
 from pg_kernels.ops._common import devices
@@ -247,9 +247,9 @@ def _fastest(site: Site, device: torch.device) -> tuple[Any | None, str]:
         with backend("triton"), choosing(site, choice):
             return call()
 
-    def task(choice: Any | None) -> Task:
+    def task(choice: Any | None) -> TimedCall:
         run(choice)  # compiles
-        return Task(lambda _: run(choice))
+        return TimedCall(lambda _: run(choice))
 
     choices: dict[str, Any | None] = {"usual": None, **{str(choice): choice for choice in site.candidates}}
     contenders = {name: [task(choice)] for name, choice in choices.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Task:
+class TimedCall:
     """What is timed: `run`, given what the untimed `prepare` returned."""
 
     run: Callable[[Any], object]
@@ -27,7 +27,7 @@ class Task:
 class Candidate:
     """One contender on one set of inputs: what to time, and everything it computes, to be judged."""
 
-    task: Task
+    task: TimedCall
     results: Callable[[], list[Tensor]]
 
 
@@ -58,7 +58,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def interleave(
-    contenders: Mapping[str, Sequence[Task]], device: torch.device, effort: Effort, *, wall: bool = False
+    contenders: Mapping[str, Sequence[TimedCall]], device: torch.device, effort: Effort, *, wall: bool = False
 ) -> dict[str, Samples]:
     """Time each contender once a round, in a random order, the same in every run. All of them have run before.
 
@@ -103,7 +103,7 @@ class _WallClock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def time(self, task: Task) -> tuple[float, float]:
+    def time(self, task: TimedCall) -> tuple[float, float]:
         state = task.prepare()
         _synchronize(self.device)
         start = perf_counter()
@@ -126,7 +126,7 @@ class _EventClock:
         )
         self.hold_s = 1e-4
 
-    def time(self, task: Task) -> tuple[float, float]:
+    def time(self, task: TimedCall) -> tuple[float, float]:
         state = task.prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.cache.zero_()

@@ -16,7 +16,7 @@ from pg_kernels.benchmarks.cases.catalogue import Case
 from pg_kernels.benchmarks.cases.ops import OPS, Build, Draw, Inputs
 from pg_kernels.benchmarks.contenders.ops import Contender, contenders
 from pg_kernels.benchmarks.measure.machine import cache_bytes
-from pg_kernels.benchmarks.measure.timing import Candidate, Task
+from pg_kernels.benchmarks.measure.timing import Candidate, TimedCall
 
 MAX_INPUT_SETS = 64
 _OVERHEAD_CALLS = 50
@@ -152,13 +152,13 @@ class OpTrial:
         run = contender.build(inputs)
         return Candidate(self._task(run, inputs), lambda: self._results(run, inputs))
 
-    def _task(self, run: Callable[[], Any], inputs: Inputs) -> Task:
+    def _task(self, run: Callable[[], Any], inputs: Inputs) -> TimedCall:
         if self.case.mode == "forward":
-            return Task(lambda _: _without_gradients(run))
+            return TimedCall(lambda _: _without_gradients(run))
         leaves = [inputs[name] for name in self.op.trained]
         if self.case.mode == "both":
-            return Task(lambda _: self._gradients(run(), leaves))
-        return Task(lambda outputs: self._gradients(outputs, leaves), prepare=run)
+            return TimedCall(lambda _: self._gradients(run(), leaves))
+        return TimedCall(lambda outputs: self._gradients(outputs, leaves), prepare=run)
 
     def _results(self, run: Callable[[], Any], inputs: Inputs) -> list[Tensor]:
         """Outputs, and gradients where the mode has some."""

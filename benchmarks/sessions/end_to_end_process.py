@@ -28,7 +28,7 @@ from pg_kernels.nn import GeGLUMLP, LayerNorm, PrefixLMAttention, RMSNorm
 
 
 @dataclass(frozen=True)
-class Contender:
+class EndToEndContender:
     """How a package is to run the model."""
 
     package: str
@@ -37,12 +37,12 @@ class Contender:
     """transformers then compiles the step, on a GPU."""
 
 
-CONTENDERS: dict[str, Contender] = {
-    "pg_kernels int8": Contender("pg_kernels", "int8"),
-    "pg_kernels int8-dynamic": Contender("pg_kernels", "int8-dynamic"),
-    "pg_kernels bfloat16": Contender("pg_kernels"),
-    "transformers bfloat16": Contender("transformers"),
-    "transformers bfloat16, compiled with a static cache": Contender("transformers", static_cache=True),
+CONTENDERS: dict[str, EndToEndContender] = {
+    "pg_kernels int8": EndToEndContender("pg_kernels", "int8"),
+    "pg_kernels int8-dynamic": EndToEndContender("pg_kernels", "int8-dynamic"),
+    "pg_kernels bfloat16": EndToEndContender("pg_kernels"),
+    "transformers bfloat16": EndToEndContender("transformers"),
+    "transformers bfloat16, compiled with a static cache": EndToEndContender("transformers", static_cache=True),
 }
 TOKENS = {"cpu": ANSWER, "cuda": 4 * ANSWER}
 """Of an answer: so few that the caches' capacity, which grows in steps of 128, is that of an answer of one token."""
@@ -66,7 +66,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Answer:
+class TimedAnswer:
     """What a process saw of a batch of prompts."""
 
     first_token_s: float
@@ -85,7 +85,7 @@ class EndToEndRun:
     """What one process saw."""
 
     load_s: float
-    answers: Mapping[int, Answer | None]
+    answers: Mapping[int, TimedAnswer | None]
     """By batch size; None where the GPU's memory was too small."""
 
 
@@ -95,7 +95,7 @@ def run(name: str, checkpoint: Path, device: torch.device, batches: Sequence[int
     load = _load_ours if contender.package == "pg_kernels" else _load_theirs
     models: list[Any] = []
     load_s = seconds(lambda: models.append(load(checkpoint, contender, device)), device)
-    answers: dict[int, Answer | None] = {}
+    answers: dict[int, TimedAnswer | None] = {}
     for batch in batches:
         try:
             answers[batch] = _answer(models[0], contender, device, batch, trace if batch == batches[0] else None)
@@ -106,11 +106,11 @@ def run(name: str, checkpoint: Path, device: torch.device, batches: Sequence[int
     return EndToEndRun(load_s, answers)
 
 
-def _load_ours(checkpoint: Path, contender: Contender, device: torch.device) -> PaliGemma:
+def _load_ours(checkpoint: Path, contender: EndToEndContender, device: torch.device) -> PaliGemma:
     return PaliGemma.from_pretrained(checkpoint, quantize=contender.quantize, device=device)
 
 
-def _load_theirs(checkpoint: Path, contender: Contender, device: torch.device) -> Any:
+def _load_theirs(checkpoint: Path, contender: EndToEndContender, device: torch.device) -> Any:
     from transformers import PaliGemmaForConditionalGeneration
 
     model = PaliGemmaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16).eval().to(device)
@@ -137,7 +137,9 @@ def prompts(config: Any, batch: int, device: torch.device) -> dict[str, Tensor]:
     }
 
 
-def _answer(model: Any, contender: Contender, device: torch.device, batch: int, trace: Path | None) -> Answer:
+def _answer(
+    model: Any, contender: EndToEndContender, device: torch.device, batch: int, trace: Path | None
+) -> TimedAnswer:
     inputs = prompts(model.config, batch, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -148,7 +150,7 @@ def _answer(model: Any, contender: Contender, device: torch.device, batch: int, 
     peak = resident_bytes()
     rate = batch * (len(arrivals) - 2) / (arrivals[-1] - arrivals[1])
     parts = _breakdown(model, contender, inputs) if contender.package == "pg_kernels" else {}
-    return Answer(arrivals[1] - arrivals[0], rate, peak, tokens[0].tolist(), parts)
+    return TimedAnswer(arrivals[1] - arrivals[0], rate, peak, tokens[0].tolist(), parts)
 
 
 def resident_bytes() -> int:
@@ -162,7 +164,7 @@ def resident_bytes() -> int:
 
 def _generate(
     model: Any,
-    contender: Contender,
+    contender: EndToEndContender,
     inputs: Mapping[str, Tensor],
     tokens: int,
     arrived: Callable[[], None] | None = None,
@@ -196,7 +198,7 @@ class _Streamer:
 # --- on a CPU: every token, and the parts of our model by hooks
 
 
-def _watched(model: Any, contender: Contender, inputs: Mapping[str, Tensor]) -> tuple[list[float], Tensor]:
+def _watched(model: Any, contender: EndToEndContender, inputs: Mapping[str, Tensor]) -> tuple[list[float], Tensor]:
     """When the call began and when each token of an answer came; and the tokens."""
     arrivals = [perf_counter()]
     tokens = _generate(model, contender, inputs, TOKENS["cpu"], lambda: arrivals.append(perf_counter()))
@@ -214,7 +216,7 @@ _KINDS: dict[type[nn.Module], str] = {
 }
 
 
-def _breakdown(model: PaliGemma, contender: Contender, inputs: Mapping[str, Tensor]) -> dict[str, Part]:
+def _breakdown(model: PaliGemma, contender: EndToEndContender, inputs: Mapping[str, Tensor]) -> dict[str, Part]:
     calls: list[tuple[str, float, float]] = []
     with _clocks(model, calls):
         times, _ = _watched(model, contender, inputs)
@@ -264,8 +266,8 @@ def _clocks(model: PaliGemma, calls: list[tuple[str, float, float]]) -> Iterator
 
 
 def _clocked(
-    model: Any, contender: Contender, inputs: Mapping[str, Tensor], device: torch.device, trace: Path | None
-) -> Answer:
+    model: Any, contender: EndToEndContender, inputs: Mapping[str, Tensor], device: torch.device, trace: Path | None
+) -> TimedAnswer:
     steps = TOKENS[device.type] - 1
     found: list[Tensor] = []
 
@@ -285,7 +287,7 @@ def _clocked(
     parts = {}
     if contender.package == "pg_kernels":
         parts = _kernels(one, all_, device, steps, Part(first, (whole - first) / steps), trace)
-    return Answer(first, rate, peak, found[0][0].tolist(), parts)
+    return TimedAnswer(first, rate, peak, found[0][0].tolist(), parts)
 
 
 def _kernels(

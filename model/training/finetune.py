@@ -161,7 +161,7 @@ def finetune(
             recipe,
             output,
             collate=Collator(processor, skip_unreadable=data.skip_unreadable),
-            evaluate=None if eval_data is None else Evaluation(trained, processor, eval_data, recipe),
+            evaluate=None if eval_data is None else HeldOutEvaluation(trained, processor, eval_data, recipe),
             save=save,
             settings=settings,
             restart=restart,
@@ -170,7 +170,7 @@ def finetune(
     return True
 
 
-class Evaluation:
+class HeldOutEvaluation:
     """The loss of a model on JSON lines, and how many greedy answers equal an accepted one; white space around does not count.
 
     Skipped examples count in neither, and their number is a third metric if there are any.

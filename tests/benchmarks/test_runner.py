@@ -22,7 +22,7 @@ from pg_kernels.benchmarks.contenders.ops import COMPILED, PEERS, Contender
 from pg_kernels.benchmarks.measure import machine
 from pg_kernels.benchmarks.measure.machine import ceilings
 from pg_kernels.benchmarks.measure.runner import Plan, Suite
-from pg_kernels.benchmarks.measure.timing import Effort, Task, interleave, peak_bytes
+from pg_kernels.benchmarks.measure.timing import Effort, TimedCall, interleave, peak_bytes
 from pg_kernels.benchmarks.measure.trial import OpTrial
 from pg_kernels.benchmarks.report.results import Ceilings, Row
 
@@ -201,8 +201,8 @@ def test_what_does_not_fit_into_memory_is_skipped(monkeypatch: pytest.MonkeyPatc
 def test_contenders_take_turns_and_rotate_their_inputs() -> None:
     calls: list[str] = []
 
-    def task(name: str) -> Task:
-        return Task(lambda state: calls.append(name))
+    def task(name: str) -> TimedCall:
+        return TimedCall(lambda state: calls.append(name))
 
     tasks = {name: [task(f"{name}{i}") for i in range(2)] for name in "ab"}
     samples = interleave(tasks, CPU, Effort(0.0, 4, 9))
@@ -213,13 +213,13 @@ def test_contenders_take_turns_and_rotate_their_inputs() -> None:
 
 
 def test_rounds_go_on_until_the_budget_is_used() -> None:
-    tasks = {"a": [Task(lambda state: time.sleep(0.01))]}
+    tasks = {"a": [TimedCall(lambda state: time.sleep(0.01))]}
     assert 3 <= len(interleave(tasks, CPU, Effort(0.05, 1, 100))["a"].device_s) <= 8
     assert len(interleave(tasks, CPU, Effort(10.0, 1, 4))["a"].device_s) == 4
 
 
 def test_only_run_is_timed() -> None:
-    tasks = {"a": [Task(lambda state: time.sleep(state), prepare=lambda: time.sleep(0.05) or 0.002)]}
+    tasks = {"a": [TimedCall(lambda state: time.sleep(state), prepare=lambda: time.sleep(0.05) or 0.002)]}
     (sample,) = interleave(tasks, CPU, Effort(0.0, 1, 1))["a"].device_s
     assert 0.002 <= sample < 0.05
 

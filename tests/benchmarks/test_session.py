@@ -18,7 +18,7 @@ from pg_kernels.benchmarks.report.results import Ceilings
 from pg_kernels.benchmarks.sessions import end_to_end as sessions
 from pg_kernels.benchmarks.sessions import end_to_end_process
 from pg_kernels.benchmarks.sessions.end_to_end import markdown
-from pg_kernels.benchmarks.sessions.end_to_end_process import CONTENDERS, Answer, Part
+from pg_kernels.benchmarks.sessions.end_to_end_process import CONTENDERS, Part, TimedAnswer
 from pg_kernels.model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfig
 
 TEXT = TextConfig(
@@ -61,7 +61,7 @@ def stored(answers: dict[str, Any], **rest: Any) -> dict[str, Any]:
 
 
 def answer(first: float, rate: float, parts: dict[str, Part] | None = None) -> dict[str, Any]:
-    return asdict(Answer(first, rate, 2 * 10**9, [1, 2], parts or {}))
+    return asdict(TimedAnswer(first, rate, 2 * 10**9, [1, 2], parts or {}))
 
 
 def test_tables_of_parts() -> None:

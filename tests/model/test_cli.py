@@ -20,10 +20,10 @@ from tiny import make_answer
 
 import pg_kernels
 from pg_kernels import backends
-from pg_kernels.model import PaliGemma, PaliGemmaConfig, Processor, TextConfig, VisionConfig, cli
+from pg_kernels.model import EMBEDDED_CHECKPOINT, PaliGemma, PaliGemmaConfig, Processor, TextConfig, VisionConfig, cli
+from pg_kernels.model.embedded.vocabulary import train_tokenizer
 from pg_kernels.model.locations import Detection
 from pg_kernels.model.tokenizer import Tokenizer
-from pg_kernels.model.training.vocabulary import train_tokenizer
 from pg_kernels.ops._common.extension import instruction_sets
 
 POSITIONS = 128
@@ -149,7 +149,7 @@ def test_the_answer_goes_to_stdout(run: Run, answering: Path, picture: Path) -> 
 def test_without_a_checkpoint_the_shipped_one_answers(
     run: Run, answering: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "EMBEDDED_CHECKPOINT", answering)
+    monkeypatch.setattr(cli.run, "EMBEDDED_CHECKPOINT", answering)
     assert run("run", picture, "detect fox").out.startswith(ANSWER)
 
 
@@ -507,7 +507,7 @@ def test_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(device_type: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "explain", interrupt)
+    monkeypatch.setattr(cli.info, "explain", interrupt)
     done = run("info")
     assert (done.code, done.err) == (130, "pg-kernels: interrupted\n")
 
@@ -554,13 +554,13 @@ def test_comparing_on_pictures(run: Run, random_checkpoint: Path, picture: Path)
 
 
 def test_comparing_the_built_in_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pg_kernels.model.training import world
+    from pg_kernels.model.embedded import world
 
-    sample = Image.open(cli.EMBEDDED_CHECKPOINT / "samples" / "banana_and_owl.png").resize((224, 224))
+    sample = Image.open(EMBEDDED_CHECKPOINT / "samples" / "banana_and_owl.png").resize((224, 224))
     objects = [Detection("banana", (1, 48, 84, 142)), Detection("owl", (105, 56, 165, 135))]
     fake = type("World", (), {"scene": lambda self, rng, size, **_: world.Picture(sample, objects)})
     monkeypatch.setattr(world, "World", fake)
-    monkeypatch.setattr(cli, "_COMPARED", (("caption", "en"), ("detect", "")))
+    monkeypatch.setattr(cli.compare, "_COMPARED", (("caption", "en"), ("detect", "")))
     done = run("compare", "--pictures", 2)
     assert done.code == 0, done.err
     assert "\noriginal\n" in done.out and "\nint8\n" in done.out

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from pg_kernels.model import EMBEDDED_CHECKPOINT, Processor, cli
-from pg_kernels.model.demo import samples, sheet
+from pg_kernels.model.embedded.demo import samples, sheet
+from pg_kernels.model.embedded.tasks import TASKS
 from pg_kernels.model.training.data import Example
-from pg_kernels.model.training.tasks import TASKS
 
 KINDS = {"caption": "caption", "ocr": "ocr", "detect": "detect", "segment": "segment"}
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from pg_kernels.model import EMBEDDED_CHECKPOINT, PaliGemma, Processor
-from pg_kernels.model.training.evaluation import ZERO_SHOT, evaluate
-from pg_kernels.model.training.tasks import Questions
-from pg_kernels.model.training.world import World
+from pg_kernels.model.embedded.evaluation import ZERO_SHOT, evaluate
+from pg_kernels.model.embedded.tasks import Questions
+from pg_kernels.model.embedded.world import World
 
 SAMPLE = EMBEDDED_CHECKPOINT / "samples" / "banana_and_owl.png"
 SAMPLE_OBJECTS = {"banana": (2, 97, 167, 284), "owl": (211, 112, 330, 269)}

@@ -30,7 +30,7 @@ from pg_kernels.model.files import temporary_sibling
 from pg_kernels.model.training import fingerprint
 from pg_kernels.model.training.curves import draw_losses
 from pg_kernels.model.training.data import Collator, JsonLines, UnreadableImage
-from pg_kernels.model.training.finetune import Evaluation
+from pg_kernels.model.training.finetune import HeldOutEvaluation
 from pg_kernels.model.training.interruption import SIGNALS, Signals
 from pg_kernels.model.training.lock import exclusive
 from pg_kernels.model.training.progress import Progress
@@ -139,7 +139,7 @@ def test_an_evaluation_is_broken_off_and_done_again(
     common = ("--checkpoint", checkpoint, "--data", data, "--eval-data", data, "--output", tmp_path / "out")
     common = (*common, *LORA, "--steps", 4, "--eval-every", 2)
     with monkeypatch.context() as patch:
-        ended = kill_in_call(patch, Evaluation, "__call__", 2, signal.SIGTERM)
+        ended = kill_in_call(patch, HeldOutEvaluation, "__call__", 2, signal.SIGTERM)
         assert finetune(*common) == 143
         assert ended == [1] and step_of(tmp_path / "out") == 2
     assert finetune(*common) == 0

@@ -12,10 +12,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from pg_kernels.model import EMBEDDED_CHECKPOINT, Processor
+from pg_kernels.model.embedded import mask_vae
+from pg_kernels.model.embedded.mask_vae import pose_masks, random_shape, score_mask_vae, train_mask_vae
+from pg_kernels.model.embedded.world import FONT_PATH, render_glyphs
 from pg_kernels.model.segmentation import MaskVQVAE
-from pg_kernels.model.training import mask_vae
-from pg_kernels.model.training.mask_vae import pose_masks, random_shape, score_mask_vae, train_mask_vae
-from pg_kernels.model.training.world import FONT_PATH, render_glyphs
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SHIPPED = Path(EMBEDDED_CHECKPOINT) / "vae-oid.npz"

@@ -13,16 +13,24 @@ import torch
 from PIL import Image
 
 from pg_kernels.model import EMBEDDED_CHECKPOINT, PaliGemma, PaliGemmaConfig, Processor, TextConfig, VisionConfig
+from pg_kernels.model.embedded import stages
+from pg_kernels.model.embedded.evaluation import ZERO_SHOT, Score, evaluate, held_out_rng, score, table, table_rows
+from pg_kernels.model.embedded.stages import (
+    STAGES,
+    Generated,
+    TrainingStage,
+    collate,
+    train_stages,
+    waves,
+    with_resolution,
+)
+from pg_kernels.model.embedded.tasks import LANGUAGES, Questions
+from pg_kernels.model.embedded.world import World
 from pg_kernels.model.segmentation import MaskVQVAE
 from pg_kernels.model.tokenizer import Tokenizer
-from pg_kernels.model.training import stages
 from pg_kernels.model.training.curves import draw_losses
-from pg_kernels.model.training.evaluation import ZERO_SHOT, Score, evaluate, held_out_rng, score, table, table_rows
 from pg_kernels.model.training.recipe import Recipe
-from pg_kernels.model.training.stages import STAGES, Generated, Stage, collate, train_stages, waves, with_resolution
-from pg_kernels.model.training.tasks import LANGUAGES, Questions
 from pg_kernels.model.training.trainer import suffix_loss
-from pg_kernels.model.training.world import World
 
 pytestmark = pytest.mark.skipif(
     find_spec("emoji") is None or find_spec("google") is None,
@@ -102,7 +110,7 @@ def test_a_higher_resolution_starts_from_what_was_seen() -> None:
     ).eval()
     pixels = torch.rand(1, 3, 112, 112)
     larger = pixels.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    stage = Stage("larger", 224, 28, Recipe(steps=1))
+    stage = TrainingStage("larger", 224, 28, Recipe(steps=1))
     with torch.no_grad():
         torch.testing.assert_close(
             with_resolution(model, stage).eval().get_image_features(larger), model.get_image_features(pixels)

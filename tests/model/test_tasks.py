@@ -11,12 +11,12 @@ import pytest
 from PIL import Image, ImageDraw
 
 from pg_kernels.model import EMBEDDED_CHECKPOINT
+from pg_kernels.model.embedded.charts import LABELS, Charts
+from pg_kernels.model.embedded.tasks import LANGUAGES, TASKS, Exercise, Questions, caption, plural, unique_images
+from pg_kernels.model.embedded.world import Picture, World, names
+from pg_kernels.model.embedded.writing import WORDS, written
 from pg_kernels.model.locations import parse
 from pg_kernels.model.segmentation import MaskVQVAE
-from pg_kernels.model.training.charts import LABELS, Charts
-from pg_kernels.model.training.tasks import LANGUAGES, TASKS, Example, Questions, caption, plural, unique_images
-from pg_kernels.model.training.world import Picture, World, names
-from pg_kernels.model.training.writing import WORDS, written
 
 NAMES = ("fox", "owl", "key", "bus", "star", "house")
 
@@ -231,7 +231,7 @@ def test_batches_are_of_every_kind(questions: Questions) -> None:
     for group in groups:
         assert len({id(example.images[0]) for example in group}) == 1
         assert len({example.prefix for example in group}) == len(group)
-    examples: list[Example] = [example for group in groups for example in group]
+    examples: list[Exercise] = [example for group in groups for example in group]
     images, index = unique_images(examples)
     assert len(images) == len(groups) and len(index) == len(examples)
     assert all(images[place] is example.images[0] for place, example in zip(index, examples, strict=True))

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from pg_kernels.model.embedded.tasks import caption
+from pg_kernels.model.embedded.vocabulary import NUM_TEXT_PIECES, train_tokenizer
+from pg_kernels.model.embedded.world import COLOURS as COLOUR_NAMES
+from pg_kernels.model.embedded.world import EMOJI, FONT_PATH, UNSEEN_SIZES, Picture, World, names, render_glyphs
 from pg_kernels.model.tokenizer import IMAGE_TOKEN, LOC_TOKENS, SEG_TOKENS, Tokenizer
-from pg_kernels.model.training.tasks import caption
-from pg_kernels.model.training.vocabulary import NUM_TEXT_PIECES, train_tokenizer
-from pg_kernels.model.training.world import COLOURS as COLOUR_NAMES
-from pg_kernels.model.training.world import EMOJI, FONT_PATH, UNSEEN_SIZES, Picture, World, names, render_glyphs
 
 needs_emoji = pytest.mark.skipif(find_spec("emoji") is None, reason="needs the package emoji (extra: train)")
 needs_font = pytest.mark.skipif(not Path(FONT_PATH).is_file(), reason="needs Debian's fonts-noto-color-emoji")

@@ -286,7 +286,7 @@ def test_rows_that_see_nothing_are_zero_with_zero_gradients(device: str, backend
 @pytest.mark.parametrize("garbage", [float("inf"), float("nan")])
 @pytest.mark.parametrize("q_len", [1, 20])
 def test_queries_that_see_nothing_may_hold_garbage(device: str, backend: str, q_len: int, garbage: float) -> None:
-    """Example 0 has no valid key. In example 1 the first of 20 queries stands before the first valid key."""
+    """ExampleLengths 0 has no valid key. In example 1 the first of 20 queries stands before the first valid key."""
     q, k, v = tensors(device, q_len=q_len, kv_len=20)
     position = torch.arange(20 - q_len, 20, device=device)
     sees_nothing = torch.stack((position >= 0, position < 1))[:, None, :, None].expand_as(q)

@@ -26,7 +26,7 @@ MAX_FEW_QUERIES = 16
 """The C++ extension takes up to this many queries per example: decoding, and prompts this short."""
 
 
-class Example(NamedTuple):
+class ExampleLengths(NamedTuple):
     """The lengths of one example of the batch."""
 
     prefix_len: int
@@ -36,7 +36,7 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scores:
+class ScoreOptions:
     """How scores are computed and masked, as in the public function."""
 
     causal: bool
@@ -69,13 +69,13 @@ class ScaledTensor:
         return part if self.scale is None else (part * self.scale[:, :, keys, None]).to(dtype)
 
 
-def valid_keys(examples: Sequence[Example]) -> slice:
+def valid_keys(examples: Sequence[ExampleLengths]) -> slice:
     """Return the smallest slice of keys that holds the valid keys of all examples."""
     start = min((example.kv_start for example in examples), default=0)
     return slice(start, max((example.kv_end for example in examples), default=0))
 
 
-def is_supported(q: Tensor, k: ScaledTensor, v: ScaledTensor, keys: slice, scores: Scores) -> bool:
+def is_supported(q: Tensor, k: ScaledTensor, v: ScaledTensor, keys: slice, scores: ScoreOptions) -> bool:
     """Return True if the C++ extension will run, or if all scores and values of `keys` are sure to be finite.
 
     SDPA's kernel treats a score of NaN as −inf, and multiplies values that a query does not see by 0. Return True, too, if the
@@ -97,7 +97,7 @@ def _max_abs(x: Tensor) -> float:
 
 
 def prefix_lm_attention(
-    q: Tensor, k: ScaledTensor, v: ScaledTensor, examples: Sequence[Example], scores: Scores
+    q: Tensor, k: ScaledTensor, v: ScaledTensor, examples: Sequence[ExampleLengths], scores: ScoreOptions
 ) -> Tensor:
     """Compute attention of q [B, H, Sq, D]. Adjacent examples of equal lengths are computed together."""
     if _uses_extension(q, k, v):
@@ -141,7 +141,7 @@ def _few_queries(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """Compute attention with the C++ extension. `examples` holds the four numbers of every `Example`, [B · 4]."""
+    """Compute attention with the C++ extension. `examples` holds the four numbers of every `ExampleLengths`, [B · 4]."""
     extension.check(q=q, k=k, v=v)
     checks.check_same(q=q, k=k, v=v)
     checks.check_shape("q", q, ["B", "H", "Sq", "D"])
@@ -184,20 +184,20 @@ define_opaque(
 
 
 def prefix_lm_attention_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Sequence[int], prefix_lens: Sequence[int], scores: Scores
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Sequence[int], prefix_lens: Sequence[int], scores: ScoreOptions
 ) -> Tensor:
     """Compute attention of packed sequences q [1, H, T, D], from each of `cu_seqlens` to the next."""
     outs = []
     for (start, end), prefix_len in zip(pairwise(cu_seqlens), prefix_lens, strict=True):
         queries, keys, values = (tensor[:, :, start:end] for tensor in (q, k, v))
-        example = Example(prefix_len, 0, end - start, 0)
+        example = ExampleLengths(prefix_len, 0, end - start, 0)
         outs.append(
             prefix_lm_attention(queries, ScaledTensor(keys, None), ScaledTensor(values, None), [example], scores)
         )
     return _cat(outs, 2) if outs else q * (k.sum() + v.sum())
 
 
-def _query_blocks(q_len: int, example: Example, scores: Scores) -> Iterator[slice]:
+def _query_blocks(q_len: int, example: ExampleLengths, scores: ScoreOptions) -> Iterator[slice]:
     """Yield blocks of queries.
 
     Queries inside the prefix see the whole prefix and nothing else: they are one block of any length. The others are blocks of
@@ -215,7 +215,7 @@ def _query_blocks(q_len: int, example: Example, scores: Scores) -> Iterator[slic
 
 
 def _attend_block(
-    q: Tensor, k: ScaledTensor, v: ScaledTensor, example: Example, block: slice, scores: Scores
+    q: Tensor, k: ScaledTensor, v: ScaledTensor, example: ExampleLengths, block: slice, scores: ScoreOptions
 ) -> Tensor:
     """Compute a block of queries of examples of equal lengths, with a mask only if its queries see different keys."""
     prefix_len, kv_start, kv_end, q_start = example
@@ -253,7 +253,7 @@ def _attend_block(
     return out.masked_fill(~sees_any, 0.0)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: ScoreOptions) -> Tensor:
     """Call SDPA without repeating key heads.
 
     SDPA's forward for CPUs shares a key head among query heads. Its backward does not: with gradients, the query heads of a KV

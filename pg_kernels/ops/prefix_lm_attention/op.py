@@ -142,10 +142,10 @@ def prefix_lm_attention(
     backend = _select_backend(q, k, lengths)
     if backend == "native":
         lists = [t.tolist() if isinstance(t, Tensor) else [t] * batch for t in lengths]
-        examples = [cpu.Example(*numbers) for numbers in zip(*lists, strict=True)]
+        examples = [cpu.ExampleLengths(*numbers) for numbers in zip(*lists, strict=True)]
         keys, values = cpu.ScaledTensor(k, k_scale), cpu.ScaledTensor(v, v_scale)
-        if cpu.is_supported(q, keys, values, cpu.valid_keys(examples), cpu.Scores(*scores)):
-            return cpu.prefix_lm_attention(q, keys, values, examples, cpu.Scores(*scores))
+        if cpu.is_supported(q, keys, values, cpu.valid_keys(examples), cpu.ScoreOptions(*scores)):
+            return cpu.prefix_lm_attention(q, keys, values, examples, cpu.ScoreOptions(*scores))
     if backend == "triton":
         tensors = [length if isinstance(length, Tensor) else None for length in lengths]
         ints = [0 if isinstance(length, Tensor) else length for length in lengths]
@@ -205,9 +205,9 @@ def prefix_lm_attention_varlen(
     prefix = checked_length("prefix_lens", prefix_lens, 0, cu_seqlens[1:], lower=0, upper=None)
     backend = _select_backend(q, k, [cu_seqlens, prefix])
     keys, values = cpu.ScaledTensor(k, None), cpu.ScaledTensor(v, None)
-    if backend == "native" and cpu.is_supported(q, keys, values, slice(None), cpu.Scores(*scores)):
+    if backend == "native" and cpu.is_supported(q, keys, values, slice(None), cpu.ScoreOptions(*scores)):
         prefixes = prefix.tolist() if isinstance(prefix, Tensor) else [prefix] * (len(cu_seqlens) - 1)
-        out = cpu.prefix_lm_attention_varlen(q, k, v, cu_seqlens.tolist(), prefixes, cpu.Scores(*scores))
+        out = cpu.prefix_lm_attention_varlen(q, k, v, cu_seqlens.tolist(), prefixes, cpu.ScoreOptions(*scores))
     elif backend == "triton":
         prefix_tensor, prefix_int = (prefix, 0) if isinstance(prefix, Tensor) else (None, prefix)
         int_lengths = [prefix_int, 0, 0, 0, max_seqlen]

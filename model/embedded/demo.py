@@ -8,11 +8,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from . import EMBEDDED_CHECKPOINT
-from .locations import label_font
-from .paligemma import PaliGemma
-from .processor import Processor, load_image
-from .training.data import Example, JsonLines
+from .. import EMBEDDED_CHECKPOINT
+from ..locations import label_font
+from ..paligemma import PaliGemma
+from ..processor import Processor, load_image
+from ..training.data import Example, JsonLines
 
 SAMPLES = EMBEDDED_CHECKPOINT / "samples" / "samples.jsonl"
 

@@ -20,10 +20,10 @@ from ..paligemma import PaliGemma
 from ..processor import Processor
 from ..segmentation import MaskVQVAE
 from ..tokenizer import LOC_TOKENS, Tokenizer
-from .loading import Batch, micro_batch_size
-from .recipe import Recipe
-from .tasks import CHARACTERS, LANGUAGES, WRITING, Example, Questions, unique_images
-from .trainer import suffix_loss, train
+from ..training.loading import Batch, micro_batch_size
+from ..training.recipe import Recipe
+from ..training.trainer import suffix_loss, train
+from .tasks import CHARACTERS, LANGUAGES, WRITING, Exercise, Questions, unique_images
 from .vocabulary import train_tokenizer
 from .world import World
 
@@ -47,7 +47,7 @@ _COMPARISONS = 12
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """One part of the training: a folder's name, the sides of pictures and patches in pixels, the trainer's recipe.
 
     One for `reading` shows more writing, at first random letters and digits, later mostly words and numbers.
@@ -74,12 +74,14 @@ _COMMON = Recipe(
 )
 
 STAGES = (
-    Stage("stage0", 112, 14, replace(_COMMON, steps=1000, learning_rate=1.5e-3), unimodal=True),
-    Stage("stage1", 112, 14, replace(_COMMON, steps=4000, learning_rate=2e-3)),
+    TrainingStage("stage0", 112, 14, replace(_COMMON, steps=1000, learning_rate=1.5e-3), unimodal=True),
+    TrainingStage("stage1", 112, 14, replace(_COMMON, steps=4000, learning_rate=2e-3)),
     # Words alone teach no reading: where a letter stands and which it is would have to be found at once.
-    Stage("stage2-reading", 224, 28, replace(_COMMON, steps=1600, learning_rate=1.5e-3, warmup=0.2), reading=True),
-    Stage("stage2", 224, 28, replace(_COMMON, steps=2800, learning_rate=1.5e-3, warmup=0.1)),
-    Stage("stage3", 224, 28, replace(_COMMON, steps=3100, learning_rate=6e-4, schedule="linear", warmup=0.01)),
+    TrainingStage(
+        "stage2-reading", 224, 28, replace(_COMMON, steps=1600, learning_rate=1.5e-3, warmup=0.2), reading=True
+    ),
+    TrainingStage("stage2", 224, 28, replace(_COMMON, steps=2800, learning_rate=1.5e-3, warmup=0.1)),
+    TrainingStage("stage3", 224, 28, replace(_COMMON, steps=3100, learning_rate=6e-4, schedule="linear", warmup=0.01)),
 )
 
 
@@ -88,7 +90,7 @@ class Generated(Dataset[Batch]):
 
     shuffle = False
 
-    def __init__(self, questions: Questions, processor: Processor, stage: Stage) -> None:
+    def __init__(self, questions: Questions, processor: Processor, stage: TrainingStage) -> None:
         self.questions, self.processor, self.stage = questions, processor, stage
         self.fingerprint = stage.name
 
@@ -107,16 +109,16 @@ class Generated(Dataset[Batch]):
         compare = index % _COMPARISONS == _COMPARISONS - 1
         return collate(self.examples(rng, compare=compare, done=index / len(self)), self.processor)
 
-    def examples(self, rng: random.Random, *, compare: bool, done: float = 1.0) -> list[Example]:
+    def examples(self, rng: random.Random, *, compare: bool, done: float = 1.0) -> list[Exercise]:
         """Draw a batch: its number of questions, or half as many that compare two pictures; `done` is the stage's share."""
         characters = max(CHARACTERS, 1 - done) if self.stage.reading else CHARACTERS
-        draw: Callable[[random.Random, int], list[Example]] = partial(
+        draw: Callable[[random.Random, int], list[Exercise]] = partial(
             self.questions.about_one, writing=_READING if self.stage.reading else WRITING, characters=characters
         )
         count = self.size
         if compare:
             draw, count = partial(self.questions.compare, most=2), count // 2
-        examples: list[Example] = []
+        examples: list[Exercise] = []
         while len(examples) < count:
             examples += draw(rng, self.processor.image_size)
         return examples[:count]
@@ -142,7 +144,7 @@ class Generated(Dataset[Batch]):
         }
 
 
-def collate(examples: list[Example], processor: Processor) -> Batch:
+def collate(examples: list[Exercise], processor: Processor) -> Batch:
     """Make a batch of examples with as many pictures each, in which each different one is encoded once, for `suffix_loss`.
 
     Examples of the same lengths stand together, for which attention on a CPU is computed at once.
@@ -164,7 +166,7 @@ def collate(examples: list[Example], processor: Processor) -> Batch:
 
 
 class Unimodal(nn.Module):
-    """Stage 0's two losses: the image encoder's against captions, and the decoder's on text alone.
+    """TrainingStage 0's two losses: the image encoder's against captions, and the decoder's on text alone.
 
     The heads that compare picture and caption (attention pooling, a bag of words) are not kept.
     Source: Zhai et al., https://arxiv.org/abs/2303.15343.
@@ -206,7 +208,7 @@ def train_stages(
     codec: MaskVQVAE,
     *,
     seed: int = 0,
-    stages: tuple[Stage, ...] = STAGES,
+    stages: tuple[TrainingStage, ...] = STAGES,
     start: Path | None = None,
     workers: int = 1,
 ) -> None:
@@ -227,7 +229,7 @@ def train_stages(
         before = target
 
 
-def _train_stage(stage: Stage, before: Path | None, target: Path, questions: Questions) -> None:
+def _train_stage(stage: TrainingStage, before: Path | None, target: Path, questions: Questions) -> None:
     target.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(stage.recipe.seed)
     if before is None:
@@ -265,7 +267,7 @@ def new_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.from_file(folder / "tokenizer.model")
 
 
-def with_resolution(model: PaliGemma, stage: Stage) -> PaliGemma:
+def with_resolution(model: PaliGemma, stage: TrainingStage) -> PaliGemma:
     """Give the model with a stage's sides of pictures and patches: patches are resized first, then positions resampled.
 
     Patches twice as large, in pictures twice as large, start out seeing just what they saw: each weight's share goes to the

@@ -168,7 +168,7 @@ def _train(alphas: Sequence[Image.Image], steps: int, seed: int) -> dict[str, Te
 
 
 @dataclass(frozen=True)
-class Scores:
+class MaskScores:
     """How well a mask VQ-VAE does, each from 0 to 1 but the number of codes."""
 
     iou: float  # of masks with what their own codes give
@@ -183,14 +183,14 @@ class Scores:
         )
 
 
-def score_mask_vae(codec: MaskVQVAE, alphas: Sequence[Image.Image], *, poses: int = 8, seed: int = 1) -> Scores:
+def score_mask_vae(codec: MaskVQVAE, alphas: Sequence[Image.Image], *, poses: int = 8, seed: int = 1) -> MaskScores:
     """Encode and decode every silhouette in some random poses, which training with another seed does not draw."""
     rng = random.Random(seed)
     masks = torch.stack([pose_masks(alpha, poses, rng) for alpha in alphas])
     codes = torch.stack([codec.encode(mask, (0, 0, MASK_SIZE, MASK_SIZE)) for mask in masks.flatten(0, 1)])
     restored = (codec.decode(codes) > 0).view_as(masks)
     by_pose = codes.view(len(alphas), poses, -1)
-    return Scores(
+    return MaskScores(
         iou=_iou(restored, masks > 0.5),
         iou_of_pose=_iou(restored, masks.roll(1, 1) > 0.5),
         shared=(by_pose == by_pose.roll(1, 1)).float().mean().item(),

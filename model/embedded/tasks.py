@@ -43,7 +43,7 @@ _RATIO = 1.3  # between two sizes, so that which is larger can be seen
 
 
 @dataclass(frozen=True)
-class Example:
+class Exercise:
     """A question with its answer.
 
     `images`: one, or two to compare. `prefix`, `suffix`: in the released models' wording. `task`: one of `TASKS`. `objects`: what
@@ -84,7 +84,7 @@ def _with_article(noun: str) -> str:
     return f"{'an' if an else 'a'} {noun}"
 
 
-_Kinds = list[tuple[float, Callable[[Random, Picture], Example]]]
+_Kinds = list[tuple[float, Callable[[Random, Picture], Exercise]]]
 
 
 class Questions:
@@ -122,7 +122,7 @@ class Questions:
 
     def about_one(
         self, rng: Random, image_size: int, writing: float = WRITING, characters: float = CHARACTERS
-    ) -> list[Example]:
+    ) -> list[Exercise]:
         """Draw a picture and ask different questions about it, at most six.
 
         `writing` is the share of pictures of writing, `characters` of these the share that show a few at random.
@@ -139,49 +139,49 @@ class Questions:
             return self._several(rng, picture, self._about_crowd[: 1 + few], 3)
         return self.charts(rng, image_size, 6)
 
-    def caption(self, picture: Picture, language: str) -> Example:
+    def caption(self, picture: Picture, language: str) -> Exercise:
         """Ask for the names, from left to right."""
         translation = self.translations[language]
         answer = caption([translation[found.label] for found in picture.objects], language)
-        return Example((picture.image,), f"caption {language}", answer, "caption")
+        return Exercise((picture.image,), f"caption {language}", answer, "caption")
 
-    def count(self, rng: Random, picture: Picture) -> Example:
+    def count(self, rng: Random, picture: Picture) -> Exercise:
         """Ask how many there are of one kind, now and then of one that is not there."""
         labels = [found.label for found in picture.objects]
         name = labels[int(rng.random() * len(labels))]
         if rng.random() < 0.1:
             name = self._absent(rng, labels)
         question = f"answer en how many {plural(name)} are there?"
-        return Example((picture.image,), question, str(labels.count(name)), "count")
+        return Exercise((picture.image,), question, str(labels.count(name)), "count")
 
-    def detect(self, rng: Random, picture: Picture, everything: bool = False) -> Example:
+    def detect(self, rng: Random, picture: Picture, everything: bool = False) -> Exercise:
         """Ask for the boxes of one kind, or of all, as always for `everything`: from left to right, kind after kind."""
         kinds = list(dict.fromkeys(found.label for found in picture.objects))
         if not everything and (rng.random() < 0.6 or len(kinds) == 1):
             kinds = [kinds[int(rng.random() * len(kinds))]]
         found = [thing for kind in kinds for thing in picture.objects if thing.label == kind]
         answer = format_boxes(found, picture.image.size)
-        return Example((picture.image,), f"detect {' ; '.join(kinds)}", answer, "detect", tuple(found))
+        return Exercise((picture.image,), f"detect {' ; '.join(kinds)}", answer, "detect", tuple(found))
 
-    def segment(self, rng: Random, picture: Picture) -> Example:
+    def segment(self, rng: Random, picture: Picture) -> Exercise:
         """Ask for the mask of one thing."""
         found = picture.objects[int(rng.random() * len(picture.objects))]
         answer = format_boxes([found], picture.image.size, mask_encoder=self.codec)
-        return Example((picture.image,), f"segment {found.label}", answer, "segment", (found,))
+        return Exercise((picture.image,), f"segment {found.label}", answer, "segment", (found,))
 
-    def ocr(self, rng: Random, image_size: int, characters: float = 0.0) -> Example:
+    def ocr(self, rng: Random, image_size: int, characters: float = 0.0) -> Exercise:
         """Ask for the writing, line after line; `characters` is the share of pictures with a few at random."""
         image, text = written(rng, image_size, characters)
-        return Example((image,), "ocr", text, "ocr")
+        return Exercise((image,), "ocr", text, "ocr")
 
-    def charts(self, rng: Random, image_size: int, most: int = 1) -> list[Example]:
+    def charts(self, rng: Random, image_size: int, most: int = 1) -> list[Exercise]:
         """Draw a chart and ask for different things that can be read from it, at most so many."""
         chart = self._charts.draw(rng, image_size)
         asked = list(_about_chart(chart))
         chosen = [asked.pop(int(rng.random() * len(asked))) for _ in range(min(most, len(asked)))]
-        return [Example((chart.image,), f"answer en {question}", answer, "chart") for question, answer in chosen]
+        return [Exercise((chart.image,), f"answer en {question}", answer, "chart") for question, answer in chosen]
 
-    def compare(self, rng: Random, image_size: int, most: int = 1) -> list[Example]:
+    def compare(self, rng: Random, image_size: int, most: int = 1) -> list[Exercise]:
         """Draw two pictures that share an emoji, each with one that the other lacks, and ask for the difference."""
         shared, first, second = self.world.choose(rng, 3)
         pictures = [self.world.scene_with(rng, image_size, [shared, own]) for own in (first, second)]
@@ -194,13 +194,13 @@ class Questions:
             (f"which picture shows {_with_article(second)}?", "second"),
         ]
         chosen = [asked.pop(int(rng.random() * len(asked))) for _ in range(most)]
-        return [Example(images, f"answer en {question}", answer, "compare") for question, answer in chosen]
+        return [Exercise(images, f"answer en {question}", answer, "compare") for question, answer in chosen]
 
-    def vqa(self, rng: Random, picture: Picture) -> Example:
+    def vqa(self, rng: Random, picture: Picture) -> Exercise:
         """Ask about places, sizes, colours and what is there."""
         kinds = list(self._about_places(rng, picture))
         question, answer = kinds[int(rng.random() * len(kinds))]
-        return Example((picture.image,), f"answer en {question}", answer, "vqa")
+        return Exercise((picture.image,), f"answer en {question}", answer, "vqa")
 
     def _about_places(self, rng: Random, picture: Picture) -> Iterator[tuple[str, str]]:
         things = picture.objects
@@ -247,7 +247,7 @@ class Questions:
             if name not in labels:
                 return name
 
-    def _several(self, rng: Random, picture: Picture, kinds: _Kinds, most: int) -> list[Example]:
+    def _several(self, rng: Random, picture: Picture, kinds: _Kinds, most: int) -> list[Exercise]:
         """Ask as often, by the kinds' weights; the same question twice counts once."""
         until = list(itertools.accumulate(weight for weight, _ in kinds))
         chosen = (kinds[bisect.bisect(until, rng.random() * until[-1])][1] for _ in range(most))
@@ -281,7 +281,7 @@ def _extent(found: Detection) -> float:
     return max(x2 - x1, y2 - y1)
 
 
-def unique_images(examples: Sequence[Example]) -> tuple[list[Image.Image], np.ndarray]:
+def unique_images(examples: Sequence[Exercise]) -> tuple[list[Image.Image], np.ndarray]:
     """Return the different images of examples, and for each image in their order its place among them (int64)."""
     places: dict[int, int] = {}
     images: list[Image.Image] = []

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ..evaluation.metrics import average_precision, exact_match, mean_iou, relaxed_accuracy
 from ..paligemma import PaliGemma
 from ..processor import Processor
-from .tasks import LANGUAGES, Example, Questions
+from .tasks import LANGUAGES, Exercise, Questions
 
 ZERO_SHOT = "caption, zero-shot"
 """Pairs of emoji that never meet in training, of sizes that are never drawn there."""
@@ -52,7 +52,7 @@ def evaluate(
     scores = []
     with tqdm(total=count * len(chosen), desc="evaluating", unit="question", disable=None) as bar:
         for (task, language), draw in chosen.items():
-            examples: list[Example] = []
+            examples: list[Exercise] = []
             answers: list[str] = []
             while len(examples) < count:
                 first = len(examples)
@@ -66,10 +66,10 @@ def evaluate(
     return scores
 
 
-def table_rows(questions: Questions, size: int) -> dict[tuple[str, str], Callable[[random.Random], Example]]:
+def table_rows(questions: Questions, size: int) -> dict[tuple[str, str], Callable[[random.Random], Exercise]]:
     """Give what draws an example for every row of the table, by task and language."""
 
-    def captions(language: str, held_out: bool = False) -> Callable[[random.Random], Example]:
+    def captions(language: str, held_out: bool = False) -> Callable[[random.Random], Exercise]:
         return lambda rng: questions.caption(questions.world.scene(rng, size, held_out=held_out), language)
 
     rows = {("caption", language): captions(language) for language in LANGUAGES}
@@ -90,7 +90,7 @@ def held_out_rng(seed: int, *place: object) -> random.Random:
     return random.Random(f"held out {seed} {' '.join(map(str, place))}")
 
 
-def answer(model: PaliGemma, processor: Processor, examples: Sequence[Example]) -> list[str]:
+def answer(model: PaliGemma, processor: Processor, examples: Sequence[Exercise]) -> list[str]:
     """Give the model's greedy answers to examples of as many images each."""
     device = next(model.parameters()).device
     inputs = processor([list(example.images) for example in examples], [example.prefix for example in examples]).to(
@@ -99,7 +99,9 @@ def answer(model: PaliGemma, processor: Processor, examples: Sequence[Example]) 
     return processor.decode(model.generate(**inputs, max_new_tokens=_MAX_NEW_TOKENS))
 
 
-def score(task: str, language: str, examples: Sequence[Example], answers: Sequence[str], processor: Processor) -> Score:
+def score(
+    task: str, language: str, examples: Sequence[Exercise], answers: Sequence[str], processor: Processor
+) -> Score:
     """Score answers by their task's metric."""
     expected = [[example.suffix] for example in examples]
     if task == "detect":
@@ -126,7 +128,7 @@ def table(scores: Sequence[Score]) -> str:
     return "\n".join(lines)
 
 
-def _masks(examples: Sequence[Example], answers: Sequence[str], processor: Processor) -> Iterator:
+def _masks(examples: Sequence[Exercise], answers: Sequence[str], processor: Processor) -> Iterator:
     """The first mask of each answer; None where there is none."""
     for example, text in zip(examples, answers, strict=True):
         found = processor.parse(text, size=example.images[0].size)

@@ -12,7 +12,7 @@ import torch
 
 from .. import EMBEDDED_CHECKPOINT, PaliGemma, Processor
 from ..segmentation import MaskVQVAE
-from .curves import draw_losses
+from ..training.curves import draw_losses
 from .evaluation import evaluate, table, table_rows
 from .mask_vae import score_mask_vae, train_mask_vae
 from .stages import STAGES, train_stages
@@ -24,7 +24,7 @@ _CODEC = EMBEDDED_CHECKPOINT / "vae-oid.npz"
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pg_kernels.model.training", description="Make the built-in model, and score it."
+        prog="python -m pg_kernels.model.embedded", description="Make the built-in model, and score it."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     show_defaults = argparse.ArgumentDefaultsHelpFormatter

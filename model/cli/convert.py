@@ -1,0 +1,35 @@
+"""`pg-kernels convert`: convert a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.conversion import convert
+from ..processor import Processor
+from ..tokenizer import Tokenizer
+from .common import DTYPES, note
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser("convert", help="convert a checkpoint between Hugging Face and big_vision")
+    parser.add_argument("source", type=Path, metavar="IN", help="Hugging Face folder or big_vision .npz")
+    parser.add_argument("target", type=Path, metavar="OUT", help="folder to write, or a file ending in .npz")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: the source's)")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model to put into the folder")
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.tokenizer is not None:
+        Tokenizer.from_file(options.tokenizer)  # fails before anything is written
+    convert(options.source, options.target, dtype=DTYPES.get(options.dtype), tokenizer=options.tokenizer)
+    images = [
+        name for name in ("preprocessor_config.json", "processor_config.json") if (options.target / name).is_file()
+    ]
+    # The files of a source folder are copied as they are; a processor knows only its own fields.
+    if (options.target / "tokenizer.model").is_file() and (options.tokenizer is not None or not images):
+        Processor.from_pretrained(options.target).save_pretrained(options.target)
+    note(f"wrote {options.target}")

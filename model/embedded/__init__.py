@@ -1,0 +1,1 @@
+"""The built-in model: its weights, and the world, tasks and stages that it was trained with."""
