@@ -1,56 +1,46 @@
-"""Images and text in, text, boxes and masks out."""
+"""The processor: images and prompts to a model's inputs, tokens to text, boxes and masks."""
 
 from __future__ import annotations
 
-import math
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from .added_tokens import lone_surrogate
 from .arguments import integer
 from .config import PaliGemmaConfig
-from .files import json_bytes, read_json_object, write_atomically
+from .files import json_bytes, write_atomically
+from .images import RESIZE_MODES, ImageInput, load_image, normalization_table, read_image_config, resized_pixels
 from .inputs import Inputs
 from .locations import Detection, draw, parse
 from .segmentation import MaskVQVAE
 from .tokenizer import IMAGE_TOKEN, StreamDecoder, Tokenizer
 
-ImageInput: TypeAlias = "Image.Image | np.ndarray | torch.Tensor | str | os.PathLike[str]"
-
-MAX_IMAGE_PIXELS = 178_956_970
-"""Largest image taken, in pixels (0.5 GB as RGB): the size from which Pillow refuses to open a file."""
-
 MASK_DECODER = "vae-oid.npz"
-"""A checkpoint folder's mask decoder."""
+"""File name of a checkpoint folder's mask decoder."""
 
-RESIZE_MODES = ("hf", "big_vision", "big_vision_no_antialias")
 IGNORE_INDEX = -100
 
 
 class Processor:
-    """Turns images and prompts into a model's inputs, and a model's tokens into text and objects.
+    """Turn images and prompts into a model's inputs, and a model's tokens into text and objects.
 
     Args:
-        tokenizer: the text side.
+        tokenizer: encodes and decodes text.
         image_size: side of the square that images are resized to, in pixels.
         num_image_tokens: placeholders per image.
-        image_token_id: id of the placeholder; the tokenizer's unless given.
-        max_position_embeddings: longest sequence the model takes, image tokens included.
-        resize: how images become squares. "hf" resamples 8-bit images with Pillow (bicubic, antialias), as
-            transformers; "big_vision" is bilinear with antialias in float, as the original code's inference and its
-            VQA and OCR training; "big_vision_no_antialias" is what COCO captions, TextCaps, SciCap, RefCOCO and GQA
-            were trained with.
+        image_token_id: id of the placeholder; default: the tokenizer's.
+        max_position_embeddings: the model's longest sequence, image tokens included.
+        resize: how images become squares. "hf" resamples 8-bit images with Pillow (bicubic, antialias), as transformers does.
+            "big_vision" is bilinear with antialias in float, as in the original code's inference and its VQA and OCR training.
+            "big_vision_no_antialias" was used in training on COCO captions, TextCaps, SciCap, RefCOCO and GQA.
         resample: Pillow's filter for "hf".
         image_mean, image_std: one number per channel for "hf", applied after scaling to [0, 1].
-        mask_decoder: turns segmentation codes into masks; without it, parsed objects have none.
+        mask_decoder: turns segmentation codes into masks; without it, parsed objects have no masks.
 
     Raises:
         ValueError: an argument is out of range.
@@ -87,7 +77,7 @@ class Processor:
         self.image_mean = tuple(image_mean)
         self.image_std = tuple(image_std)
         self.mask_decoder = mask_decoder
-        self._normalized = _normalization_table(self.image_mean, self.image_std)
+        self._normalized = normalization_table(self.image_mean, self.image_std)
 
     @classmethod
     def from_pretrained(
@@ -97,15 +87,15 @@ class Processor:
         resize: str = "hf",
         mask_decoder: MaskVQVAE | str | os.PathLike[str] | None = None,
     ) -> Processor:
-        """Builds the processor of a checkpoint folder.
+        """Build the processor of a checkpoint folder.
 
-        Reads ``tokenizer.model``, ``config.json``, and where they are there ``tokenizer_config.json``,
-        ``added_tokens.json``, ``preprocessor_config.json`` or ``processor_config.json``, and ``vae-oid.npz``, the mask
-        decoder (``mask_decoder``: another one, or its path).
+        Read `tokenizer.model` and `config.json`, and if they exist `tokenizer_config.json`, `added_tokens.json`,
+        `preprocessor_config.json` or `processor_config.json`, and the mask decoder, `vae-oid.npz` (`mask_decoder`: another
+        one, or its path).
 
         Raises:
-            FileNotFoundError: a file that is needed is not there.
-            ValueError: a file cannot be understood, or two of them disagree.
+            FileNotFoundError: a required file is missing.
+            ValueError: a file cannot be parsed, or two files disagree.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -121,7 +111,7 @@ class Processor:
                 f"{folder}: its tokenizer has ids up to {tokenizer.largest_text_id}, but {config_path} has vocab_size "
                 f"{vocabulary}; a model with added tokens needs a larger embedding"
             )
-        image_path, image_config = _read_image_config(folder)
+        image_path, image_config = read_image_config(folder)
         size = config.vision_config.image_size
         declared = image_config.get("size", size)
         if declared not in (size, {"height": size, "width": size}):
@@ -144,10 +134,9 @@ class Processor:
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ``tokenizer.model``, ``tokenizer_config.json`` and ``preprocessor_config.json``.
+        """Write `tokenizer.model`, `tokenizer_config.json`, `preprocessor_config.json`, and the mask decoder to `vae-oid.npz`.
 
-        Beside the model's ``config.json``, both this class and transformers' ``AutoProcessor`` read them. The mask decoder,
-        if there is one, goes into ``vae-oid.npz``.
+        Beside the model's `config.json`, both this class and transformers' `AutoProcessor` read them.
         """
         self.tokenizer.save_pretrained(folder)
         content = {
@@ -176,25 +165,24 @@ class Processor:
         *,
         padding_side: str = "left",
     ) -> Inputs:
-        """Makes the inputs of a model: ``<image>`` placeholders, BOS, prompt, newline, and for training suffix, EOS.
+        """Make the inputs of a model: `<image>` placeholders, BOS, prompt, newline, and for training suffix and EOS.
 
         Args:
             images: one image, one for each prompt, or a list of images for each prompt. An image is a PIL image, an
                 array or tensor (HWC, HW, or CHW for tensors; uint8, or float in [0, 1]), or a path (whose EXIF
                 orientation is applied). Transparency is blended onto white.
-            prompts: one prompt or a batch. One that has ``<image>`` in it says itself where its images go.
-            suffixes: the answers to learn, one for each prompt.
-            padding_side: "left" (to generate) or "right".
+            prompts: one prompt or a batch. A prompt with `<image>` in it places its images itself.
+            suffixes: the answers to train on, one for each prompt.
+            padding_side: "left" (for generation) or "right".
 
         Returns:
-            ``input_ids``, ``attention_mask``, ``token_type_ids`` (1 on the suffix), each int64 [B, S];
-            ``pixel_values`` fp32 [images, 3, H, W]; with suffixes ``labels`` int64 [B, S], -100 off the suffix. They are a
-            dict, whose ``to`` moves them to a device.
+            A dict whose `to` moves it to a device: `input_ids`, `attention_mask`, `token_type_ids` (1 on the suffix), each int64
+            [B, S]; `pixel_values` fp32 [images, 3, H, W]; with suffixes `labels` int64 [B, S], -100 outside the suffix.
 
         Raises:
             ValueError: counts of images, prompts or suffixes differ, a sequence is too long, or an image is too large.
-            TypeError: an image or a text is of no type named above.
-            FileNotFoundError, OSError: an image file is missing, no image, or truncated.
+            TypeError: an image or a text of another type.
+            FileNotFoundError, OSError: an image file is missing, not an image, or truncated.
         """
         prompts = _as_texts("prompts", prompts)
         if not prompts:
@@ -212,10 +200,10 @@ class Processor:
         *,
         padding_side: str = "left",
     ) -> Inputs:
-        """Makes a model's inputs without ``pixel_values``: those of ``__call__`` for so many images of each prompt.
+        """Make a model's inputs without `pixel_values`, as `__call__` does for `num_images` images of each prompt.
 
         Raises:
-            ValueError, TypeError: as ``__call__``.
+            ValueError, TypeError: as `__call__`.
         """
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side: {padding_side!r}; allowed are 'left' and 'right'")
@@ -234,26 +222,29 @@ class Processor:
         return inputs
 
     def preprocess_images(self, images: Iterable[ImageInput]) -> torch.Tensor:
-        """Resizes and normalizes images.
+        """Resize and normalise images.
 
         Returns:
             fp32 [n, 3, H, W], in [-1, 1] for the released models.
 
         Raises:
-            As ``__call__``.
+            As `__call__`.
         """
-        pixels = [self._preprocess(load_image(image)) for image in images]
+        pixels = [
+            resized_pixels(load_image(image), self.image_size, self.resize, self.resample, self._normalized)
+            for image in images
+        ]
         return torch.stack(pixels) if pixels else torch.empty(0, 3, self.image_size, self.image_size)
 
     def decode(self, ids: torch.Tensor | np.ndarray | Sequence[int] | Sequence[Sequence[int]]) -> list[str]:
-        """Returns the text of each row of ids [B, T] (or of the one row [T]), up to its first EOS.
+        """Return the text of each row of ids [B, T] (or of the one row [T]), up to its first EOS.
 
-        Special tokens are left out, ``<loc>`` and ``<seg>`` are kept, and so is white space, as in transformers'
-        ``batch_decode(skip_special_tokens=True)``. Other tokens that end an answer (``generate``'s ``eos_token_id``) are text
-        unless they are special, as there.
+        Special tokens are left out; `<loc>`, `<seg>` and white space are kept, as in transformers'
+        `batch_decode(skip_special_tokens=True)`. Other tokens that end an answer (`generate`'s `eos_token_id`) are text
+        unless they are special.
 
         Raises:
-            TypeError: ids that are no integers, or no rows of them.
+            TypeError: ids that are not integers or rows of integers.
         """
         if not isinstance(ids, (torch.Tensor, np.ndarray, Sequence)):
             raise TypeError(f"ids: rows of token ids are expected, got {type(ids).__name__}")
@@ -263,11 +254,11 @@ class Processor:
         return [self.tokenizer.decode(row) for row in rows]
 
     def stream_decoder(self) -> StreamDecoder:
-        """Returns a decoder for one sequence: ``push(id)`` gives the text an id completes, ``finish()`` the rest."""
+        """Return a decoder for one sequence: `push(id)` returns the text that an id completes, `finish()` the rest."""
         return self.tokenizer.stream_decoder()
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yields the text of one sequence piece by piece, never half of a character."""
+        """Yield the text of one sequence piece by piece, never half a character."""
         decoder = self.stream_decoder()
         for token_id in ids:
             if text := decoder.push(token_id):
@@ -276,11 +267,11 @@ class Processor:
             yield text
 
     def parse(self, text: str, size: tuple[int, int]) -> list[Detection]:
-        """Returns the objects that an answer names, in pixels of an image of ``size`` (width, height)."""
+        """Return the objects of an answer, in pixels of an image of `size` (width, height)."""
         return parse(text, size, mask_decoder=self.mask_decoder)
 
     def draw(self, image: ImageInput, objects: Sequence[Detection]) -> Image.Image:
-        """Returns a copy of the image with the objects' outlines, labels and masks."""
+        """Return a copy of the image with the objects' outlines, labels and masks drawn on it."""
         return draw(load_image(image), objects)
 
     def _prefix(self, prompt: str, num_images: int) -> list[int]:
@@ -320,162 +311,6 @@ class Processor:
             token_type_ids[row, start + len(prefix) : end] = 1
         return Inputs(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
 
-    def _preprocess(self, image: Image.Image) -> torch.Tensor:
-        size = (self.image_size, self.image_size)
-        if self.resize == "hf":
-            pixels = np.asarray(image.resize(size, resample=self.resample))
-            return torch.from_numpy(np.stack([self._normalized[c][pixels[..., c]] for c in range(3)]))
-        # One channel at a time: a large photo in float, all at once, would take four times its channel's memory.
-        channels = [
-            torch.nn.functional.interpolate(
-                torch.from_numpy(np.asarray(channel, dtype=np.float32))[None, None],
-                size=size,
-                mode="bilinear",
-                align_corners=False,
-                antialias=self.resize == "big_vision",
-            )[0, 0]
-            for channel in image.split()
-        ]
-        return torch.stack(channels) / 127.5 - 1.0
-
-
-def load_image(image: ImageInput) -> Image.Image:
-    """Returns any accepted image as 8-bit RGB, with transparency blended onto white.
-
-    Args:
-        image: PIL image, array (HWC or HW), tensor (CHW, HWC or HW), or path, whose EXIF orientation is applied. Arrays
-            are uint8, or float in [0, 1]; 1, 3 or 4 channels.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        OSError: the file is no image, or truncated.
-        ValueError: more than ``MAX_IMAGE_PIXELS`` pixels, or an array of another shape, dtype or range.
-        TypeError: anything else.
-    """
-    if isinstance(image, (str, os.PathLike)):
-        return _load_file(Path(image))
-    if isinstance(image, Image.Image):
-        name = str(getattr(image, "filename", "") or "image")
-        _check_pixels(name, image.size)
-        try:
-            return _to_rgb(image, name)
-        except _UnfitImage:
-            raise
-        except Exception as error:  # Pillow's readers raise anything on damaged files, which they may read only now
-            raise _unreadable(name, error) from error
-    if isinstance(image, torch.Tensor):
-        if image.layout != torch.strided or image.is_meta or image.is_quantized:
-            raise TypeError(
-                f"images: a dense tensor is expected, got {image.layout} of {image.dtype} on {image.device}"
-            )
-        array = image.detach().cpu()
-        return _array_to_rgb((array.float() if array.is_floating_point() else array).numpy(), channels_first=True)
-    if isinstance(image, np.ndarray):
-        return _array_to_rgb(image, channels_first=False)
-    raise TypeError(f"images: a PIL image, array, tensor or path is expected, got {type(image).__name__}")
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Returns width and height of an image file as ``load_image`` gives it, from its header alone where that can be.
-
-    Raises:
-        As ``load_image``.
-    """
-    with _opened(path) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        size = image.size
-    return load_image(path).size if turned else size
-
-
-def _load_file(path: Path) -> Image.Image:
-    with _opened(path) as image:
-        return _to_rgb(ImageOps.exif_transpose(image), str(path))
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open an image file; whatever goes wrong in the block comes out naming it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such image file")
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns from half of the size that it refuses; MAX_IMAGE_PIXELS is that second bound.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                _check_pixels(str(path), image.size)
-                yield image
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: too large ({error}); at most {MAX_IMAGE_PIXELS} pixels are taken") from error
-    except UnidentifiedImageError as error:
-        raise OSError(f"{path}: not an image, or of a format Pillow cannot read") from error
-    except _UnfitImage:
-        raise
-    except Exception as error:  # Pillow's readers raise anything on damaged files
-        raise _unreadable(str(path), error) from error
-
-
-class _UnfitImage(ValueError):
-    """An image that could be read, and is not taken."""
-
-
-def _unreadable(name: str, error: Exception) -> OSError:
-    reason = error if isinstance(error, (OSError, SyntaxError)) else f"{type(error).__name__}: {error}"
-    return OSError(f"{name}: cannot read the image, it may be truncated ({reason})")
-
-
-def _check_pixels(name: str, size: tuple[int, int]) -> None:
-    width, height = size
-    if width * height == 0:
-        raise _UnfitImage(f"{name}: the image is empty ({width}×{height})")
-    if width * height > MAX_IMAGE_PIXELS:
-        pixels = width * height
-        raise _UnfitImage(
-            f"{name}: {width}×{height} is {pixels} pixels; at most {MAX_IMAGE_PIXELS} are taken, reduce it"
-        )
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        image.load()
-        return image
-    if image.mode.startswith("I;16"):
-        # Pillow clips 16-bit grey to 8 bits, which turns most of it white.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise _UnfitImage(f"{name}: Pillow mode {image.mode!r} has no fixed range; convert it to 'L' or 'RGB' first")
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _array_to_rgb(array: np.ndarray, *, channels_first: bool) -> Image.Image:
-    shape = array.shape
-    if array.ndim == 2:
-        array = array[..., None]
-    elif array.ndim == 3 and channels_first and shape[0] in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
-        layout = "[H, W], [C, H, W] or [H, W, C]" if channels_first else "[H, W] or [H, W, C]"
-        raise ValueError(f"images: {layout} with 1, 3 or 4 channels is expected, got {list(shape)}")
-    _check_pixels("images", (array.shape[1], array.shape[0]))
-    if np.issubdtype(array.dtype, np.floating):
-        low, high = array.min(), array.max()
-        if not (low >= 0.0 and high <= 1.0):
-            raise ValueError(f"images: float arrays must lie in [0, 1], got [{low}, {high}]")
-        array = np.rint(array * 255.0).astype(np.uint8)
-    elif array.dtype == np.bool_:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype != np.uint8:
-        raise ValueError(f"images: dtype uint8 or float is expected, got {array.dtype}")
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array)), "images")
-
-
-def _normalization_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    # In transformers' order of operations and roundings, so that the result is equal to the last bit.
-    scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    return (scaled - np.asarray(mean, np.float32)[:, None]) / np.asarray(std, np.float32)[:, None]
-
 
 def _as_texts(argument: str, texts: str | Sequence[str]) -> list[str]:
     texts = [texts] if isinstance(texts, str) else texts
@@ -496,7 +331,7 @@ def _is_list(value: object) -> bool:
 def _images_per_prompt(
     images: ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]], prompts: list[str]
 ) -> tuple[list[ImageInput], list[int]]:
-    """Flattens the images and counts those of each prompt."""
+    """Return the flat list of images, and the number of images of each prompt."""
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         images = list(images)
     groups: list = list(images) if isinstance(images, (list, tuple)) else [images]
@@ -520,39 +355,3 @@ def _images_per_prompt(
             if written != given:
                 raise ValueError(f"prompts[{index}]: {written} {IMAGE_TOKEN} in it, but {given} images are given")
     return flat, counts
-
-
-def _read_image_config(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Read the image processor's file and check the fields that decide what a model sees."""
-    path = folder / "preprocessor_config.json"
-    config = {}
-    if path.is_file():
-        config = read_json_object(path)
-    elif (path := folder / "processor_config.json").is_file():
-        config = read_json_object(path).get("image_processor", {})
-        if not isinstance(config, dict):
-            raise ValueError(f"{path}: image_processor: expected an object, got {config!r:.80}")
-    config = {name: value for name, value in config.items() if value is not None}
-    for step in ("do_resize", "do_rescale", "do_normalize"):
-        if config.get(step, True) is not True:
-            raise ValueError(f"{path}: {step} is {config[step]!r:.80}; images are always resized and normalized here")
-    factor = config.get("rescale_factor", 1 / 255)
-    if not _is_finite(factor) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise ValueError(f"{path}: rescale_factor: expected 1/255, got {factor!r:.80}")
-    resample = config.get("resample", Image.Resampling.BICUBIC)
-    if (
-        type(resample) is not int
-        and not isinstance(resample, Image.Resampling)
-        or resample not in list(Image.Resampling)
-    ):
-        raise ValueError(f"{path}: resample: expected one of Pillow's numbers, 0 to 5, got {resample!r:.80}")
-    for name in ("image_mean", "image_std"):
-        values = config.get(name, 0.5)
-        config[name] = values = values if isinstance(values, list) else [values] * 3
-        if len(values) != 3 or not all(map(_is_finite, values)) or (name == "image_std" and min(values) <= 0):
-            raise ValueError(f"{path}: {name}: expected a number or three of them, got {config[name]!r:.80}")
-    return path, config
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9

@@ -13,7 +13,8 @@ from PIL import Image
 from pg_kernels.quantization import ACTIVATIONS
 
 from ..config import PaliGemmaConfig
-from ..processor import RESIZE_MODES, Processor
+from ..images import RESIZE_MODES
+from ..processor import Processor
 from ..segmentation import MaskVQVAE
 from ..tokenizer import Tokenizer
 

@@ -15,8 +15,9 @@ from PIL import Image
 from pg_kernels.quantization import ACTIVATIONS
 
 from .. import EMBEDDED_CHECKPOINT
+from ..images import load_image
 from ..paligemma import PaliGemma
-from ..processor import Processor, load_image
+from ..processor import Processor
 from ..quality import compare, table
 from .common import DTYPES, choose_device, default_device
 

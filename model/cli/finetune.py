@@ -12,8 +12,8 @@ import torch
 from pg_kernels.quantization import ACTIVATIONS
 
 from .. import EMBEDDED_CHECKPOINT
+from ..images import RESIZE_MODES
 from ..paligemma import PaliGemma
-from ..processor import RESIZE_MODES
 from ..training import parallel
 from ..training.data import JsonLines, UnreadableImage
 from ..training.finetune import Lora, finetune

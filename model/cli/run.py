@@ -14,9 +14,9 @@ import torch
 
 from .. import EMBEDDED_CHECKPOINT
 from ..files import temporary_sibling
+from ..images import load_image
 from ..locations import Detection
 from ..paligemma import PaliGemma
-from ..processor import load_image
 from .common import DTYPES, add_model_arguments, check_drawing, choose_device, default_device, note, open_processor
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from .. import EMBEDDED_CHECKPOINT
+from ..images import load_image
 from ..locations import label_font
 from ..paligemma import PaliGemma
-from ..processor import Processor, load_image
+from ..processor import Processor
 from ..training.data import Example, JsonLines
 
 SAMPLES = EMBEDDED_CHECKPOINT / "samples" / "samples.jsonl"

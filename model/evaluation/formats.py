@@ -15,8 +15,8 @@ import numpy as np
 
 from ..added_tokens import lone_surrogate
 from ..files import parse_json, read_json_object, unreadable
+from ..images import image_size
 from ..locations import Box, Detection
-from ..processor import image_size
 
 Segmentation = list[list[float]] | dict[str, Any]
 """A mask as COCO writes it: polygons [x1, y1, x2, y2, …] in pixels, or run lengths with their size."""

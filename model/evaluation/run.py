@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from ..added_tokens import lone_surrogate
 from ..files import parse_json, write_atomically
+from ..images import load_image
 from ..inputs import Inputs
 from ..paligemma import PaliGemma
-from ..processor import Processor, load_image
+from ..processor import Processor
 from ..tokenizer import LOC_TOKENS
 from .formats import Question, Region, find_images
 from .tasks import TASKS, Answer, Source, Task

@@ -440,7 +440,8 @@ def test_bars_end_at_the_median_ratio_and_whiskers_at_its_percentiles() -> None:
     baseline = timed_row("c", "eager", (1.0, 2.0, 3.0, 4.0, 5.0, 6.0))
     ours = timed_row("c", "pg_kernels native", (1.0,) * 6)
     ends = plots._bar(axes, 0.0, ours, baseline, plots.styles(run_of(ours))["pg_kernels native"])
-    (bar,) = axes.patches
+    bar: Any = axes.patches[0]
+    assert len(axes.patches) == 1
     assert (bar.get_x(), bar.get_x() + bar.get_width()) == pytest.approx((1.0, 3.5))
     assert ends == pytest.approx((2.0, 5.0))
     assert tuple(axes.lines[0].get_xdata()) == pytest.approx((2.0, 5.0))

@@ -419,8 +419,8 @@ def _varlen(
     outs = [q[:0] * (k.sum() + v.sum())]
     for index, (start, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
         prefix = prefix_lens[index : index + 1] if isinstance(prefix_lens, Tensor) else prefix_lens
-        one = (tensor[start:end].transpose(0, 1)[None] for tensor in (q, k, v))
-        outs.append(_attention(*one, prefix, **options)[0].transpose(0, 1))
+        one_q, one_k, one_v = (tensor[start:end].transpose(0, 1)[None] for tensor in (q, k, v))
+        outs.append(_attention(one_q, one_k, one_v, prefix, **options)[0].transpose(0, 1))
     return torch.cat(outs)
 
 
@@ -645,7 +645,12 @@ def int8_projections(draw: Draw) -> Call:
 def int8_geglu(draw: Draw) -> Call:
     n, k, dtype = draw.choice(SIZES), draw.choice(WIDTHS), draw.choice(FLOATS)
     gate, up = _packed(draw, n, k), _packed(draw, n, k)
-    arguments = {"x": draw.tensor(draw.rows(k), dtype, 0.3), "gate": gate, "up": up, "activations": _activations(draw)}
+    arguments: dict[str, Any] = {
+        "x": draw.tensor(draw.rows(k), dtype, 0.3),
+        "gate": gate,
+        "up": up,
+        "activations": _activations(draw),
+    }
 
     def definition(x: Tensor, gate: Any, up: Any, activations: str) -> Tensor:
         return _geglu(_int8_linear(x, gate, activations=activations), _int8_linear(x, up, activations=activations))

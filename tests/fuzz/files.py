@@ -155,10 +155,10 @@ def _judge(status: int, text: str, subject: Subject, half_written: Sequence[Path
 # Damages
 
 
-def damages(file: str) -> list[Callable[[Path, random.Random], None]]:
+def damages(file: str) -> list[Callable[..., None]]:
     """What can be done to a file of this kind; all of them are random, and write the file anew."""
     kind = Path(file).suffix
-    own: dict[str, list[Callable[[Path, random.Random], None]]] = {
+    own: dict[str, list[Callable[..., None]]] = {
         ".json": [change_json, change_json, change_json],
         ".jsonl": [change_line, change_line, change_line],
         ".safetensors": [change_header, change_header],

@@ -102,7 +102,7 @@ def paligemma(kind: str = "gemma", attention: str = "eager", **text: Any) -> Any
         projection_dim=TEXT["hidden_size"],
         hidden_size=TEXT["hidden_size"],
         image_token_index=IMAGE,
-        pad_token_id=0,
+        **{"pad_token_id": 0},
     )
     config._attn_implementation = attention
     return randomised(PaliGemmaForConditionalGeneration(config))

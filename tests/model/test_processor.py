@@ -18,7 +18,8 @@ from PIL import Image
 from transformers import AddedToken, AutoProcessor, PaliGemmaConfig, PaliGemmaProcessor
 
 from pg_kernels.model import processor as processor_module
-from pg_kernels.model.processor import MAX_IMAGE_PIXELS, Processor, load_image
+from pg_kernels.model.images import MAX_IMAGE_PIXELS, load_image
+from pg_kernels.model.processor import Processor
 from pg_kernels.model.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
 
 WORDS = [

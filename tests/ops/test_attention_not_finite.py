@@ -37,8 +37,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, **options: Any) -> N
         torch.testing.assert_close(out.detach(), expected, equal_nan=True, rtol=2e-3, atol=2e-3)
 
 
-def tensors(device: str, q_len: int, kv_len: int) -> list[Tensor]:
-    return [randn(1, 1, length, 16, device=device) for length in (q_len, kv_len, kv_len)]
+def tensors(device: str, q_len: int, kv_len: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (randn(1, 1, length, 16, device=device) for length in (q_len, kv_len, kv_len))
+    return q, k, v
 
 
 @pytest.mark.parametrize("garbage", GARBAGE, ids=str)

@@ -776,8 +776,8 @@ def test_packed_sequences(
                 prefix = one["prefix_lens"]
                 one["prefix_lens"] = [prefix if isinstance(prefix, int) else prefix[b]]
             visible = visible_pairs(1, end - start, end - start, **one)
-            rows = [tensor[start:end].transpose(0, 1)[None] for tensor in (q, k, v)]
-            parts.append(definition(*rows, visible, softcap=softcap)[0].transpose(0, 1))
+            one_q, one_k, one_v = (tensor[start:end].transpose(0, 1)[None] for tensor in (q, k, v))
+            parts.append(definition(one_q, one_k, one_v, visible, softcap=softcap)[0].transpose(0, 1))
         return torch.cat(parts)
 
     offsets = torch.tensor(ends, dtype=torch.int32, device=device)
