@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,10 @@ class PaliGemma(Adaptable, GraphCachingModel):
 
     Source: Beyer et al., https://arxiv.org/abs/2407.07726; Steiner et al., https://arxiv.org/abs/2412.03555; big_vision.
     """
+
+    if TYPE_CHECKING:
+        # nn.Module's __getattr__ makes type checkers accept every name as an attribute.
+        __getattr__: None  # type: ignore[assignment, misc]
 
     def __init__(self, config: PaliGemmaConfig) -> None:
         super().__init__()

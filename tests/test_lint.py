@@ -25,17 +25,16 @@ def wrong(model: PaliGemma, processor: Processor, x: Tensor) -> None:
 
 def test_a_wrong_call_fails(tmp_path: Path) -> None:
     """mypy reads two files as if they ended with wrong calls, one of the benchmarks and one of the tests."""
+    subprocess.run(["make", "-s", "types"], cwd=ROOT, check=True)
     expected, arguments = set(), []
     for file in ("build/types/pg_kernels/benchmarks/__main__.py", "tests/test_lint.py"):
-        subprocess.run(["make", "-s", "types"], cwd=ROOT, check=True)
-        text = (ROOT / file).read_text(encoding="utf-8") + WRONG_CALLS
+        text = (ROOT / file).read_text(encoding="utf-8")
         shadow = tmp_path / file.replace("/", "_")
-        shadow.write_text(text, encoding="utf-8")
+        shadow.write_text(text + WRONG_CALLS, encoding="utf-8")
         arguments += ["--shadow-file", file, str(shadow)]
-        lines = enumerate(text.splitlines(), 1)
-        expected |= {
-            (file, number, line.split("# ")[-1]) for number, line in lines if line.endswith("]") and "# [" in line
-        }
+        for number, line in enumerate(WRONG_CALLS.splitlines(), len(text.splitlines()) + 1):
+            if "  # [" in line:
+                expected.add((file, number, line.partition("  # ")[2]))
     result = subprocess.run([sys.executable, "-m", "mypy", *arguments], cwd=ROOT, capture_output=True, text=True)
     errors = re.findall(r"^(\S+?):(\d+): error: .*  (\[[a-z-]+\])$", result.stdout, flags=re.MULTILINE)
     assert {(file, int(line), code) for file, line, code in errors} == expected, result.stdout + result.stderr

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import AddedToken, AutoProcessor, PaliGemmaConfig, PaliGemmaProcessor
 
-from pg_kernels.model import processor as processor_module
+from pg_kernels.model import images as images_module
 from pg_kernels.model.images import MAX_IMAGE_PIXELS, load_image
 from pg_kernels.model.processor import Processor
 from pg_kernels.model.tokenizer import LOC_TOKENS, SEG_TOKENS, Tokenizer
@@ -828,7 +828,7 @@ def test_large_images(ours: Processor, tmp_path: Path, monkeypatch: pytest.Monke
     Image.new("1", (20_000, 10_000)).save(path)
     with pytest.raises(ValueError, match=f"large.png.*200000000.*{MAX_IMAGE_PIXELS}"):
         ours(path, "a")
-    monkeypatch.setattr(processor_module, "MAX_IMAGE_PIXELS", 99)
+    monkeypatch.setattr(images_module, "MAX_IMAGE_PIXELS", 99)
     with pytest.raises(ValueError, match="10×10 is 100 pixels; at most 99"):
         ours(Image.new("RGB", (10, 10)), "a")
 
