@@ -1,8 +1,9 @@
-"""The package's structure: imports point one way and make no circle, and a class name means one class."""
+"""The package's structure: imports point one way without circles, a class name means one class, the vocabulary is in use."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -123,3 +124,11 @@ def test_no_two_classes_have_one_name() -> None:
                     owners.setdefault(node.name, []).append(name)
     # Every op has its own Tiles, which code calls tiles.Tiles.
     assert {name: found for name, found in owners.items() if len(found) > 1 and name != "Tiles"} == {}
+
+
+def test_the_vocabulary_is_in_use() -> None:
+    """Every name in CONTRIBUTING's first column occurs in the code."""
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("### Vocabulary")[2]
+    names = [name for row in re.findall(r"^\| ([^|]*) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in modules().values())
+    assert len(names) > 30 and [name for name in names if not re.search(rf"\b{name}\b", code)] == []
