@@ -1,4 +1,4 @@
-"""PEFT's LoRA over int8 layers; over float layers PEFT needs nothing from here."""
+"""PEFT's LoRA over int8 layers. Float layers need nothing from this module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from pg_kernels.nn import Int8Linear
 
-# Parts of names, plain or in regular expressions, as transformers up to 4.51 or 4.57 had them, and what stands there today.
+# Parts of layer names of transformers up to 4.51 or 4.57, plain or in regular expressions, and their names today.
 _OLDER_NAMES = (
     (r"language_model\\?\.lm_head", "lm_head"),
     (r"(language_model\\?\.)model\\?\.", r"\1"),
@@ -22,14 +22,14 @@ _OLDER_NAMES = (
 
 
 def register(config: LoraConfig) -> LoraConfig:
-    """Let a LoraConfig adapt `Int8Linear` layers, too, and give it back: for `get_peft_model`, `add_adapter` and the like.
+    """Let a LoraConfig adapt `Int8Linear` layers, too, and return it, for `get_peft_model` and `add_adapter`.
 
-    PEFT does not save this, so an adapter is loaded with
+    PEFT does not save the registration. Load an adapter with
 
         PeftModel.from_pretrained(model, folder, config=register(LoraConfig.from_pretrained(folder)))
 
-    Plain and rank-stabilised LoRA, initialised without a look at the weights; PEFT raises ValueError for others when it wraps a
-    layer. Layers may have the names that transformers up to 4.57 gave them in PaliGemma.
+    int8 layers take plain and rank-stabilised LoRA with an initialisation that does not read the weights; PEFT raises ValueError
+    for others when it wraps a layer. Layers may have the names of PaliGemma in transformers up to 4.57.
     """
     for field in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
         setattr(config, field, _with_current_names(getattr(config, field)))
@@ -38,7 +38,7 @@ def register(config: LoraConfig) -> LoraConfig:
 
 
 def _with_current_names(names: Any) -> Any:
-    """Names of layers, a mapping of them or a regular expression for them; older ones also as they are today."""
+    """Add today's names to layer names: a list of names, a mapping by names, or a regular expression."""
     if isinstance(names, str):
         both = re.fullmatch(r"\(\?:(.*)\)\|\(\?:(.*)\)", names)
         known = _current(names) == names or (both is not None and _current(both[1]) == both[2])
@@ -57,8 +57,8 @@ def _current(name: str) -> str:
 class LoraInt8Linear(lora.Linear):
     """LoRA over an `Int8Linear`: the int8 weight is frozen, gradients flow to the adapter and to the input.
 
-    Merging replaces the layer by an nn.Linear, the dequantised weight plus the adapter's in the layer's dtype, as most of an
-    adapter would be lost in int8 steps; unmerging puts back the very int8 layer.
+    Merging replaces the layer by an nn.Linear with the dequantised weight plus the adapter, in the layer's dtype: most of an
+    adapter would be lost in int8 steps. Unmerging puts the int8 layer back.
 
     Source: Hu et al., https://arxiv.org/abs/2106.09685.
     """
@@ -68,10 +68,10 @@ class LoraInt8Linear(lora.Linear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.int8_layer: nn.Module | None = None
-        """The base layer while a float one that adapters are merged into stands in its place."""
+        """The int8 base layer, while a merged float layer takes its place; else None."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the dequantised layer in the int8 one's place, and add these adapters, or the active ones, to its weight."""
+        """Replace the int8 layer by its dequantised one, and add these adapters, or the active ones, to its weight."""
         if isinstance(self.base_layer, Int8Linear):
             self.int8_layer, self.base_layer = self.base_layer, self.base_layer.dequantize()
         try:
@@ -100,7 +100,7 @@ class LoraInt8Linear(lora.Linear):
         except ValueError as error:
             raise ValueError(f"an int8 layer takes plain or rank-stabilised LoRA: {error}") from error
 
-    # PEFT asks tensors for what it wants to know of a layer, and warns of layers that it has not heard of.
+    # PEFT reads sizes and dtype from a layer's tensors, and warns of layers that it does not know.
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features

@@ -1,4 +1,4 @@
-"""The kernels under transformers: an attention implementation, and faster forwards for models that exist already."""
+"""The kernels under transformers: an attention implementation, and replaced forwards in live models."""
 
 from pg_kernels.integrations.transformers.attention import NAME, register
 from pg_kernels.integrations.transformers.patch import apply_to_paligemma, patch, unpatch

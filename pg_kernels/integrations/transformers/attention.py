@@ -1,4 +1,4 @@
-"""Attention by `prefix_lm_attention`, as transformers calls it."""
+"""`prefix_lm_attention` with the signature of transformers' attention functions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAME = "pg_kernels"
 """The name of this attention in transformers."""
 
 _REFUSED = ("s_aux", "sinks", "cache", "indices", "block_indices")
-"""Options by which some models change what attention means: sinks, paged caches, sparse keys."""
+"""Options that change what attention computes: sinks, paged caches, sparse keys."""
 
 _WITHOUT_EFFECT = frozenset(
     (
@@ -27,22 +27,22 @@ _WITHOUT_EFFECT = frozenset(
             "sliding_window",
             "token_type_ids",
             "use_cache",
-        ),  # the mask has them
+        ),  # contained in the mask
         *("cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q"),
         *("deterministic", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
-        *("ignore_index", "labels", "num_items_in_batch", "shift_labels"),  # a loss's, on their way through the model
+        *("ignore_index", "labels", "num_items_in_batch", "shift_labels"),  # the loss's, which pass through the model
     )
 )
-"""Options that change nothing here. With one that is in no list, attention is transformers' own."""
+"""Options without effect on attention. With any option in neither list, transformers' own attention runs."""
 
 INTERFACE: Any = find("AttentionInterface")
 sdpa_attention_forward: Any = INTERFACE and INTERFACE().get("sdpa")
 eager_attention_forward: Any = find("models.gemma2.modeling_gemma2.eager_attention_forward")
-"""Gemma 2's, which has a softcap."""
+"""Gemma 2's eager attention, which supports a softcap."""
 
 
 def missing_reason() -> str | None:
-    """Return what transformers lacks for an attention of our own, or None if it has all."""
+    """Return what transformers lacks for registering an attention, or None if it lacks nothing."""
     needed = {
         "AttentionInterface": INTERFACE,
         "AttentionMaskInterface": MASKS,
@@ -54,12 +54,12 @@ def missing_reason() -> str | None:
 
 
 def register() -> None:
-    """Make `attn_implementation="pg_kernels"` known to transformers, for every model with attention by name; again does no harm.
+    """Register `attn_implementation="pg_kernels"` with transformers, for every model that selects attention by name.
 
     A mask that `prefix_lm_attention` can express (a bidirectional prefix, causal text after it, padding before or after both, a
-    sliding window) becomes a few lengths in the models that are known to hand it on: Gemma's, PaliGemma, SigLIP, Llama and their
-    like. With any other mask or model, with dropout, and with what else the op does not have, attention is PyTorch's under the
-    dense mask, or transformers' eager one where there is a softcap.
+    sliding window) becomes a few lengths, in models that pass the mask on unchanged: Gemma, PaliGemma, SigLIP, Llama and similar
+    ones. For other masks and models, and for dropout and other unsupported options, PyTorch's SDPA runs with the dense mask, or
+    transformers' eager attention if there is a softcap. Registering again has no effect.
 
     Raises ImportError for a version of transformers without `AttentionInterface` and `AttentionMaskInterface`.
     """
@@ -81,14 +81,14 @@ def attention(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend with query [B, H, Sq, D] and key and value [B, Hkv, Skv, D], as transformers asks for it; [B, Sq, H, D]."""
+    """Attend with query [B, H, Sq, D] to key and value [B, Hkv, Skv, D]. Return the output [B, Sq, H, D] and None."""
     for option in _REFUSED if softcap is None else (*_REFUSED, "position_bias"):
         if options.get(option) is not None:
             raise ValueError(f"{option}: not supported by attn_implementation={NAME!r}")
     compact = attention_mask if attention_mask is not None and attention_mask.dtype == torch.int32 else None
     if compact is not None and not _is_whole(compact):
         raise ValueError(f"{type(module).__name__} has changed the mask; use another attn_implementation for it")
-    # As for transformers' SDPA: without a mask one query sees everything, and several begin at the first key.
+    # As in transformers' SDPA: without a mask, a single query sees all keys, and several queries start at the first key.
     causal = query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     unknown = any(value is not None for option, value in options.items() if option not in _WITHOUT_EFFECT)
     if dropout or unknown or key.shape != value.shape or len(query) != len(key):
@@ -108,12 +108,12 @@ def attention(
 
 
 def _is_whole(mask: Tensor) -> bool:
-    """Whether int32 is what `lengths_mask` gave: some models work on a mask as if it were dense, or slice it along the keys."""
+    """Return whether an int32 mask is unchanged since `lengths_mask`: some models slice or edit a mask as if it were dense."""
     return mask.dim() == 4 and mask.shape[1] <= 2 and mask.shape[2] >= 4 and mask.shape[3] == 1
 
 
 def _bias(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
-    """A dense mask as transformers' eager attention wants it: added to the scores."""
+    """Return a dense mask as the additive bias of transformers' eager attention."""
     if mask is None and causal:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     if mask is None or mask.dtype != torch.bool:

@@ -1,6 +1,6 @@
-"""The forwards that `patch` gives to classes of transformers, and the subclasses that have them.
+"""The forwards with which `patch` replaces those of transformers' classes, and the subclasses that have them.
 
-`versions.RELIES_ON` lists the code of transformers that each of them is written for.
+`versions.RELIES_ON` lists the code of transformers that each forward depends on.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ Forward = Callable[..., Any]
 
 
 def option_of(cls: type) -> str:
-    """Return the option of `patch` that replaces the forward of `cls`; "" if there is none."""
+    """Return the option of `patch` that replaces the forward of `cls`, or "" if there is none."""
     path = class_path(cls)
     return next((option for option in FORWARDS if (option, path) in RELIES_ON), "")
 
 
 def computes_the_same(module: Any) -> bool:
-    """Whether the replacement fits how a module of a known class is configured: its activation, its rotary embedding."""
+    """Return whether the replacement supports the module's configuration: its activation, its rotary embedding."""
     option = option_of(type(module))
     return (option != "mlp" or _is_tanh_gelu(module.act_fn)) and (option != "rotary" or _theta(module) is not None)
 
 
 @functools.cache
 def patched(cls: Any) -> Any:
-    """Make a subclass with our forward that looks like the class itself, for checkpoints and PEFT know classes by their names."""
+    """Return a subclass of `cls` with the replaced forward. It keeps the class's name, which checkpoints and PEFT look at."""
     body = {name: getattr(cls, name) for name in ("__module__", "__doc__")}
     body |= {"forward": FORWARDS[option_of(cls)](cls), "_pg_kernels_original": cls, "__reduce_ex__": _reduced}
     return type(cls.__name__, (cls,), body)
@@ -49,12 +49,12 @@ def original(module: nn.Module) -> Any:
 
 
 def _reduced(module: Any, protocol: Any) -> tuple[Any, ...]:
-    """Copy and pickle a patched module: by its class's name pickle would find the original class."""
+    """Make copy and pickle restore the patched class. By its name, pickle would find the original class."""
     return _bare, (type(module)._pg_kernels_original,), vars(module)
 
 
 def _bare(cls: Any) -> Any:
-    """Make a patched module without attributes; an unpatched one where transformers has changed since it was pickled."""
+    """Return a patched module without attributes; an unpatched one if transformers has changed since it was pickled."""
     if reason := unknown_reason(option_of(cls), cls):
         warnings.warn(f"{cls.__name__} is loaded unpatched: {reason}", stacklevel=2)
     else:
@@ -69,7 +69,7 @@ def _norm_forward(cls: Any) -> Forward:
 def _attention_forward(cls: Any) -> Forward:
     original = cls.forward
     names = list(inspect.signature(original).parameters)[1:]
-    # The cache has had two names; a version with the new one takes calls with the old one, too, and gives it more to update with.
+    # Older versions call the cache `past_key_values`. Newer ones call it `cache`, accept both, and pass more to its update.
     renamed = "cache" in names
     cache_name = "cache" if renamed else "past_key_values"
     attributes = _ATTENTION_OPTIONS[cls.__name__]
@@ -109,13 +109,15 @@ _ATTENTION_OPTIONS = {
     "Gemma2Attention": {"sliding_window": "sliding_window", "softcap": "attn_logit_softcapping"},
     "Gemma3Attention": {"sliding_window": "sliding_window"},
 }
-"""What each class hands to attention beside dropout and scaling, and the attribute that it takes it from."""
+"""The options that each class passes to attention besides dropout and scaling, and the attributes that hold them."""
 
 
 def _theta(attention: Any) -> Any:
-    """Return the base of the rotary embedding's frequencies, or None where they are scaled."""
+    """Return the base of the rotary embedding's frequencies, or None if they are scaled."""
     parameters = attention.config.rope_parameters
-    parameters = parameters.get(getattr(attention, "layer_type", None), parameters)  # Gemma 3's differ by kind of layer
+    parameters = parameters.get(
+        getattr(attention, "layer_type", None), parameters
+    )  # Gemma 3 has parameters for each kind of layer
     return parameters["rope_theta"] if parameters["rope_type"] == "default" else None
 
 
@@ -128,8 +130,8 @@ ForCausalLMLoss: Any = find("loss.loss_utils.ForCausalLMLoss")
 
 
 def _computes_loss(model: Any, logits_to_keep: int | Tensor) -> bool:
-    """Whether `linear_cross_entropy` gives the loss that the model would."""
-    if original(model) is None:  # unpatched, and called by what accelerate has kept
+    """Return whether `linear_cross_entropy` computes the model's loss."""
+    if original(model) is None:  # unpatched; accelerate still calls the forward that it has kept
         return False
     head = model.lm_head
     whole = not isinstance(logits_to_keep, Tensor) and logits_to_keep == 0
@@ -141,7 +143,7 @@ def _loss_forward(cls: Any) -> Forward:
     signature = inspect.signature(original)
     names = list(signature.parameters)[1:]
     function = inspect.unwrap(original)
-    # PaliGemma's forward has left it out in some versions.
+    # Some versions of PaliGemma's forward leave the softcap out.
     caps = "final_logit_softcapping" in (*function.__code__.co_consts, *function.__code__.co_names)
     pali = "PaliGemma" if cls.__name__.startswith("PaliGemma") else ""
 
@@ -177,7 +179,7 @@ def _loss_forward(cls: Any) -> Forward:
         inputs.pop("logits_to_keep", None)
         return without_logits(self, **inputs)
 
-    # Trainer and generate look at it; functools.wraps would lead accelerate past this function.
+    # Trainer and generate read the signature. functools.wraps would make accelerate unwrap this function.
     skip = inspect.Parameter("skip_logits", inspect.Parameter.KEYWORD_ONLY, default=None)
     parameters = list(signature.parameters.values())
     forward.__signature__ = signature.replace(parameters=[*parameters[:-1], skip, parameters[-1]])  # type: ignore[attr-defined]
@@ -191,4 +193,4 @@ FORWARDS: dict[str, Callable[[Any], Forward]] = {
     "mlp": lambda cls: GeGLUMLP.forward,
     "loss": _loss_forward,
 }
-"""By option of `patch`: what makes our forward for a class."""
+"""The functions that make the replaced forward of a class, by option of `patch`."""

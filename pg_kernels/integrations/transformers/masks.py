@@ -1,4 +1,4 @@
-"""Masks of transformers as lengths that `prefix_lm_attention` understands."""
+"""Translate transformers' masks to the lengths of `prefix_lm_attention`."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ _HANDS_ON = frozenset(
         *("persimmon", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"),
     )
 )
-"""Types of models that give a mask to attention as they got it; others add to it, cut it, or look at what it hides."""
+"""Model types that pass the mask to attention unchanged. Other models add to it, slice it, or read it."""
 MASKS: Any = find("AttentionMaskInterface")
-"""transformers' masks by the name of the attention that wants them."""
+"""transformers' mask functions, by the name of the attention that uses them."""
 
 _ARGUMENTS = frozenset(("attention_mask", "kv_offset", "q_offset"))
 
 
-# Telling what kind of mask it is copies to the host, once a forward pass: a compiled graph breaks here.
+# Recognising the mask copies to the host once in a forward pass, which breaks a compiled graph.
 @torch.compiler.disable
 def lengths_mask(**options: Any) -> Tensor | None:
-    """Make the mask for `attention`: lengths, int32 [B, parts, 4 + window, 1], or the dense mask where no lengths mean it.
+    """Return the mask for `attention`: lengths, int32 [B, parts, 4 + window, 1], or the dense mask if lengths cannot express it.
 
-    The dense mask, bool [B, 1, Sq, Skv], is transformers' own for the same arguments, whatever those are. Lengths are guessed
-    from it, and taken only if they mean the very same mask. That costs some bytes for each query and key, for a moment and once
-    for all layers. Rows of padding, which nobody looks at, may differ. A model that may do more with a mask than hand it on gets
-    numbers to add to scores, which all models understand.
+    The dense mask, bool [B, 1, Sq, Skv], is transformers' own for the same arguments. Lengths are derived from it, and used only
+    if they describe exactly that mask. This takes a few bytes for each pair of query and key for a moment, once for all layers.
+    Rows of padding tokens may differ: their outputs are undefined. Models outside _HANDS_ON get the additive float mask.
 
     Args:
-        options: what transformers calls a mask function of `AttentionMaskInterface` with.
+        options: the arguments of a mask function of transformers' `AttentionMaskInterface`.
     """
-    # A skipped mask would say nothing of what it is.
+    # transformers may return None instead of a mask, which would not tell which mask was meant.
     arguments = options | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     if getattr(options.get("config"), "model_type", None) not in _HANDS_ON:
         return MASKS()["eager"](**arguments)
@@ -49,7 +48,7 @@ def lengths_mask(**options: Any) -> Tensor | None:
     attention_mask, q_offset, kv_offset = options["attention_mask"], options["q_offset"], options["kv_offset"]
     q_length, kv_length = dense.shape[2:]
     visible = dense[:, 0]
-    if q_length == 1:  # when decoding: any run of keys is a prefix of its own
+    if q_length == 1:  # decoding: any run of visible keys can be expressed as a prefix
         start, end = _span(visible[:, 0])
         run = torch.stack((end - start, start, end, torch.zeros_like(start)), 1).int()[:, None, :, None]
         return _adjacent(run) if bool((visible.sum(2)[:, 0] == end - start).all()) else dense
@@ -58,13 +57,13 @@ def lengths_mask(**options: Any) -> Tensor | None:
     rows = alike.expand(-1, q_length)
     if attention_mask is None:
         rows = torch.ones_like(rows)
-    else:  # which may be about other tokens than the queries: an encoder's, whose mask has rows that are all alike
+    else:  # the mask may describe other tokens than the queries, such as an encoder's; its rows are then all alike
         about_them = queries[-1] + 1 == attention_mask.shape[1]
         rows = rows | ~about_them | attention_mask.bool()[:, queries.clamp(max=attention_mask.shape[1] - 1)]
     lengths = _lengths(visible & rows[..., None], rows, queries[0] - kv_offset, alike[:, 0])
     choices = [lengths[:, None, :, None]]
     if (window := options.get("local_size")) is not None:
-        # The kernel's window never hides the prefix, transformers' does from what comes after it: two parts.
+        # The kernel's window never hides the prefix. transformers' window hides it from later tokens: this takes two parts.
         causal = lengths * lengths.new_tensor([0, 1, 1, 1])
         parts = torch.stack((lengths, causal), 1)[..., None]
         choices += [nn.functional.pad(part, (0, 0, 0, window)) for part in (parts[:, 1:], parts)]
@@ -74,7 +73,7 @@ def lengths_mask(**options: Any) -> Tensor | None:
 
 
 def _is_dense(mask: Any) -> bool:
-    """Whether a mask is bool [B, 1, Sq, Skv] with something in it, the only kind that lengths can mean."""
+    """Return whether a mask is a non-empty bool [B, 1, Sq, Skv], the only kind that lengths can express."""
     return (
         isinstance(mask, Tensor)
         and mask.dtype == torch.bool
@@ -85,36 +84,36 @@ def _is_dense(mask: Any) -> bool:
 
 
 def _adjacent(mask: Tensor) -> Tensor:
-    """Lay each length's numbers of all examples side by side in memory, so that kernels need no copy of them."""
+    """Make each length contiguous over the examples, so that kernels need no copy."""
     return mask.movedim(0, -1).contiguous().movedim(-1, 0)
 
 
 def _lengths(visible: Tensor, rows: Tensor, q_start: Tensor, alike: Tensor) -> Tensor:
-    """Guess the four `_LENGTHS`, int32 [B, 4], of a mask, bool [B, Sq, Skv], from its `rows` [B, Sq] that are not padding.
+    """Return the four `_LENGTHS`, int32 [B, 4], that may describe a mask, bool [B, Sq, Skv].
 
-    `alike` [B] says of which examples all rows are the same.
+    `rows`, bool [B, Sq], are the rows that are not padding. `alike`, bool [B], says whether an example's rows are all the same.
     """
     start, end = _span(visible.any(1))
-    first = rows.int().argmax(1)  # the first query that is no padding: what it sees of the future is the prefix
+    first = rows.int().argmax(1)  # the first query that is not padding; the future keys that it sees are the prefix
     _, horizon = _span(visible[torch.arange(len(first), device=first.device), first])
     prefix = (horizon - start).where((horizon > q_start + first + 1) | alike, 0)
     return torch.stack((prefix, start, end, q_start.expand_as(start)), 1).int()
 
 
 def _span(seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first true key of bool [B, Skv], and the one after the last; 0 and 0 where there is none."""
+    """Return the index of the first true key of bool [B, Skv] and the index after the last one; 0 and 0 if there is none."""
     return seen.int().argmax(1), (seen * torch.arange(1, seen.shape[1] + 1, device=seen.device)).amax(1)
 
 
 def dense_mask(mask: Tensor, q_len: int, kv_len: int) -> Tensor:
-    """Return the dense mask, bool [B, 1, Sq, Skv], that lengths of `lengths_mask` mean."""
+    """Return the dense mask, bool [B, 1, Sq, Skv], that the lengths of `lengths_mask` describe."""
     return by_parts(mask, q_len, lambda **part: visible_keys(q_len, kv_len, causal=True, **part)[:, None])
 
 
 def by_parts(mask: Tensor, q_len: int, result: Callable[..., Tensor]) -> Tensor:
-    """Compute `result` [B, H, Sq, N] for lengths of `lengths_mask`. Of two parts, the first is for the queries in the prefix.
+    """Compute `result` [B, H, Sq, N] for lengths of `lengths_mask`. The first of two parts is for queries in the prefix.
 
-    The window is the tensor's size: a kernel needs an int, and reading it from a tensor would wait for the device in each layer.
+    The window is the tensor's size: the kernel needs an int, and reading one from a tensor would synchronise in each layer.
     """
     parts = [dict(zip(_LENGTHS, part[:, :4, 0].unbind(1), strict=True)) for part in mask.unbind(1)]
     results = [result(**part, window=mask.shape[2] - 4 or None) for part in parts]

@@ -1,4 +1,4 @@
-"""Give the kernels to live models of transformers, and take them away again."""
+"""Replace the forwards of live transformers models by the kernels', and undo it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass
 class _Patch:
-    """What `unpatch` must know besides what it sees: the attention that each configuration had, and whether floats are gone."""
+    """What `unpatch` restores: each configuration's attention. `int8` says that the float weights are gone."""
 
     attention: list[tuple[Any, str]]
     int8: bool
@@ -38,30 +38,30 @@ def patch(
     loss: bool = True,
     int8: str | None = None,
 ) -> Model:
-    """Let a live model of transformers run on the kernels: PaliGemma 1 and 2, Gemma 1, 2 and 3 (text), SigLIP.
+    """Run a live transformers model on the kernels: PaliGemma 1 and 2, Gemma 1, 2 and 3 (text), SigLIP.
 
-    Modules, parameters and their names stay; only the classes of some modules become subclasses with another forward. Works
-    before and after PEFT wraps the model. Anything that has become more than the kernel computes (LoRA, hooks, offloaded weights,
-    an own loss function) is left to transformers, call by call. Layers whose code in the installed transformers is not that which
-    the kernels were written for stay as they are, and one UserWarning says which and why.
+    Modules, parameters and their names stay. Some modules get a subclass of their class with another forward. This works before
+    and after PEFT wraps the model. A call that needs more than the kernel computes (LoRA, hooks, offloaded weights, a custom loss
+    function) runs transformers' code. Layers whose code in the installed transformers is unknown stay unpatched, and one
+    UserWarning names them.
 
     Args:
-        model: the model, or a module that holds some, such as a PEFT model or a robot policy.
+        model: the model, or a module that contains models, such as a PEFT model or a robot policy.
         rms_norm: Gemma's norms.
-        rotary: rotary embeddings, in fp32 instead of the model's dtype, unless they are scaled or no fused kernel runs there.
+        rotary: rotary embeddings, in fp32 instead of the model's dtype; not if they are scaled or no fused kernel is available.
         mlp: Gemma's MLPs with tanh-approximated GELU.
-        attention: `register`, and switch to it.
-        loss: with labels, in training, compute the loss without logits: `output.logits` is None. An argument `skip_logits` of
-            the model's forward overrules this, either way.
-        int8: "int8" or "int8-dynamic" also replaces nn.Linear layers as `quantize_` does, for good, but for adapters;
-            `save_pretrained` then raises ValueError, except for adapters.
+        attention: call `register`, and switch the model to that attention.
+        loss: in training with labels, compute the loss without logits: `output.logits` is None. The argument `skip_logits` of the
+            model's forward overrides this.
+        int8: "int8" or "int8-dynamic" also replaces nn.Linear layers, except adapters, as `quantize_` does. This cannot be
+            undone, and `save_pretrained` then raises ValueError, except for adapters.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: nothing in the model can be patched, it is patched already, somebody else has, or an unknown `int8`; nothing
-            is changed then.
+        ValueError: nothing in the model can be patched, it is patched already, another package has replaced a forward, or an
+            unknown `int8`. The model is then unchanged.
     """
     if _holders(model):
         raise ValueError("model: already patched; call unpatch first")
@@ -89,7 +89,7 @@ def patch(
         for m in top.modules()
         if isinstance(m, transformers.PreTrainedModel)
     }
-    # One that is ours already is another patched model's, too, which knows what it was.
+    # A configuration that is switched already belongs to another patched model, too, which keeps the original setting.
     before = [(c, c._attn_implementation) for c in configs.values() if c._attn_implementation != NAME]
     vars(model)["_pg_kernels_patch"] = _Patch(before, int8 is not None)
     if outermost:
@@ -106,10 +106,10 @@ def patch(
 
 
 def unpatch(model: Model) -> Model:
-    """Undo `patch`, to the bit; give the model.
+    """Undo `patch` completely, and return the model.
 
-    Raises ValueError for a model that is not patched; one whose classes have changed since, as by FSDP; one in int8, whose floats
-    are gone: load it again.
+    Raises ValueError for a model that is not patched, whose classes have changed since (as FSDP does), or that is int8: its float
+    weights are gone.
     """
     holders = _holders(model)
     if not holders:
@@ -125,7 +125,9 @@ def unpatch(model: Model) -> Model:
             )
     for holder in holders:
         for config, name in holder._pg_kernels_patch.attention:
-            config._attn_implementation = name  # of its parts, too, which come next
+            config._attn_implementation = (
+                name  # also sets the attention of its parts, which the next iterations restore
+            )
         del holder._pg_kernels_patch
     for module in ours:
         _set_class(module, type(module)._pg_kernels_original)  # type: ignore[attr-defined]
@@ -133,10 +135,10 @@ def unpatch(model: Model) -> Model:
 
 
 def apply_to_paligemma(**options: Any) -> Callable[[], None]:
-    """Patch every PaliGemma that transformers builds or loads from now on; calling the result ends that.
+    """Patch every PaliGemma that transformers builds or loads from now on. Return a function that ends this.
 
     Args:
-        options: `patch`'s but `int8`, which needs the weights.
+        options: `patch`'s options, except `int8`, which needs the weights.
 
     Raises:
         ValueError: applied already. TypeError: an unknown option.
@@ -164,11 +166,11 @@ def apply_to_paligemma(**options: Any) -> Callable[[], None]:
 
 
 Unknown = dict[tuple[str, str], str]
-"""Why the replacement of an option does not fit, by option and class name."""
+"""Why an option's replacement does not fit, by option and class name."""
 
 
 def _unknown(model: nn.Module, options: list[str]) -> Unknown:
-    """Return what `options` would replace in a model, but was not written for."""
+    """Return the classes of a model that `options` would replace, but whose code is unknown, with the reasons."""
     classes = {original(module) or type(module) for module in model.modules()}
     homes = {cls.__module__.removeprefix("transformers.") for cls in classes}
     unknown = {}
@@ -189,7 +191,7 @@ def _reason(option: str, cls: type) -> str | None:
 
 
 def _is_replaceable(module: nn.Module, options: list[str], unknown: Unknown) -> bool:
-    """Whether a module gets another forward."""
+    """Return whether a module gets another forward."""
     option, name = option_of(type(module)), type(module).__name__
     return (
         original(module) is None and option in options and (option, name) not in unknown and computes_the_same(module)
@@ -197,7 +199,7 @@ def _is_replaceable(module: nn.Module, options: list[str], unknown: Unknown) -> 
 
 
 def _is_switchable(top: nn.Module, unknown: Unknown) -> bool:
-    """Whether a model of transformers has attention layers of known classes, and of no others that would be known."""
+    """Return whether all attention layers of a model that have a replacement are of classes whose code is known."""
     layers = {type(module) for module in top.modules() if ("attention", class_path(type(module))) in RELIES_ON}
     return bool(layers) and not any(("attention", cls.__name__) in unknown for cls in layers)
 
@@ -207,14 +209,14 @@ def _holders(model: nn.Module) -> list[Any]:
 
 
 def _outermost(model: nn.Module) -> list[Any]:
-    """The models of transformers in a module that are part of no other one."""
+    """Return the transformers models in a module that are not part of another model."""
     if isinstance(model, transformers.PreTrainedModel):
         return [model]
     return [found for child in model.children() for found in _outermost(child)]
 
 
 def _is_adapter(model: nn.Module) -> Callable[[str, Any], bool]:
-    """Tell PEFT's own layers, which are trained, from those that they adapt."""
+    """Return a function that tells PEFT's own layers, which are trained, from the layers that they adapt."""
     if not any(hasattr(module, "peft_config") for module in model.modules()):
         return lambda name, layer: False
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -227,7 +229,7 @@ def _is_adapter(model: nn.Module) -> Callable[[str, Any], bool]:
 
 
 def _refuse_to_save(*args: Any, **options: Any) -> None:
-    """transformers would read levels as if they were weights, and only warn of scales that it does not know."""
+    """Raise: transformers would read int8 values as weights, and only warn of the unknown scales."""
     raise ValueError("save_pretrained: transformers cannot load int8 weights; save the model before, or its adapters")
 
 
@@ -236,7 +238,7 @@ def _refuse_to_resize(*args: Any, **options: Any) -> None:
 
 
 def _are_tied(*args: Any, **options: Any) -> None:
-    """Weights that were one are one int8 weight, which nothing has to tie."""
+    """Do nothing: tied weights are one int8 weight already."""
 
 
 _IN_INT8 = {
@@ -244,10 +246,10 @@ _IN_INT8 = {
     "resize_token_embeddings": _refuse_to_resize,
     "tie_weights": _are_tied,
 }
-"""What a model in int8 does instead."""
+"""Methods that an int8 model replaces."""
 
 
 def _set_class(module: Any, cls: type[nn.Module]) -> None:
     module.__class__ = cls
-    if "_old_forward" in vars(module):  # what accelerate calls between its hooks
+    if "_old_forward" in vars(module):  # accelerate calls it between its hooks
         module._old_forward = cls.forward.__get__(module)
