@@ -1,4 +1,4 @@
-# Every target works on a fresh machine with Python (3.10 or newer, with venv) and, for the fast int8 path, a C++ compiler.
+# Every target works on a fresh machine with Python (3.10 or newer, with venv). The C++ kernels need a C++ compiler.
 PYTHON ?= python3
 PIP_ARGS ?=
 
@@ -9,15 +9,15 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 TYPES := build/types/pg_kernels
 # What `make test-transformers` runs on: the oldest supported version, the newest, and two between them.
 VERSIONS ?= 5.17.0 5.20.0 5.23.0 5.24.0
-# Test workers share the cores between them.
+# Each test worker uses one thread, so that workers share the cores.
 THREADS := OMP_NUM_THREADS=1
 
-# Where a benchmark run goes: its JSON, tables and plots.
+# The folder of a benchmark run: its JSON, tables and plots.
 ifndef OUT
 OUT := .benchmarks/$(shell date +%Y-%m-%d-%H%M%S)
 endif
-# glibc moves these limits by itself as a process goes on, up to here: whether a tensor's memory is new or used again, which can be
-# most of a small op's time, would depend on what ran before.
+# glibc raises these limits up to these values as a process runs. Fix them: otherwise whether a tensor's memory is new or reused, which
+# can be most of a small op's time, depends on what ran before.
 MALLOC := env MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=67108864
 SUITE = -m pytest -q benchmarks/suite -p no:xdist --benchmark-quiet --benchmark-json=$(OUT)/run.json
 REPORT = -m benchmarks report $(OUT)
@@ -27,8 +27,8 @@ endif
 
 .PHONY: demo test test-kernels test-transformers fuzz sanitize bench bench-full bench-compare gpu types lint format clean
 
-# The README's picture is such a sheet: `.venv/bin/pg-kernels demo --draw docs/demo.png` draws it anew.
-demo: $(INSTALLED)  ## a shipped picture for each task, and a sheet with the answers
+# README's picture is made by `.venv/bin/pg-kernels demo --draw docs/demo.png`.
+demo: $(INSTALLED)  ## answer a shipped picture for each task, and draw a sheet with the answers
 	$(BIN)/pg-kernels demo --draw demo.png
 
 test: lint  ## all tests that run on this machine
@@ -38,7 +38,7 @@ test-kernels: $(READY)  ## compile every kernel for every GPU again, and rewrite
 	rm -f benchmarks/kernels.csv
 	$(BIN)/python -m benchmarks manifest benchmarks/kernels.csv
 
-# A fault on one version does not hide those on the next.
+# A failure on one version does not stop the others.
 test-transformers: $(VERSIONS:%=.venv/transformers-%)  ## the integrations' tests on several transformers: VERSIONS="5.17.0 5.24.0"
 	@for version in $(VERSIONS); do \
 	  echo "transformers $$version"; \
@@ -65,7 +65,7 @@ bench-full: .venv/peers  ## all cases, beside all other packages
 bench-compare: bench  ## BASE=folder of an earlier run: what became slower since? Fails when something did
 	$(BIN)/python -m benchmarks compare $(BASE) $(OUT)
 
-# In $(PYTHON)'s own environment, where the package is installed: a machine with a GPU brings the torch that fits it.
+# Uses $(PYTHON)'s own environment, where the package is installed: a machine with a GPU has its own torch.
 gpu:  ## CUDA tests, the suite and whole models on a GPU within 8 minutes, into $(OUT)
 	@$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch finds no CUDA GPU')"
 	mkdir -p $(OUT)
@@ -93,12 +93,12 @@ format: $(READY)
 clean:
 	rm -rf .venv build *.egg-info pg_kernels/_C*.so demo.png
 
-# torch first and alone: where the index offers a CPU build of the pinned version, nothing after it may replace it.
+# torch is installed first and alone: if the index has a CPU build of the pinned version, nothing may replace it later.
 .venv/peers: $(READY) constraints.txt
 	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e '.[peers]'
 	touch $@
 
-# That version of transformers with what it needs; everything else, torch among it, is .venv's.
+# One version of transformers with its dependencies. Everything else, torch included, comes from .venv.
 .venv/transformers-%: $(READY) constraints.txt
 	$(BIN)/python -m venv $@
 	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \

@@ -15,7 +15,7 @@ from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, has_flag
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-# Files for one instruction set are compiled for it, all others for any machine of the kind: which code runs is decided there.
+# Files for one instruction set get its flags. All other files run on every machine of the architecture and choose at run time.
 X86 = {
     "isa_avx512_vnni.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
     "isa_avx_vnni.cpp": ["-mavx2", "-mavxvnni"],
@@ -25,15 +25,15 @@ ARM = {"isa_neon.cpp": ["-march=armv8.2-a+dotprod"]}
 FLAGS = {"x86_64": X86, "aarch64": ARM, "arm64": ARM}.get(platform.machine(), {})
 
 
-# A level of optimisation that was asked for holds.
+# An optimisation level in CFLAGS or CXXFLAGS takes precedence.
 LEVEL = [] if any("-O" in os.environ.get(name, "") for name in ("CFLAGS", "CXXFLAGS")) else ["-O3"]
 
-# A100 and its like, and Hopper with its own instructions; newer GPUs compile the first one's portable code when they load it.
+# Ampere, and Hopper with its own instructions. Newer GPUs compile the portable code of compute_80 when they load it.
 GPUS = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a"]
 
 
 def nvcc() -> str | None:
-    """Return the CUDA compiler: $NVCC, the one on the path, or the one in $CUDA_HOME or its usual folder."""
+    """Return the CUDA compiler: $NVCC, nvcc on the path, or nvcc in $CUDA_HOME or its usual folder."""
     return (
         os.environ.get("NVCC")
         or shutil.which("nvcc")
@@ -42,9 +42,9 @@ def nvcc() -> str | None:
 
 
 def builds_cuda() -> bool:
-    """Tell whether to build the CUDA extension: as $PG_KERNELS_CUDA (1 or 0) says, else where there are a GPU's driver and nvcc.
+    """Return whether to build the CUDA extension: $PG_KERNELS_CUDA (1 or 0), else whether a GPU's driver and nvcc are found.
 
-    A machine without a GPU would compile for minutes what it cannot run.
+    Without a GPU the build would take minutes for kernels that cannot run.
     """
     wanted = os.environ.get("PG_KERNELS_CUDA", "")
     if wanted not in ("", "0", "1"):
@@ -56,7 +56,7 @@ def builds_cuda() -> bool:
 
 
 class BuildExtension(build_ext):
-    """Adds a file's own flags; where the compiler lacks one of them, the file compiles to nothing. CUDA's files go to nvcc."""
+    """Add a file's own flags; if the compiler lacks one of them, the file compiles to nothing. Compile CUDA files with nvcc."""
 
     def build_extension(self, ext: Any) -> None:
         if ext.name == CUDA:
@@ -81,7 +81,7 @@ class BuildExtension(build_ext):
             objects = list(pool.map(compile_file, ext.sources))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        # CUDA's runtime goes into the library: one build works beside every torch, and loads where there is no GPU.
+        # Link CUDA's runtime statically: one build works with every torch, and loads on machines without a GPU.
         self.spawn([compiler, "-shared", "-cudart", "static", *objects, "-o", str(target)])
 
     def build_cpu(self, ext: Any) -> None:
@@ -98,15 +98,15 @@ class BuildExtension(build_ext):
 cpu_extension = Pybind11Extension(
     "pg_kernels._C",
     ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
-    # Rebuilds when a header changes, and puts headers into the source distribution.
+    # Rebuild when a header changes, and put headers into the source distribution.
     depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
     include_dirs=["csrc"],
     libraries=["dl"] if sys.platform == "linux" else [],
     cxx_std=17,
-    # Compilers differ in whether they fuse a product and a sum by themselves; results must not. Nobody asks which floating-point
-    # exceptions were raised: GCC keeps them by leaving loops with comparisons scalar where vectors have no masks (AVX2).
+    # Compilers differ in whether they fuse a product and a sum, but results must not. Floating-point exceptions are not needed:
+    # to keep them, GCC leaves loops with comparisons scalar where vectors have no masks (AVX2).
     extra_compile_args=[*LEVEL, "-ffp-contract=off", "-fno-trapping-math"],
-    # Without a working compiler the package still installs, and the op runs on its other backends.
+    # Without a working compiler the package still installs, and ops run on their other backends.
     optional=True,
 )
 

@@ -14,7 +14,7 @@ from pg_kernels.ops._common.checks import values_are_free
 from pg_kernels.ops.quantize_int8 import check_group_size
 
 ACTIVATIONS = {"int8": "keep", "int8-dynamic": "int8"}
-"""What a mode does to activations, as `int8_linear` calls it."""
+"""`int8_linear`'s argument `activations` for each mode."""
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -25,24 +25,24 @@ def quantize_(
     group_size: int | None = None,
     skip: Callable[[str, nn.Module], bool] | None = None,
 ) -> Model:
-    """Replace the linear layers of a model by int8 ones, in place; each float weight is released as soon as it is replaced.
+    """Replace the linear layers of a model by int8 layers, in place. Each float weight is freed as soon as it is replaced.
 
-    Every nn.Linear becomes an `Int8Linear`, and an nn.Embedding that shares its weight with one an `Int8Embedding` that still
-    does. Subclasses of them are left alone, as is everything else, and an nn.TransformerEncoderLayer's own layers.
+    Every nn.Linear becomes an `Int8Linear`. An nn.Embedding that shares an nn.Linear's weight becomes an `Int8Embedding` that shares
+    the int8 weight. Subclasses, other modules, and the layers of an nn.TransformerEncoderLayer stay as they are.
 
     Args:
-        model: any module that holds linear layers.
+        model: a module that contains linear layers.
         mode: "int8" keeps activations (W8A16); "int8-dynamic" rounds them to int8 by token, too (W8A8).
         group_size: columns that share a scale, a power of two; default: one scale for every row.
-        skip: called with each layer's name and the layer; true leaves it as it is.
+        skip: called with each layer's name and the layer; if it returns true, the layer stays float.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: a model that is no nn.Module, a group size that is no int.
-        ValueError: unknown mode, a group size that is no power of two, weights with NaN or infinity; before anything is
-            replaced. Also a model that is a linear layer itself: use `Int8Linear.from_linear`.
+        TypeError: a model that is not an nn.Module, a group size that is not an int.
+        ValueError: an unknown mode, a group size that is not a power of two, weights with NaN or infinity, or a model that is an
+            nn.Linear itself (use `Int8Linear.from_linear`). Nothing has been replaced then.
     """
     if not isinstance(mode, str) or mode not in ACTIVATIONS:
         raise ValueError(f"mode: got {mode!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
@@ -55,12 +55,12 @@ def quantize_(
     for name, module in model.named_modules(remove_duplicate=False):
         owner = model.get_submodule(name.rpartition(".")[0])
         if type(module) is not nn.Linear or isinstance(owner, nn.TransformerEncoderLayer):
-            continue  # that one hands its layers' weights to a kernel of PyTorch's own
+            continue  # it passes its layers' weights to a fused PyTorch kernel
         if skip is None or not skip(name, module):
             linears.setdefault(module, []).append(name)
     for linear, names in linears.items():
         weight = linear.weight.detach()
-        # The largest magnitude tells, in one pass.
+        # The largest magnitude is finite if all weights are: one pass.
         if (
             weight.numel()
             and values_are_free(weight)
@@ -91,7 +91,7 @@ def _shares_weight(module: nn.Module, linear: nn.Linear) -> bool:
 
 
 def _embedding(embedding: Any, linear: Int8Linear) -> Int8Embedding:
-    """An embedding's replacement, around the weight of the layer that it is tied to."""
+    """Return the replacement of an embedding: an `Int8Embedding` with the weight of the layer that it is tied to."""
     size = (embedding.num_embeddings, embedding.embedding_dim)
     module = Int8Embedding(*size, "meta", embedding.weight.dtype, group_size=linear.group_size)
     module.weight = linear.weight
