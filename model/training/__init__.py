@@ -1,1 +1,1 @@
-"""Fine-tuning of PaliGemma, and the small world of emoji pictures on which the shipped model was trained."""
+"""Fine-tuning: trainer, data, optimisers, state, parallel processes."""

@@ -14,11 +14,11 @@ _SMOOTHING = 0.03
 
 
 def draw_losses(folders: Sequence[Path], output: Path) -> None:
-    """Draw the loss of every step of runs, one panel each, faint, and its moving average.
+    """Draw the loss of every step, and its moving average, in one panel for each run.
 
     Args:
-        folders: each with the `log.jsonl` that the trainer left.
-        output: a file of a kind that matplotlib writes, such as .png or .svg.
+        folders: the runs' folders, each with the trainer's `log.jsonl`.
+        output: a file that matplotlib can write, such as .png or .svg.
 
     Raises ModuleNotFoundError without matplotlib (extra: train), OSError or ValueError for a folder without a log.
     """
@@ -53,7 +53,7 @@ def _losses(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """The moving average, each value as near as there are some before it."""
+    """Return the moving average; at the begin, over the values there are."""
     averages = np.empty_like(values)
     average = 0.0
     for number, value in enumerate(values, start=1):

@@ -1,4 +1,4 @@
-"""Examples to fine-tune on, from JSON lines: `{"image": "a.png", "prefix": "answer en …", "suffix": "…"}`."""
+"""Fine-tuning examples from JSON lines: `{"image": "a.png", "prefix": "answer en …", "suffix": "…"}`."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from . import fingerprint
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt about images, none or several, and the answers that are right; the first one is learnt."""
+    """A prompt about any number of images, and its accepted answers. Training uses the first answer."""
 
     images: tuple[Path, ...]
     prefix: str
     suffixes: tuple[str, ...]
     where: str = ""
-    """File and line that it comes from."""
+    """The file and line of the example."""
 
 
 class UnreadableImage(OSError):
-    """An image is missing or cannot be read; the message names the file and the line that want it."""
+    """An image is missing or cannot be read. The message names the image and the line that refers to it."""
 
 
 class JsonLines(Dataset[Example]):
-    """The examples of a file of JSON lines, checked from end to end; blank lines are skipped.
+    """The examples of a file of JSON lines, all checked when it is opened; blank lines are skipped.
 
-    A line is an object with the keys "prefix", a string; "suffix", a string or a list of strings; and "image", a file or a list
-    of files, relative to `images_root` (default: the lines' folder), or nothing for an example without. Other keys may be there.
-    As big_vision and Roboflow write them.
+    A line is an object with the keys "prefix", a string; "suffix", a string or a list of strings; and optionally "image", a file
+    or a list of files, relative to `images_root` (default: the data file's folder). Other keys are ignored. big_vision and
+    Roboflow write this format.
 
-    With `skip_unreadable`, `Collator` leaves examples out whose images are missing or cannot be read.
+    With `skip_unreadable`, `Collator` leaves out examples whose images are missing or cannot be read.
 
-    Raises OSError or ValueError naming the file, the line and the key, also for an image that is missing or none.
+    Raises OSError or ValueError naming file, line and key, also for a missing image and a file that is not an image.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class JsonLines(Dataset[Example]):
             raise FileNotFoundError(f"{self.path}: no such file")
         content = self.path.read_bytes()
         self.fingerprint = hashlib.sha256(content).hexdigest()
-        """Tells these lines from others."""
+        """Identifies the lines by their content."""
         self.examples: list[Example] = []
         for number, line in enumerate(content.splitlines(), start=1):
             if line.strip():
@@ -72,7 +72,7 @@ class JsonLines(Dataset[Example]):
         if problems and not (skip_unreadable and any(problems.keys().isdisjoint(e.images) for e in self.examples)):
             raise next(iter(problems.values()))
         self.images_fingerprint = fingerprint.of_files(tqdm(where, desc="fingerprints", delay=2, disable=None))
-        """Tells these images from others, by their content."""
+        """Identifies the images by their content."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -90,7 +90,7 @@ class JsonLines(Dataset[Example]):
                 raise ValueError(f"{example.where}: {error}") from error
 
     def _unopened(self, where: Mapping[Path, str]) -> dict[Path, UnreadableImage]:
-        """What is wrong with the images, of which no more than a header is read here."""
+        """Yield what is wrong with the images, judged by their headers."""
         found = {}
         for path, line in tqdm(where.items(), desc="images", delay=2, disable=None):
             try:
@@ -137,11 +137,11 @@ def _kind(content: dict[str, Any], key: str) -> str:
 
 
 class Collator:
-    """Makes a batch of examples, padded on the right: what the model's loss takes, with `image_index` as `suffix_loss` has it.
+    """Make batches of examples, padded on the right: the model's inputs with labels, and `image_index` for `suffix_loss`.
 
-    With `prompts`, also the same without the answers, padded on the left, under names that begin with "prompt_". With
-    `skip_unreadable`, an example with an image that cannot be read gets no labels and a blank image, and the batch has
-    "skipped", a list of what was wrong; else `UnreadableImage` is raised.
+    With `prompts`, a batch also holds the inputs without answers, padded on the left, under names that begin with "prompt_". With
+    `skip_unreadable`, an example with an unreadable image gets no labels and a blank image, and the batch holds "skipped", a list
+    of the reasons. Otherwise `UnreadableImage` is raised.
     """
 
     def __init__(self, processor: Processor, *, prompts: bool = False, skip_unreadable: bool = False) -> None:
@@ -163,7 +163,7 @@ class Collator:
                 batch["labels"][row] = -100
                 break
         rows = {path: row for row, path in enumerate(pixels)}
-        # A batch without an image encodes a blank one: several processes must all run the same layers.
+        # A batch without images encodes a blank one, because all processes must run the same layers.
         batch["pixel_values"] = torch.cat(list(pixels.values()) or [self._blank()])
         batch["image_index"] = torch.tensor([rows[path] for e in examples for path in e.images], dtype=torch.int64)
         if self._prompts:
@@ -174,7 +174,7 @@ class Collator:
         return batch
 
     def _read(self, images: Iterable[Path]) -> tuple[dict[Path, Tensor], dict[Path, str]]:
-        """Read each different image once, and say of those that are replaced by a blank one why they cannot be read."""
+        """Read each distinct image once. Return the images, and for each image replaced by a blank one why it cannot be read."""
         pixels, problems = {}, {}
         for path in dict.fromkeys(images):
             try:

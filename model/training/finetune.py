@@ -1,4 +1,4 @@
-"""Fine-tuning on JSON lines: all parameters or LoRA, evaluated on lines that are held out."""
+"""Fine-tuning on JSON lines: all parameters or LoRA, evaluated on held-out lines."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _RECORD = "finetune.json"
-"""Beside a trained model: what made it, as `run_identity` has it."""
+"""The file beside a trained model with the settings that made it (see `run_identity`)."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A low-rank adapter, by PEFT; `targets` is a regular expression for the names of the layers that it adapts.
+    """A low-rank adapter by PEFT. `targets` is a regular expression for the names of the adapted layers.
 
     Source: Hu et al., https://arxiv.org/abs/2106.09685.
     """
@@ -59,7 +59,7 @@ class Lora:
             raise ValueError(f"lora's targets: {self.targets!r} is no regular expression: {error}") from error
 
     def adapt(self, model: PaliGemma) -> PeftModel:
-        """Put a new adapter over a model, whose own parameters are then frozen; ValueError where it does not fit."""
+        """Wrap a model in a new adapter and freeze the model's own parameters. Raises ValueError if the adapter does not fit."""
         if find_spec("peft") is None:
             raise RuntimeError("LoRA needs the package `peft`: pip install peft")
         from peft import LoraConfig, get_peft_model
@@ -85,24 +85,24 @@ def finetune(
     restart: bool = False,
     tensorboard: bool = False,
 ) -> bool:
-    """Train a model on JSON lines and write it, or its adapter, to a folder; a run that was cut off goes on by itself.
+    """Train a model on JSON lines and write it, or its adapter, to a folder. An interrupted run continues.
 
-    Returns False, and trains nothing, if the folder holds the result of this very run.
+    Returns False, without training, if the folder already holds the result of this run.
 
     Args:
-        model, processor: as loaded; the model computes in the recipe's precision from then on.
-        data: what to learn.
-        output: a new folder, or that of a run that was cut off: it gets `log.jsonl` and at the end a Hugging Face folder.
+        model, processor: as loaded. The model is left in the recipe's precision.
+        data: the training examples.
+        output: a new folder, or the folder of an interrupted run. It gets `log.jsonl`, and at the end a Hugging Face folder.
         recipe: how to train.
-        checkpoint: what the model was loaded from, which adapters name as theirs.
-        eval_data: what to evaluate on: the loss, and the share of greedy answers that equal an accepted one to the letter.
-        lora: train an adapter only; the folder then gets PEFT's files.
-        merge: gives the float model that the adapter is merged into; the folder then gets the result instead.
-        restart: throw away what the folder holds.
+        checkpoint: the path that the model was loaded from; adapters refer to it.
+        eval_data: examples to evaluate on: the loss, and the share of greedy answers that equal an accepted answer to the letter.
+        lora: train only an adapter. The folder then gets PEFT's files.
+        merge: returns the float model to merge the adapter into. The folder then gets the merged model instead.
+        restart: discard what the folder holds.
         tensorboard: write TensorBoard's files, too.
 
     Raises:
-        ValueError: an example is too long, the folder holds a model or another run, options that exclude each other.
+        ValueError: an example is too long, the folder holds a model or another run, or options exclude each other.
         OSError, RuntimeError, Interrupted: as `train`.
     """
     output, checkpoint = Path(output), Path(checkpoint)
@@ -171,9 +171,9 @@ def finetune(
 
 
 class HeldOutEvaluation:
-    """The loss of a model on JSON lines, and how many greedy answers equal an accepted one; white space around does not count.
+    """The loss of a model on JSON lines, and the share of greedy answers that equal an accepted one, ignoring outer white space.
 
-    Skipped examples count in neither, and their number is a third metric if there are any.
+    Skipped examples count in neither. Their number is a third metric, if there are any.
     """
 
     def __init__(self, model: nn.Module, processor: Processor, data: JsonLines, recipe: Recipe) -> None:
@@ -208,13 +208,13 @@ class HeldOutEvaluation:
             for index, text, asked in zip(chunk, texts, kept, strict=True):
                 right += asked and text.strip() in [suffix.strip() for suffix in self._data[index].suffixes]
             answered += sum(kept)
-        self._model.graph_cache.clear()  # memory that training has other uses for
+        self._model.graph_cache.clear()  # free the memory for training
         metrics = {"loss": loss / max(1, count), "exact_match": right / max(1, answered)}
         return metrics | ({"skipped": len(self._data) - answered} if answered < len(self._data) else {})
 
     def _answers(self, prompts: Batch, features: torch.Tensor) -> list[str]:
         room = self._processor.max_position_embeddings - prompts["input_ids"].shape[1]
-        # An answer's end must not stop one process while another, by some rounding, goes on: they gather layers together.
+        # Processes gather layers together, so all must run the same steps. Disable the end token: rounding could let one stop early.
         ends = None if parallel.world() == 1 else -1
         ids = self._model.generate(
             **prompts, image_features=features, max_new_tokens=min(self._longest, room), eos_token_id=ends
@@ -223,9 +223,9 @@ class HeldOutEvaluation:
 
 
 def _save_adapter(model: Any, folder: Path) -> None:
-    """Write PEFT's files, each of them all at once."""
+    """Write PEFT's files, each atomically."""
     with temporary_sibling(folder / "adapter") as temporary:
-        model.save_pretrained(temporary, save_embedding_layers=False)  # an adapter alone is trained
+        model.save_pretrained(temporary, save_embedding_layers=False)  # only the adapter is trained
         for path in temporary.iterdir():
             os.replace(path, folder / path.name)
 
@@ -234,6 +234,8 @@ def _merged(adapted: Any, model: PaliGemma, folder: Path) -> PaliGemma:
     from peft import PeftModel
 
     with temporary_sibling(folder / "adapter") as temporary:
-        adapted.save_pretrained(temporary, save_embedding_layers=False)  # the model's own are more precise
+        adapted.save_pretrained(
+            temporary, save_embedding_layers=False
+        )  # the trained model's adapter weights are more precise
         merged: Any = PeftModel.from_pretrained(model, temporary).merge_and_unload()
     return merged

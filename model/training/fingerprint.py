@@ -1,4 +1,4 @@
-"""Fingerprints of what a training run depends on: cheap enough for every start, and the same after a move or a copy."""
+"""Fingerprints of the files that a training run depends on: cheap enough for every start, unchanged by moving or copying."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ _SAMPLES = 16
 
 
 def of_files(paths: Iterable[Path]) -> str:
-    """Fingerprint files by their order, sizes and contents: all of small ones, 16 blocks of 4 KiB of others.
+    """Fingerprint files by order, size and content: all of a small file, 16 blocks of 4 KiB of a larger one.
 
-    A file that cannot be opened has a fingerprint, too."""
+    A file that cannot be opened has a fingerprint, too.
+    """
     digest = hashlib.sha256()
     for path in paths:
         try:
@@ -30,9 +31,9 @@ def of_files(paths: Iterable[Path]) -> str:
 
 
 def of_checkpoint(path: Path) -> str:
-    """Fingerprint a Hugging Face folder or a big_vision .npz: all of its small files, samples of every tensor.
+    """Fingerprint a Hugging Face folder or a big_vision .npz: all of its small files, and samples of every tensor.
 
-    A path where there is neither stands for itself.
+    A path that is neither is fingerprinted by its name.
     """
     digest = hashlib.sha256()
     if path.is_dir():
@@ -62,7 +63,7 @@ def _update_from(digest: Any, path: Path) -> None:
 
 
 def _update(digest: Any, file: BinaryIO, start: int, end: int) -> None:
-    """Hash the size of a part of a file and all of it, or samples from its first to its last block."""
+    """Hash the size of a part of a file, and all of its bytes or samples from its first to its last block."""
     size = end - start
     digest.update(size.to_bytes(8, "little"))
     if size <= _SAMPLES * _BLOCK:

@@ -1,4 +1,4 @@
-"""Signals that end a training run between two steps, after a checkpoint, instead of in the middle of one."""
+"""Signals that end a training run between two steps, after a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# `timeout` and other parents send a signal to the process and to its group. That is one request.
+# `timeout` and other parents send a signal to the process and to its group. Signals this close together count as one.
 _SAME_REQUEST_SECONDS = 0.2
 
 
@@ -25,15 +25,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """A context in which a first signal of `SIGNALS` is noted, and a second one acts as it would have before.
+    """A context that records a first signal of `SIGNALS`. A second one has its previous effect.
 
-    Signals that the process ignores stay ignored. Python runs handlers in the main thread only; in another thread nothing
-    is changed.
+    Signals that the process ignores stay ignored. Python runs handlers in the main thread only; in another thread the context
+    changes nothing.
     """
 
     def __init__(self) -> None:
         self.received = 0
-        """Number of the first signal; 0 if there was none."""
+        """The number of the first signal, or 0."""
         self._when = 0.0
         self._at_once = False
         self._previous: dict[int, Any] = {}
@@ -53,7 +53,7 @@ class Signals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Raise `Interrupted` inside the block as soon as a signal comes, or at its start if one came before."""
+        """Raise `Interrupted` inside the block when a signal arrives, or at its start if one has arrived already."""
         self._at_once = True
         try:
             if self.received:
@@ -78,9 +78,9 @@ class Signals:
 
 
 def leave_signals_to_the_trainer(_worker: int) -> None:
-    """Make a process that reads data outlive signals, which terminals, torchrun and batch systems send to all processes.
+    """Let a worker that reads data ignore signals, which terminals, torchrun and batch systems send to all processes.
 
-    SIGTERM ends it a minute later: that is also how its parent ends one that does not end by itself.
+    SIGTERM ends the worker a minute later, because its parent also sends SIGTERM to a worker that does not exit.
     """
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Which examples a step takes, and the processes that make batches of them."""
+"""The examples of each step, and the worker processes that make batches of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Collate: TypeAlias = Callable[[list[Any]], Batch]
 
 
 def micro_batch_size(recipe: Recipe) -> int:
-    """Give the examples of a process's forward pass; ValueError when they cannot be the same number for all."""
+    """Return the number of examples in a process's forward pass. Raises ValueError if processes cannot have equal numbers."""
     size = recipe.micro_batch or max(1, recipe.batch_size // parallel.world())
     if recipe.batch_size % (size * parallel.world()):
         raise ValueError(
@@ -32,7 +32,7 @@ def micro_batch_size(recipe: Recipe) -> int:
 
 
 def count_steps(data: Dataset[Any], recipe: Recipe, *, whole_batches: bool = False) -> int:
-    """Give the steps of a run; ValueError when the data are empty, or read in order and not enough."""
+    """Return the number of steps of a run. Raises ValueError if the data are empty, or too few to be read in order."""
     examples = len(data) * (micro_batch_size(recipe) if whole_batches else 1)  # type: ignore[arg-type]
     if examples == 0:
         raise ValueError("data: there are no examples")
@@ -48,7 +48,7 @@ def count_steps(data: Dataset[Any], recipe: Recipe, *, whole_batches: bool = Fal
 def read(
     data: Dataset[Any], recipe: Recipe, collate: Collate | None, steps: range, device: torch.device
 ) -> Iterator[list[Batch]]:
-    """Give this process's micro batches of each of these steps; what earlier steps took is skipped without being read."""
+    """Yield this process's micro batches of each step. Examples of earlier steps are skipped without being read."""
     size = micro_batch_size(recipe)
     count = recipe.batch_size // size
     n, shuffle = len(data), getattr(data, "shuffle", True)  # type: ignore[arg-type]
@@ -68,9 +68,9 @@ def read(
 def batches(
     data: Dataset[Any], chunks: Iterable[Any], recipe: Recipe, collate: Collate | None, *, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """Make a batch of each chunk, in order, by the recipe's workers: of a list of indices, or without `collate` of an index.
+    """Yield a batch for each chunk, in order, made by the recipe's workers. A chunk is a list of indices; without `collate`, one index.
 
-    An exception of a worker is raised here as it is there, without its traceback.
+    An exception of a worker is raised here unchanged, without the worker's traceback.
     """
     loader = DataLoader(
         _Batches(data, collate),
@@ -89,7 +89,7 @@ def batches(
 
 
 class _Batches(Dataset[Any]):
-    """A batch, or what went wrong with it, for each chunk: DataLoader would put a worker's traceback into its message."""
+    """Items are a chunk's batch, or the exception that it raised: DataLoader would put a worker's traceback into the message."""
 
     def __init__(self, data: Dataset[Any], collate: Collate | None) -> None:
         self._data, self._collate = data, collate
@@ -113,7 +113,7 @@ def _order(n: int, seed: int, shuffle: bool, first: int) -> Iterator[int]:
 
 
 def share(batch: Batch, recipe: Recipe) -> int:
-    """What a micro batch counts: its examples with labels, or its labels; 1 where there are none to count."""
+    """Return the weight of a micro batch: its number of examples with labels, or of labels; 1 without labels."""
     if "labels" not in batch:
         return 1
     counts = (batch["labels"][:, 1:] != -100).sum(1)

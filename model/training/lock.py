@@ -1,4 +1,4 @@
-"""One training run at a time in a folder, by a lock that the operating system releases when its process ends."""
+"""One training run at a time in a folder, by a lock that the operating system releases when the process ends."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _descriptors: set[int] = set()
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if need be, for this run alone; blocks of one thread may be nested. A collective of all processes.
+    """Lock a folder for this run, creating it if needed. Blocks of one thread may be nested. Every process must call it.
 
-    What a killed run left half-written in the folder is removed. Raises OSError if another run holds it.
+    Half-written files of a killed run are removed. Raises OSError if another run holds the lock.
     """
     folder = folder.resolve()
     mine: set[Path] = _own.__dict__.setdefault("folders", set())
@@ -71,7 +71,7 @@ def _lock(folder: Path) -> int | None:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             raise OSError(f"{folder}: another run is writing to this folder; let it end, or use another one") from error
-        if os.fstat(descriptor).st_nlink:  # else a run that ended in the meantime removed this file
+        if os.fstat(descriptor).st_nlink:  # otherwise a run that has ended since removed this file
             _descriptors.add(descriptor)
             return descriptor
         os.close(descriptor)
@@ -79,7 +79,7 @@ def _lock(folder: Path) -> int | None:
 
 @cache
 def _close_in_forked_processes() -> None:
-    """A process that reads data outlives a killed run by seconds, in which it would hold the lock."""
+    """Close the lock file in forked worker processes, which outlive a killed run by seconds and would keep the lock."""
     os.register_at_fork(after_in_child=_close)
 
 

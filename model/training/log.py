@@ -16,9 +16,9 @@ _START = b'{"step": '
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a log, without half a line at its end, which a killed run leaves.
+    """Read the lines of a log. A partial last line, which a killed run leaves, is ignored.
 
-    Raises ValueError naming the line that is damaged, OSError where there is no file.
+    Raises ValueError naming a damaged line, OSError if there is no file.
     """
     *lines, rest = path.read_bytes().split(b"\n")
     if rest and not _START.startswith(rest[: len(_START)]):
@@ -41,9 +41,9 @@ def _entry(line: bytes, where: str) -> dict[str, Any]:
 
 
 class Log:
-    """`log.jsonl` in a folder, and TensorBoard's files where asked for.
+    """`log.jsonl` in a folder, and optionally TensorBoard's files.
 
-    A run that goes on keeps the lines up to its checkpoint: what came after is done again.
+    A continued run keeps the lines up to its checkpoint, because later steps are repeated.
     """
 
     def __init__(self, folder: Path, state: State, *, tensorboard: bool) -> None:
@@ -72,7 +72,7 @@ class Log:
                 opened.close()
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """Add a line {"step", "kind", …}."""
+        """Append a line {"step", "kind", …}."""
         if self._file is not None:
             line = json.dumps({"step": step, "kind": kind, **values}).encode() + b"\n"
             try:

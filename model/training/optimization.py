@@ -1,4 +1,4 @@
-"""Which parameters are trained, the fp32 masters of them, and what moves these."""
+"""The trained parameters, their fp32 master weights, and the optimisers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .recipe import Recipe
 
 
 def freeze(model: nn.Module, parts: Sequence[str]) -> None:
-    """Let the parameters below modules of these names, such as `vision_tower` or `language_model.layers.0`, be as they are."""
+    """Freeze the parameters below the named modules, such as `vision_tower` or `language_model.layers.0`."""
     named = dict(model.named_parameters(remove_duplicate=False))  # a tied head's name, too
     for part in parts:
         found = [parameter for name, parameter in named.items() if f".{part}." in f".{name}."]
@@ -26,11 +26,11 @@ def freeze(model: nn.Module, parts: Sequence[str]) -> None:
 
 
 class Weights:
-    """The parameters to train, by name, and the fp32 masters that an optimizer moves in their stead.
+    """The parameters to train, by name, and the fp32 master weights that the optimizer updates.
 
-    In float32 they are the same. In bfloat16 the model computes in it, which leaves it so: on a CPU with bf16 instructions
-    that takes two thirds of fp32's time (1.15 s against 1.73 s for 64 examples on one core), autocast more than both; on a CPU
-    without, ten times fp32's. With several processes FSDP rounds the parameters when it gathers them.
+    In float32 both are the same tensors. In bfloat16 the model computes in bfloat16. On a CPU with bf16 instructions this takes
+    two thirds of fp32's time (1.15 s against 1.73 s for 64 examples on one core), and autocast takes longer than both; on a CPU
+    without bf16 instructions it takes ten times fp32's. With several processes FSDP rounds parameters when it gathers them.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -45,7 +45,7 @@ class Weights:
 
     @torch.no_grad()
     def take_gradients(self) -> None:
-        """Add the parameters' gradients to the masters' in fp32, and leave them without."""
+        """Add the parameters' gradients to the master weights' in fp32, and clear the parameters' gradients."""
         if self.masters is self.parameters:
             return
         pairs = [
@@ -62,20 +62,20 @@ class Weights:
 
     @torch.no_grad()
     def put(self) -> None:
-        """Round the masters into the parameters."""
+        """Copy the master weights into the parameters, rounded to their dtype."""
         if self.masters is not self.parameters:
             torch._foreach_copy_(list(self.parameters.values()), list(self.masters.values()))
 
     @torch.no_grad()
     def load(self, saved: Callable[[str], Tensor]) -> None:
-        """Take masters saved before, by name."""
+        """Restore saved master weights, by name."""
         for name, master in self.masters.items():
             parallel.copy_full_(master, saved(name))
         self.put()
 
 
 def build_optimizers(model: nn.Module, weights: Weights, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Give AdamW, and where the recipe wants it Muon for the hidden layers' matrices, over the masters.
+    """Return AdamW, or AdamW and Muon for the hidden layers' matrices if the recipe says so, over the master weights.
 
     Muon's steps are scaled to AdamW's size, so that one learning rate fits both. Source: Jordan,
     https://kellerjordan.github.io/posts/muon/; Liu et al., https://arxiv.org/abs/2502.16982.

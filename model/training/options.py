@@ -1,4 +1,4 @@
-"""A recipe's fields as options of a command line."""
+"""A recipe's fields as command-line options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .recipe import Recipe
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, defaults: Mapping[str, str]) -> None:
-    """Give a parser an option for every field, in groups; `defaults` says of some which defaults the command has instead."""
+    """Add an option for every field of `Recipe`, in groups. `defaults` describes the command's own defaults, by field."""
     hints = get_type_hints(Recipe)
     groups: dict[str, Any] = {}
     for field in fields(Recipe):
@@ -40,7 +40,7 @@ def add_recipe_options(parser: argparse.ArgumentParser, defaults: Mapping[str, s
 
 
 def recipe_from(options: argparse.Namespace, **others: Any) -> Recipe:
-    """Make a recipe of the options, and of these values for fields that were not given. Raises ValueError as `Recipe` does."""
+    """Make a recipe from the options, with `others` for fields that were not given. Raises ValueError as `Recipe` does."""
     values = {field.name: getattr(options, field.name) for field in fields(Recipe)}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return Recipe(**{**values, **{name: value for name, value in others.items() if values[name] is None}})

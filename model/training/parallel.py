@@ -1,6 +1,6 @@
-"""Several processes for one training run: parameters, gradients and optimizer states sharded over them by FSDP2.
+"""Several processes for one training run: FSDP2 shards parameters, gradients and optimizer states over them.
 
-Everything here is for any number of processes, of which one, without a process group, is the usual.
+All functions work with any number of processes, also with one and without a process group.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 def start(device: torch.device) -> torch.device:
-    """Join the processes that `torchrun` started, if it did, and give this one's device."""
+    """Join the process group if `torchrun` started this process. Return this process's device."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
     if device.type == "cuda":
@@ -29,29 +29,29 @@ def start(device: torch.device) -> torch.device:
 
 
 def stop() -> None:
-    """Leave the other processes."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def world() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Return the index of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def wait() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has called this function."""
     if world() > 1:
         dist.barrier()
 
 
 def total(value: float, device: torch.device) -> float:
-    """The sum of every process's value, by way of their devices."""
+    """Return the sum of all processes' values, exchanged through their devices."""
     if world() == 1:
         return value
     tensor = torch.tensor(value, dtype=torch.float64, device=device)
@@ -60,7 +60,7 @@ def total(value: float, device: torch.device) -> float:
 
 
 def gather(values: Sequence[int], device: torch.device) -> list[list[int]]:
-    """Every process's values, as many of each, by way of their devices."""
+    """Return all processes' values, of the same number each, exchanged through their devices."""
     if world() == 1:
         return [list(values)]
     own = torch.tensor(values, dtype=torch.int64, device=device)
@@ -70,7 +70,7 @@ def gather(values: Sequence[int], device: torch.device) -> list[list[int]]:
 
 
 def of_the_first(thing: Any) -> Any:
-    """What the first process has, which can be pickled."""
+    """Return the first process's object, which must be picklable, on every process."""
     if world() == 1:
         return thing
     things = [thing]
@@ -79,10 +79,10 @@ def of_the_first(thing: Any) -> Any:
 
 
 def shard_(root: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype, *methods: str) -> None:
-    """Leave each process its part of the parameters, which are gathered layer by layer when a forward needs them.
+    """Shard the parameters over the processes. A forward gathers them layer by layer.
 
-    Trained parameters become fp32, and compute in `dtype`; the others are kept in it. The root's own parameters are there in its
-    forward and in these methods of it. Source: Zhao et al., https://arxiv.org/abs/2304.11277; torch's FSDP2.
+    Trained parameters are stored in fp32 and compute in `dtype`; frozen parameters are stored in `dtype`. The root's own
+    parameters are gathered in its forward and in `methods`. Source: Zhao et al., https://arxiv.org/abs/2304.11277; torch's FSDP2.
     """
     if world() == 1:
         return
@@ -90,7 +90,7 @@ def shard_(root: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype, *me
 
     for parameter in root.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
-    # The layers' outputs may be views; nothing here changes them in place, of which this warns for every layer and step.
+    # FSDP warns, for every layer and step, that outputs are views, which must not be changed in place. No code does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     mesh = dist.init_device_mesh(next(root.parameters()).device.type, (world(),))
@@ -101,14 +101,14 @@ def shard_(root: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype, *me
         register_fsdp_forward_method(root, method)
     for module in root.modules():  # the root first
         if isinstance(module, FSDPModule):
-            # What is gathered goes to the same tensors every time; made in a `generate`, they would be none to train with.
+            # FSDP gathers into the same tensors every time. If `generate` created them, they would be inference tensors.
             module.unshard()
             module.reshard()
 
 
 @torch.no_grad()
 def unshard_(root: nn.Module, dtype: torch.dtype) -> None:
-    """Put whole parameters in `dtype`, on the CPU, in their places; the first process alone gets them."""
+    """Gather the parameters in `dtype` into the module, on the CPU, in the first process only."""
     if world() == 1:
         return
     whole: dict[int, nn.Parameter | None] = {}
@@ -125,7 +125,7 @@ def unshard_(root: nn.Module, dtype: torch.dtype) -> None:
 
 
 def reshard(root: nn.Module) -> None:
-    """Let go of the parameters that the root keeps after a forward."""
+    """Free the parameters that the root keeps gathered after a forward."""
     for module in root.modules():
         again: Any = getattr(module, "reshard", None)
         if world() > 1 and again is not None:
@@ -133,18 +133,18 @@ def reshard(root: nn.Module) -> None:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A tensor's whole, which every process must ask for; the tensor itself where it is no part."""
+    """Gather a sharded tensor (a collective: every process must call it). Return unsharded tensors unchanged."""
     part: Any = tensor.detach()
     return part if not hasattr(part, "full_tensor") else part.full_tensor()
 
 
 @torch.no_grad()
 def copy_full_(target: Tensor, whole: Tensor) -> None:
-    """Fill a tensor, or this process's part of it, from the whole."""
+    """Copy a whole tensor into a tensor, or into this process's shard of it."""
     if hasattr(target, "full_tensor"):
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         assert isinstance(target, DTensor)
-        # Every process has the whole; nothing is sent.
+        # Every process has the whole tensor: no communication.
         whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(whole)

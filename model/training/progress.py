@@ -1,4 +1,4 @@
-"""How far a training run is, on stderr: a bar on a terminal, lines in a file or a pipe."""
+"""The progress of a training run on stderr: a bar on a terminal, lines in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tqdm import tqdm
 from . import parallel
 
 _SECONDS = 10.0
-"""From one line to the next."""
+"""Seconds between two lines."""
 
 
 class Progress:
-    """A context that shows the steps of a run, from its `first` to the last of `steps`, by the first process.
+    """A context in which the first process shows a run's steps, from `first` to the last of `steps`.
 
-    A run does not end because its terminal or the reader of its pipe is gone.
+    A closed terminal or pipe does not end the run.
     """
 
     def __init__(self, first: int, steps: int) -> None:
@@ -44,7 +44,7 @@ class Progress:
             self._bar.close()
 
     def update(self, step: int, loss: float, learning_rate: float) -> None:
-        """Show that a step is done; the loss is shown as a moving average on a bar, as it is in a line."""
+        """Show a finished step. The bar shows a moving average of the loss, a line the step's own loss."""
         now = time.monotonic()
         if self._lines and (now >= self._next_line or step == self._steps):
             self._next_line = now + _SECONDS
@@ -60,7 +60,7 @@ class Progress:
             self._bar.update()
 
     def write(self, text: str, *, every_process: bool = False) -> None:
-        """Print a line, by the first process or by every one that calls this."""
+        """Print a line, from the first process only or from every calling process."""
         with suppress(OSError):
             if self._lines or (every_process and not self._shown):
                 print(text, file=sys.stderr, flush=True)

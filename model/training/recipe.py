@@ -1,4 +1,4 @@
-"""What a training run depends on besides model and data."""
+"""The settings of a training run besides model and data."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def _option(group: str, default: Any, help: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training run depends on besides model and data; the defaults are those of PaliGemma's transfers.
+    """The settings of a training run besides model and data. The defaults are those of PaliGemma's transfers.
 
-    The fields are documented by their `metadata["help"]`, which command lines show. Raises ValueError naming the field.
+    Each field is documented by its `metadata["help"]`, which command lines show. Raises ValueError naming the field.
     """
 
     steps: int | None = _option(_RUN, None, "optimizer steps; or give epochs")
@@ -113,9 +113,9 @@ class Recipe:
 
 
 def learning_rate_factor(step: int, steps: int, recipe: Recipe) -> float:
-    """Give the share of the highest learning rate at a step: a linear warm-up to 1, then the schedule.
+    """Return the factor of the highest learning rate at a step: a linear warm-up to 1, then the schedule.
 
-    "rsqrt" falls with the square root of the steps done, whatever their number, from 1 at the warm-up's end.
+    "rsqrt" falls with the inverse square root of the steps done, from 1 at the warm-up's end, whatever the number of steps.
     """
     warmup = max(1, round(recipe.warmup * steps))
     if step < warmup:

@@ -1,4 +1,4 @@
-"""What a training run needs to go on: a checkpoint of all of it, and the best weights."""
+"""A training run's state: its checkpoint, and the best weights."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from .recipe import Recipe
 CHECKPOINT = "checkpoint.safetensors"
 BEST = "best.safetensors"
 
-# Fields of a recipe that leave the weights as they are.
+# Fields of a recipe that do not affect the weights.
 _DO_NOT_MATTER = ("workers", "save_every", "save_minutes")
 IMAGES = "the images' content"
-"""A setting that may differ after a run stopped at an image that it could not read."""
+"""The setting that may differ after a run has stopped at an unreadable image."""
 _FIELDS = ("step", "best", "stale", "stopped", "evaluated", "skipped")
 _DAMAGE = (SafetensorError, KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError)
 _ADVICE = "put a good copy there, or start anew with --restart (restart=True)"
 
 
 def run_identity(data: Any, recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Give what makes a run another one, as JSON has it."""
+    """Return the settings that identify a run, as JSON values."""
     kinds = {"recipe": asdict(recipe), "data": [len(data), getattr(data, "fingerprint", None)], "settings": settings}
     return json.loads(json.dumps(kinds))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Say how one run's `run_identity` differs from another's."""
+    """Describe how one run's `run_identity` differs from another's."""
     ignored = {*_DO_NOT_MATTER, *([IMAGES] if old.get("unreadable") else [])}
     found = []
     for kind in ("recipe", "settings"):
@@ -54,9 +54,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 class State:
-    """All that a run needs to go on: one file, so that there is always the old one or all of the new one.
+    """All that a run needs to continue, stored in one file that is replaced atomically.
 
-    Made, it has gone back to the folder's file if there is one, unless it is to `restart`; ValueError when that is another run's.
+    The constructor restores the folder's checkpoint, if there is one and not `restart`. Raises ValueError if it is another run's.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class State:
         self.step = 0
         self.best: float | None = None
         self.stale = 0
-        """Evaluations since the best one."""
+        """The number of evaluations since the best one."""
         self.stopped = False
         self.evaluated = -1
-        """Step of the last evaluation."""
+        """The step of the last evaluation."""
         self.skipped = 0
-        """Examples that were left out because an image could not be read."""
+        """The number of examples left out because an image could not be read."""
         self.unreadable = False
-        """The run stops because data cannot be read, which may be mended before it goes on."""
+        """Whether the run stopped at unreadable data, which may be repaired before it continues."""
         self.resumed = False
         torch.manual_seed(identity["recipe"]["seed"])
         if restart and parallel.rank() == 0:
@@ -90,7 +90,7 @@ class State:
             self._load()
 
     def judge(self, loss: float, patience: int) -> bool:
-        """Keep the weights if they are the best so far; True when patience is at its end."""
+        """Store the weights if they are the best so far. Return whether patience has run out."""
         if self.best is None or loss < self.best:
             self.best, self.stale = loss, 0
             _save(self._best, self.weights.masters.items(), {})
@@ -100,17 +100,17 @@ class State:
         return self.stopped
 
     def load_best(self) -> None:
-        """Go back to the best weights."""
+        """Restore the best weights."""
         with self._open_best() as file:
             self.weights.load(file.get_tensor)
 
     def remove(self) -> None:
-        """Remove the files."""
+        """Delete the checkpoint and the best weights."""
         for path in (self.path, self._best):
             path.unlink(missing_ok=True)
 
     def save(self) -> None:
-        """Write the file."""
+        """Write the checkpoint."""
         rest = {
             **{name: getattr(self, name) for name in _FIELDS},
             "unreadable": self.unreadable,
@@ -189,7 +189,7 @@ class State:
 
 
 def _save(path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: dict[str, str]) -> None:
-    """Write whole tensors, gathered from all processes, to a file, by the first one."""
+    """Gather tensors from all processes and write them to a file from the first process."""
     found = {}
     for name, tensor in tensors:
         whole = parallel.full(tensor)
@@ -198,7 +198,9 @@ def _save(path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: dict[str,
     problem = None
     if parallel.rank() == 0:
         try:
-            with temporary_sibling(path) as folder:  # safetensors writes to a temporary file, too, and a kill leaves it
+            with temporary_sibling(
+                path
+            ) as folder:  # safetensors writes to its own temporary file, which a kill leaves behind
                 folder.mkdir()
                 save_file(found, folder / path.name, metadata)
                 with (folder / path.name).open("rb") as file:

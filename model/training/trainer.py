@@ -28,15 +28,15 @@ from .progress import Progress
 from .recipe import PRECISIONS, Recipe, learning_rate_factor
 from .state import State, run_identity
 
-# What a process may ask of all processes between two steps; the largest number wins. A signal's number is added to _STOP.
+# What a process may request of all processes between two steps. The largest number wins; a signal's number is added to _STOP.
 _SAVE, _STOP, _FAILED = 1, 1 << 8, 1 << 16
 
 
 def suffix_loss(model: nn.Module, batch: Batch, recipe: Recipe) -> Tensor:
-    """The model's loss of its suffixes.
+    """Return the model's loss on the suffixes.
 
-    A batch with `image_index` (int64 [images of the batch, in order]) holds each different image once in `pixel_values`, and
-    it is encoded once.
+    A batch with `image_index` (int64, one index for each image of the batch) holds each distinct image once in `pixel_values`, so
+    that it is encoded once.
     """
     inputs: dict[str, Any] = dict(batch)
     index = inputs.pop("image_index", None)
@@ -47,7 +47,7 @@ def suffix_loss(model: nn.Module, batch: Batch, recipe: Recipe) -> Tensor:
 
 
 class _Task(nn.Module):
-    """A model, what it is to minimise, and how it is judged."""
+    """A model, the loss to minimise, and the evaluation."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class _Task(nn.Module):
 
     @property
     def judged(self) -> bool:
-        """Whether there is anything to judge it by."""
+        """Whether there is an evaluation."""
         return self._evaluate is not None
 
     @torch.no_grad()
@@ -91,31 +91,31 @@ def train(
     restart: bool = False,
     tensorboard: bool = False,
 ) -> None:
-    """Minimise a loss over data, writing `log.jsonl` and checkpoints to a folder; a run that was cut off goes on by itself.
+    """Minimise a loss over data, writing `log.jsonl` and checkpoints to a folder. An interrupted run continues.
 
-    A killed run that goes on ends at the very weights of one that was not, where the arithmetic is deterministic. The model
-    computes in the recipe's precision and is left in it; its place (CPU, GPU) is its own. With several processes, see `parallel`,
-    parameters and optimizer are spread over them, and a step takes the same examples as with one.
+    Where arithmetic is deterministic, a killed and continued run ends with exactly the weights of an uninterrupted one. The model
+    computes in the recipe's precision on its own device, and is left in that precision. With several processes (see `parallel`)
+    parameters and optimizer are sharded, and a step takes the same examples as with one process.
 
     Args:
-        data: a map-style dataset, of a known length, whose items depend on their index alone. It is shuffled anew in every epoch
-            by the recipe's seed, unless it has an attribute `shuffle` that is False: then it is read once, in order. An attribute
-            `fingerprint`, a string, tells a run's data from other data when the run is to go on.
+        data: a map-style dataset of known length whose items depend on their index alone. It is shuffled in every epoch with the
+            recipe's seed, unless it has an attribute `shuffle` that is False; then it is read once, in order. An attribute
+            `fingerprint`, a string, identifies the data when a run continues.
         save: writes the trained model; called once, at the end, by the first process.
-        collate: makes a batch of a list of items, in the workers. Without it each item is a whole (micro) batch.
-        loss: the mean loss of a batch, a scalar. Means of micro batches are weighted by their numbers of examples (or, as
-            `loss_reduction` has it, tokens) that `labels` [B, S] count.
-        evaluate: metrics of the model as it is; "loss" is what patience looks at. Called before the first step, as `eval_every`
-            says, and at the end, in evaluation mode, without gradients, by every process for all of the data.
-        settings: what else makes a run another one, as JSON has it.
-        restart: throw the folder's checkpoint away instead of going on from it.
+        collate: makes a batch of a list of items, in the workers. Without it, each item is a whole (micro) batch.
+        loss: returns the mean loss of a batch, a scalar. Micro batches are weighted by their number of examples (or tokens, by
+            `loss_reduction`) with labels in `labels` [B, S].
+        evaluate: returns metrics of the model; patience watches "loss". Called before the first step, every `eval_every` steps
+            and at the end, in evaluation mode, without gradients, by every process for all of the data.
+        settings: further settings that identify a run, as JSON values.
+        restart: discard the folder's checkpoint instead of continuing from it.
         tensorboard: write TensorBoard's event files to the folder, too.
 
     Raises:
-        ValueError: the checkpoint is of another recipe or other data, or the recipe does not fit the model or the data.
-        RuntimeError: a loss is no finite number; the last checkpoint is kept. Or a package or torch lacks what is asked for.
+        ValueError: the checkpoint has another recipe or other data, or the recipe does not fit the model or the data.
+        RuntimeError: a loss is not finite (the last checkpoint is kept), or a package or torch lacks a feature.
         OSError: the folder cannot be written, or another run is writing to it.
-        Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint holds all steps. Only the main thread handles signals.
+        Interrupted: SIGINT, SIGTERM or SIGHUP arrived; a checkpoint holds all steps. Only the main thread handles signals.
     """
     folder = Path(folder)
     with exclusive(folder):
@@ -152,7 +152,7 @@ def train(
 
 
 class _Run:
-    """The steps of a run. Whatever stops it is looked at between two steps, where a checkpoint holds everything."""
+    """The steps of a run. Requests to stop are handled between two steps, where a checkpoint holds everything."""
 
     def __init__(
         self, task: _Task, recipe: Recipe, state: State, steps: int, log: Log, progress: Progress, signals: Signals
@@ -164,7 +164,7 @@ class _Run:
         self._reported: set[str] = set()
 
     def train(self, data: Iterator[list[Batch]]) -> None:
-        """Take the steps that are left, with these micro batches of each, and evaluate in between."""
+        """Take the remaining steps, with the micro batches of each, and evaluate in between."""
         state = self._state
         while True:
             if self._evaluation_is_due():
@@ -186,7 +186,7 @@ class _Run:
             self._progress.write(f"{state.skipped} examples were skipped: an image of theirs could not be read")
 
     def finish(self, save: Callable[[], None]) -> None:
-        """Write the result, then remove the checkpoint."""
+        """Write the result, then delete the checkpoint."""
         try:
             with self._at_once():
                 save()
@@ -228,7 +228,7 @@ class _Run:
         return due and self._task.judged and self._state.evaluated != step
 
     def _judge(self) -> None:
-        """Evaluate, and see whether patience is at its end."""
+        """Evaluate. Return whether patience has run out."""
         state, patience = self._state, self._recipe.patience
         try:
             with self._at_once():
@@ -248,11 +248,11 @@ class _Run:
             state.judge(metrics["loss"], patience)
 
     def _at_once(self) -> AbstractContextManager[None]:
-        """Let a signal break off what leaves the weights as they are. Several processes would wait for each other."""
+        """Let a signal interrupt an evaluation, which does not change the weights; not with several processes, which would deadlock."""
         return self._signals.at_once() if parallel.world() == 1 else nullcontext()
 
     def _settle(self, *, failed: bool = False, skipped: int = 0) -> int:
-        """Save as any process has reason to, stop unless this one failed itself, and give all processes' sum of `skipped`."""
+        """Save or stop if any process requests it. Return the sum of all processes' `skipped`."""
         state, recipe, signum = self._state, self._recipe, self._signals.received
         wish = _FAILED if failed else _STOP + signum if signum else 0
         if not wish and state.step != self._saved_step:
@@ -275,7 +275,7 @@ class _Run:
         return Interrupted(signum, f": stopped after step {state.step} of {self._steps}, which {state.path} holds")
 
     def _report_skipped(self, batches: list[Batch]) -> int:
-        """Take from batches what says which examples were skipped, print what was not printed before, give the count."""
+        """Remove the reasons for skipped examples from the batches, print new ones, and return their number."""
         found: list[str] = [problem for batch in batches for problem in batch.pop("skipped", ())]  # type: ignore[misc]
         for problem in dict.fromkeys(found):
             if problem not in self._reported:
@@ -287,7 +287,7 @@ class _Run:
 def _gradients(
     compute: Callable[[Batch], Tensor], batches: Sequence[Batch], weights: Weights, recipe: Recipe
 ) -> tuple[float, float]:
-    """Leave a step's clipped gradient with the masters, and give its loss and the gradient's norm."""
+    """Compute a step's clipped gradient in the master weights. Return the loss and the gradient's norm."""
     shares = [share(batch, recipe) for batch in batches]
     # FSDP averages the gradients of the processes.
     whole = max(1, parallel.total(sum(shares), weights.device)) / parallel.world()
@@ -299,20 +299,20 @@ def _gradients(
         weights.take_gradients()
         losses.append(loss.detach())
     norm = torch.nn.utils.clip_grad_norm_(weights.masters.values(), recipe.clip)
-    # Both at once, the only time in a step that the device is waited for.
+    # Copy both to the host together: this is the only device synchronisation of a step.
     mean, length = torch.stack((torch.stack(losses).sum().float(), parallel.full(norm))).tolist()
     return parallel.total(mean, weights.device) / parallel.world(), length
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
-    """All layers of the image encoder and of the language model, adapted or not."""
+    """Return all layers of the image encoder and the language model, with or without adapters."""
     lists = [module for name, module in model.named_modules() if name.split(".")[-1] == "layers"]
     return [layer for found in lists if isinstance(found, nn.ModuleList) for layer in found]
 
 
 @contextmanager
 def checkpointed_layers(model: nn.Module) -> Iterator[None]:
-    """Keep only the inputs of the model's layers for the backward pass, which computes the rest anew.
+    """Store only the inputs of the model's layers for the backward pass, which recomputes the rest.
 
     Source: Chen et al., https://arxiv.org/abs/1604.06174.
     """
@@ -328,12 +328,12 @@ def checkpointed_layers(model: nn.Module) -> Iterator[None]:
 
 def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
-        # `checkpoint` looks at random states even then, which is not allowed while a CUDA graph is captured.
+        # `checkpoint` reads random states even without gradients, which is not allowed during the capture of a CUDA graph.
         return forward(*args, **kwargs)
     return checkpoint(_on_backend, requested(), forward, *args, use_reentrant=False, **kwargs)
 
 
 def _on_backend(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run a forward on the backend that it ran on first: autograd's thread for a GPU, which computes it anew, asks for none."""
+    """Run a forward on the backend of its first run: autograd's GPU thread, which recomputes it, has no backend setting."""
     with backend(name):
         return forward(*args, **kwargs)
