@@ -1,4 +1,4 @@
-"""The command line behind the built-in model: its stages, its scores and its mask codec."""
+"""The command line of the built-in model's making: stages, scores, mask codec."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ LABELS = (
     ("Jan", "Feb", "Mar", "Apr", "May"),
 )
 SCALES = (1, 10)
-"""What one of the ten steps of the value axis stands for."""
+"""The value of one of the ten steps of the value axis."""
 
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:cyan", "black")
 _FONTS = ("DejaVu Sans", "DejaVu Serif", "STIXGeneral")
@@ -34,7 +34,7 @@ class Chart:
 
 
 class Charts:
-    """Draws charts on one canvas, which is used again: making a new one takes longer than drawing.
+    """Draw charts on one canvas, which is reused: making a canvas takes longer than drawing.
 
     Raises ModuleNotFoundError without matplotlib (this package's `train` extra).
     """

@@ -25,7 +25,7 @@ _LARGE, _SMALL = 16, 13  # of letters
 
 
 def answers(model: PaliGemma, processor: Processor, examples: Sequence[Example], max_new_tokens: int = 64) -> list[str]:
-    """Give the model's greedy answer to each example."""
+    """Return the model's greedy answer to each example."""
     return [
         processor.decode(
             model.generate(**processor([list(example.images)], [example.prefix]), max_new_tokens=max_new_tokens)
@@ -35,7 +35,7 @@ def answers(model: PaliGemma, processor: Processor, examples: Sequence[Example],
 
 
 def sheet(processor: Processor, examples: Sequence[Example], texts: Sequence[str]) -> Image.Image:
-    """Draw the examples' pictures, boxes and masks on them, with prompts and answers below; two pictures stand side by side."""
+    """Draw the examples' images with boxes and masks, and prompts and answers below. Two images stand side by side."""
     cells = [_cell(processor, example, text) for example, text in zip(examples, texts, strict=True)]
     rows = -(-len(cells) // _COLUMNS)
     step = (_SIDE + _GAP, _SIDE + _TEXT + _GAP)
@@ -64,7 +64,7 @@ def _cell(processor: Processor, example: Example, text: str) -> Image.Image:
 
 
 def _write(pen: ImageDraw.ImageDraw, top: int, text: str, size: int, colour: tuple[int, int, int]) -> int:
-    """Write at most two lines as wide as a picture, in letters of so many pixels, and return where they end."""
+    """Write at most two lines in letters of `size` pixels, as wide as an image. Return the y coordinate where they end."""
     font = label_font(size)
     lines = textwrap.wrap(text, int(_SIDE / font.getlength("abcdefghij ") * 11))[:2]
     for number, line in enumerate(lines):

@@ -1,4 +1,4 @@
-"""How well a model knows the world: each task's metric, by language, on pictures that no training draws."""
+"""Scores of a model in its world: each task's metric, by language, on images that training never draws."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..processor import Processor
 from .tasks import LANGUAGES, Exercise, Questions
 
 ZERO_SHOT = "caption, zero-shot"
-"""Pairs of emoji that never meet in training, of sizes that are never drawn there."""
+"""The task of emoji pairs that never occur together in training, in sizes that training never draws."""
 
 _MAX_NEW_TOKENS = 64
 
@@ -40,10 +40,10 @@ def evaluate(
     rows: Collection[tuple[str, str]] | None = None,
     batch_size: int = 32,
 ) -> list[Score]:
-    """Ask so many questions of each task, captions in each language, about fresh pictures, and score the greedy answers.
+    """Ask `count` questions of each task, and captions in each language, about fresh images, and score the greedy answers.
 
-    `rows`: (task, language) of those that `table_rows` gives; default: all. Raises ValueError for others, RuntimeError without
-    `pycocotools` (this package's `evaluate` extra) where boxes are asked for.
+    `rows` selects from `table_rows` by (task, language); default: all. Raises ValueError for unknown rows, RuntimeError without
+    `pycocotools` (this package's `evaluate` extra) if boxes are scored.
     """
     there = table_rows(questions, processor.image_size)
     if rows is not None and (unknown := set(rows) - set(there)):
@@ -67,7 +67,7 @@ def evaluate(
 
 
 def table_rows(questions: Questions, size: int) -> dict[tuple[str, str], Callable[[random.Random], Exercise]]:
-    """Give what draws an example for every row of the table, by task and language."""
+    """Return a function that draws an example for every row of the table, by task and language."""
 
     def captions(language: str, held_out: bool = False) -> Callable[[random.Random], Exercise]:
         return lambda rng: questions.caption(questions.world.scene(rng, size, held_out=held_out), language)
@@ -86,12 +86,12 @@ def table_rows(questions: Questions, size: int) -> dict[tuple[str, str], Callabl
 
 
 def held_out_rng(seed: int, *place: object) -> random.Random:
-    """Give the random source of a held-out picture; no training batch uses it."""
+    """Return the random source of a held-out image, which no training batch uses."""
     return random.Random(f"held out {seed} {' '.join(map(str, place))}")
 
 
 def answer(model: PaliGemma, processor: Processor, examples: Sequence[Exercise]) -> list[str]:
-    """Give the model's greedy answers to examples of as many images each."""
+    """Return the model's greedy answers to examples with the same number of images."""
     device = next(model.parameters()).device
     inputs = processor([list(example.images) for example in examples], [example.prefix for example in examples]).to(
         device
@@ -102,7 +102,7 @@ def answer(model: PaliGemma, processor: Processor, examples: Sequence[Exercise])
 def score(
     task: str, language: str, examples: Sequence[Exercise], answers: Sequence[str], processor: Processor
 ) -> Score:
-    """Score answers by their task's metric."""
+    """Score answers with the task's metric."""
     expected = [[example.suffix] for example in examples]
     if task == "detect":
         found = [
@@ -122,14 +122,14 @@ def score(
 
 
 def table(scores: Sequence[Score]) -> str:
-    """Give the scores as a Markdown table."""
+    """Return the scores as a Markdown table."""
     lines = ["| task | language | metric | score | questions |", "|---|---|---|---|---|"]
     lines += [f"| {s.task} | {s.language} | {s.metric} | {s.value:.1%} | {s.count} |" for s in scores]
     return "\n".join(lines)
 
 
 def _masks(examples: Sequence[Exercise], answers: Sequence[str], processor: Processor) -> Iterator:
-    """The first mask of each answer; None where there is none."""
+    """Return the first mask of each answer, or None."""
     for example, text in zip(examples, answers, strict=True):
         found = processor.parse(text, size=example.images[0].size)
         yield found[0].mask if found else None

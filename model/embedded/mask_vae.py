@@ -169,7 +169,7 @@ def _train(alphas: Sequence[Image.Image], steps: int, seed: int) -> dict[str, Te
 
 @dataclass(frozen=True)
 class MaskScores:
-    """How well a mask VQ-VAE does, each from 0 to 1 but the number of codes."""
+    """The quality of a mask VQ-VAE: numbers from 0 to 1, and the number of codes in use."""
 
     iou: float  # of masks with what their own codes give
     iou_of_pose: float  # of masks with what the codes of the same object in another pose give
@@ -184,7 +184,7 @@ class MaskScores:
 
 
 def score_mask_vae(codec: MaskVQVAE, alphas: Sequence[Image.Image], *, poses: int = 8, seed: int = 1) -> MaskScores:
-    """Encode and decode every silhouette in some random poses, which training with another seed does not draw."""
+    """Encode and decode every silhouette in random poses. Training with another seed does not draw these poses."""
     rng = random.Random(seed)
     masks = torch.stack([pose_masks(alpha, poses, rng) for alpha in alphas])
     codes = torch.stack([codec.encode(mask, (0, 0, MASK_SIZE, MASK_SIZE)) for mask in masks.flatten(0, 1)])
@@ -204,7 +204,7 @@ def _iou(a: Tensor, b: Tensor) -> float:
 
 
 class _Codebook:
-    """Codes that are moving averages of the features nearest to them."""
+    """A codebook whose codes are moving averages of the features nearest to them."""
 
     def __init__(self, features: Tensor, generator: torch.Generator) -> None:
         self._sums = self._pick(features, generator)
@@ -217,7 +217,7 @@ class _Codebook:
         return self._sums / self._counts[:, None].clamp(min=1e-30)
 
     def update(self, features: Tensor, decay: float = _DECAY) -> Tensor:
-        """Find the nearest codes of features [n, E] and move the codes; returns the moved ones, [n, E]."""
+        """Find the nearest codes of features [n, E], update the codes, and return the updated codes, [n, E]."""
         chosen = torch.cdist(features, self.codes).argmin(1)
         votes = nn.functional.one_hot(chosen, _CODES).float()
         self._sums = decay * self._sums + (1 - decay) * (votes.T @ features)
@@ -225,7 +225,7 @@ class _Codebook:
         return self.codes[chosen]
 
     def revive(self, features: Tensor, generator: torch.Generator) -> None:
-        """Set the codes that are hardly chosen to some of the features."""
+        """Replace rarely chosen codes by randomly chosen features."""
         rare = self._counts < _RARE
         self._sums = torch.where(rare[:, None], self._pick(features, generator), self._sums)
         self._counts = self._counts.masked_fill(rare, 1.0)
@@ -236,7 +236,7 @@ class _Codebook:
 
 
 def _initial_tensors(generator: torch.Generator) -> dict[str, Tensor]:
-    """Make tensors of vae-oid's layout: He's initialisation, and a codebook that is replaced."""
+    """Make tensors of vae-oid's layout: He initialisation, and a codebook that training replaces."""
     top = _ENCODER_WIDTHS[-1]
     layers = {"encoder.10": (_EMBEDDING, top, 1), "decoder.0": (top, _EMBEDDING, 1)}  # out, in, kernel
     for i, (before, after) in enumerate(zip((1, *_ENCODER_WIDTHS), _ENCODER_WIDTHS)):

@@ -43,7 +43,7 @@ TEXT = TextConfig(
 _READING = 0.75
 """The share of a reading stage's pictures that show writing."""
 _COMPARISONS = 12
-"""Every so many-th batch has two pictures for each question: they stay apart, since padding would double the other batches."""
+"""Every so many batches, one has two images for each question: in one batch with others, padding would double these."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Generated(Dataset[Batch]):
 
     @property
     def size(self) -> int:
-        """Questions of a batch: the trainer's micro batch."""
+        """The number of questions in a batch, which is the trainer's micro batch."""
         return micro_batch_size(self.stage.recipe)
 
     def __getitem__(self, index: int) -> Batch:
@@ -110,7 +110,7 @@ class Generated(Dataset[Batch]):
         return collate(self.examples(rng, compare=compare, done=index / len(self)), self.processor)
 
     def examples(self, rng: random.Random, *, compare: bool, done: float = 1.0) -> list[Exercise]:
-        """Draw a batch: its number of questions, or half as many that compare two pictures; `done` is the stage's share."""
+        """Draw a batch of questions, or half as many that compare two images. `done` is the finished share of the stage."""
         characters = max(CHARACTERS, 1 - done) if self.stage.reading else CHARACTERS
         draw: Callable[[random.Random, int], list[Exercise]] = partial(
             self.questions.about_one, writing=_READING if self.stage.reading else WRITING, characters=characters
@@ -145,9 +145,9 @@ class Generated(Dataset[Batch]):
 
 
 def collate(examples: list[Exercise], processor: Processor) -> Batch:
-    """Make a batch of examples with as many pictures each, in which each different one is encoded once, for `suffix_loss`.
+    """Make a batch for `suffix_loss` of examples with the same number of images; each distinct image is encoded once.
 
-    Examples of the same lengths stand together, for which attention on a CPU is computed at once.
+    Examples of equal lengths are adjacent: on a CPU, attention computes them together.
     """
     images, index = unique_images(examples)
     inputs = processor.encode(
@@ -212,11 +212,11 @@ def train_stages(
     start: Path | None = None,
     workers: int = 1,
 ) -> None:
-    """Run all stages one after another, each in its own folder within this one; what is done already is not done again.
+    """Run all stages, each in its own subfolder. Finished stages are not repeated.
 
-    Each stage starts from the weights of the one before, the first from `start`'s where given, and leaves a Hugging Face folder
-    and its `log.jsonl`.
-    Raises ModuleNotFoundError without the `train` extra, OSError when a folder cannot be written.
+    Each stage starts from the weights of the previous one, the first from those of `start`, if given. A stage leaves a Hugging
+    Face folder and its `log.jsonl`. Raises ModuleNotFoundError without the `train` extra, OSError when a folder cannot be
+    written.
     """
     folder = Path(folder)
     questions = Questions(world, codec)
@@ -262,16 +262,16 @@ def _train_stage(stage: TrainingStage, before: Path | None, target: Path, questi
 
 
 def new_tokenizer(folder: Path) -> Tokenizer:
-    """Train the tokenizer into a folder."""
+    """Train the tokenizer and write it to a folder."""
     train_tokenizer(folder / "tokenizer.model")
     return Tokenizer.from_file(folder / "tokenizer.model")
 
 
 def with_resolution(model: PaliGemma, stage: TrainingStage) -> PaliGemma:
-    """Give the model with a stage's sides of pictures and patches: patches are resized first, then positions resampled.
+    """Return the model with a stage's image and patch sizes. Patches are resized first, then positions are resampled.
 
-    Patches twice as large, in pictures twice as large, start out seeing just what they saw: each weight's share goes to the
-    pixels that its pixel became. So a higher resolution need not take more tokens.
+    Patches twice as large, in images twice as large, start with the same features: each weight is divided over the pixels that
+    its pixel became. A higher resolution therefore needs no more tokens.
     """
     vision = model.config.vision_config
     if stage.patch_size != vision.patch_size:
@@ -288,7 +288,7 @@ def with_resolution(model: PaliGemma, stage: TrainingStage) -> PaliGemma:
 
 
 def small_config(tokenizer: Tokenizer, image_size: int, patch_size: int) -> PaliGemmaConfig:
-    """Give the small model's shapes, with the vocabulary and ids of its tokenizer."""
+    """Return the small model's configuration, with the vocabulary and ids of its tokenizer."""
     text = replace(TEXT, vocab_size=len(tokenizer))
     vision = replace(VISION, image_size=image_size, patch_size=patch_size)
     return PaliGemmaConfig(vision, text, image_token_id=tokenizer.image_token_id)
@@ -296,7 +296,7 @@ def small_config(tokenizer: Tokenizer, image_size: int, patch_size: int) -> Pali
 
 @torch.no_grad()
 def order_embeddings(model: PaliGemma, tokenizer: Tokenizer) -> None:
-    """Let neighbouring patches and neighbouring locations start out alike, so that where things are is learnt early.
+    """Initialise neighbouring patches and neighbouring locations alike, so that positions are learnt early.
 
     Position embeddings start as sines and cosines of the patch's row and column, `<loc>` embeddings as those of the location.
     """

@@ -33,9 +33,9 @@ _COLOURED = {
 _COLOUR_OF = {name: colour for colour, things in _COLOURED.items() for name in things}
 
 WRITING = 0.3
-"""The share of pictures of writing in training, about each of which there is one question only."""
+"""The share of images with writing in training. There is one question about each of them."""
 CHARACTERS = 0.3
-"""The share of these that show a few random letters or digits; where models are scored there are none."""
+"""The share of images with writing that show a few random letters or digits. Scoring uses none of them."""
 
 _MOST_BOXES = 4  # in an answer; six would be 60 tokens long
 _MARGIN = 24 / 224  # of the picture's side: what is above, or at the top, is so by more than this
@@ -58,7 +58,7 @@ class Exercise:
 
     @property
     def language(self) -> str | None:
-        """Of the answer: the prompt's second word where that is one of `LANGUAGES`."""
+        """The answer's language: the prompt's second word if it is one of `LANGUAGES`, else ""."""
         words = self.prefix.split()
         return words[1] if len(words) > 1 and words[1] in LANGUAGES else None
 
@@ -88,10 +88,10 @@ _Kinds = list[tuple[float, Callable[[Random, Picture], Exercise]]]
 
 
 class Questions:
-    """Draws pictures of a world and asks about them.
+    """Draw images of a world and ask questions about them.
 
-    `codec` writes the masks of "segment"; without it that task is left out. `translations`: {language: {English name: name}}, by
-    default what `names` gives. The same random source in the same state gives the same questions.
+    `codec` encodes the masks of "segment"; without it that task is left out. `translations`: {language: {English name: name}}, by
+    default from `names`. The same random source in the same state gives the same questions.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Questions:
         return Exercise((picture.image,), f"caption {language}", answer, "caption")
 
     def count(self, rng: Random, picture: Picture) -> Exercise:
-        """Ask how many there are of one kind, now and then of one that is not there."""
+        """Ask how many objects of one kind there are, sometimes of a kind that is absent."""
         labels = [found.label for found in picture.objects]
         name = labels[int(rng.random() * len(labels))]
         if rng.random() < 0.1:
@@ -155,7 +155,7 @@ class Questions:
         return Exercise((picture.image,), question, str(labels.count(name)), "count")
 
     def detect(self, rng: Random, picture: Picture, everything: bool = False) -> Exercise:
-        """Ask for the boxes of one kind, or of all, as always for `everything`: from left to right, kind after kind."""
+        """Ask for the boxes of one kind, or of all kinds (always for `everything`): from left to right, kind after kind."""
         kinds = list(dict.fromkeys(found.label for found in picture.objects))
         if not everything and (rng.random() < 0.6 or len(kinds) == 1):
             kinds = [kinds[int(rng.random() * len(kinds))]]
@@ -248,7 +248,7 @@ class Questions:
                 return name
 
     def _several(self, rng: Random, picture: Picture, kinds: _Kinds, most: int) -> list[Exercise]:
-        """Ask as often, by the kinds' weights; the same question twice counts once."""
+        """Ask questions of random kinds, by the kinds' weights. A repeated question counts once."""
         until = list(itertools.accumulate(weight for weight, _ in kinds))
         chosen = (kinds[bisect.bisect(until, rng.random() * until[-1])][1] for _ in range(most))
         examples = (kind(rng, picture) for kind in chosen)

@@ -1,1 +1,1 @@
-"""What a PaliGemma is worth: standard metrics on public data sets' own files."""
+"""Evaluation: standard metrics on public data sets in their own file formats."""

@@ -1,4 +1,4 @@
-"""Public data sets' own files, checked from end to end, as questions with references."""
+"""Public data sets' file formats, read as questions with references. Every entry is checked."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..images import image_size
 from ..locations import Box, Detection
 
 Segmentation = list[list[float]] | dict[str, Any]
-"""A mask as COCO writes it: polygons [x1, y1, x2, y2, …] in pixels, or run lengths with their size."""
+"""A mask in COCO's format: polygons [x1, y1, x2, y2, …] in pixels, or run lengths with their size."""
 
 _MOST_PERMUTED = 6
 
 
 @dataclass(frozen=True)
 class Options:
-    """A multiple choice, and which of the options is right."""
+    """A multiple choice and its right option."""
 
     texts: tuple[str, ...]
     right: int
@@ -34,7 +34,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Objects:
-    """What there is to find in an image of `size` (width, height)."""
+    """The objects to find in an image of `size` (width, height)."""
 
     size: tuple[int, int]
     objects: tuple[Detection, ...]
@@ -43,40 +43,40 @@ class Objects:
 
 @dataclass(frozen=True)
 class Region:
-    """The part of an image of `size` (width, height) that an expression means or a category takes."""
+    """The region of an expression or a category in an image of `size` (width, height)."""
 
     size: tuple[int, int]
     box: Box | None
     masks: tuple[Segmentation, ...]
-    """Together they are the region; none where only its box is known."""
+    """The masks whose union is the region; empty if only its box is known."""
     ignored: tuple[Segmentation, ...] = ()
-    """Where a prediction counts neither as right nor as wrong."""
+    """The masks in which predictions count neither as right nor as wrong."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask a model, and what to compare its answer with."""
+    """One question for a model, and the reference for its answer."""
 
     id: str
     images: tuple[Path, ...]
     fields: Mapping[str, str]
-    """What a prompt may be made of."""
+    """The fields that prompt templates may use."""
     reference: Any
     kind: str = ""
-    """A group that is also scored by itself (VQAv2's answer types, a category); "" for none."""
+    """A group that is also scored separately (VQAv2's answer types, a category); "" for none."""
     where: str = ""
-    """The file's entry that says how large the image is, for errors; "" for none."""
+    """The file's entry with the image's size, for error messages; "" for none."""
 
 
 Read = list[tuple[Question, Sequence[Sequence[str]]]]
-"""Questions still without images, and the names that each of their images may have."""
+"""Questions whose images are not looked up yet, and the possible file names of each image."""
 
 
 def find_images(questions: Read, folder: Path) -> list[Question]:
-    """Give questions their images: of each one's possible names the first that is there.
+    """Look up the questions' images: the first of each image's possible names that exists.
 
-    Raises FileNotFoundError naming the first image that is not, and how many more; OSError or ValueError for an image whose size
-    is not its entry's, or cannot be read where there is one.
+    Raises FileNotFoundError naming the first missing image and the number of others; OSError or ValueError for an image whose
+    size differs from its entry's or cannot be read.
     """
     found: dict[tuple[str, ...], Path | None] = {}
     missing: list[Path] = []
@@ -107,7 +107,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _check_size(question: Question) -> None:
-    """Raise ValueError if boxes and masks are of another image than the one that a model sees."""
+    """Raise ValueError if boxes and masks refer to an image of another size than the model's."""
     for path in question.images:
         loaded, declared = image_size(path), question.reference.size
         if loaded != declared:
@@ -119,7 +119,7 @@ def _check_size(question: Question) -> None:
 
 
 class _Entry:
-    """A JSON object and where it stands, for errors that name it."""
+    """A JSON object and its place in the file, which errors name."""
 
     def __init__(self, content: Any, where: str) -> None:
         if not isinstance(content, dict):
@@ -132,7 +132,7 @@ class _Entry:
         return ValueError(f"{self.where}: {key!r}: expected {expected}, got {_shown(self.content[key])}")
 
     def text(self, *keys: str) -> str:
-        """The string under the first of the keys that is there; a number counts as one."""
+        """Return the string under the first key that exists. A number is converted."""
         key = next((key for key in keys if key in self.content), keys[0])
         value = self.content.get(key)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -164,7 +164,7 @@ class _Entry:
         return [_Entry(content, f"{self.where}: {key}[{i}]") for i, content in enumerate(value)]
 
     def box(self, size: tuple[int, int]) -> Box:
-        """COCO's `bbox`, [x, y, width, height] in pixels, as corners; it lies in an image of `size`."""
+        """Return COCO's `bbox`, [x, y, width, height] in pixels, as corners. It must lie in an image of `size`."""
         value = self.content.get("bbox")
         if isinstance(value, list) and len(value) == 4 and all(map(_is_number, value)):
             x, y, width, height = value
@@ -201,7 +201,7 @@ class _Entry:
 
 
 def _run_lengths(text: str) -> list[int] | None:
-    """Read COCO's compressed run lengths: differences from the last but one, in digits of 5 bits, lowest first. None: damaged."""
+    """Decode COCO's compressed run lengths: differences to the last but one, in 5-bit digits, lowest first. None if damaged."""
     lengths: list[int] = []
     value = shift = 0
     for letter in text:
@@ -234,13 +234,13 @@ def _is_number(value: object) -> bool:
 
 
 def _are_inside(coordinates: Sequence[float], size: tuple[int, int]) -> bool:
-    """Return whether x, y, x, y, … lie in an image; COCO's own may be beyond its edges by a rounding."""
+    """Return whether x, y, x, y, … lie in an image. COCO's own polygons exceed the edges by rounding errors."""
     slack = [1 + side / 100 for side in size]
     return all(-slack[i % 2] <= n <= size[i % 2] + slack[i % 2] for i, n in enumerate(coordinates))
 
 
 def decode_masks(parts: Sequence[Segmentation], size: tuple[int, int]) -> np.ndarray:
-    """The pixels, bool [height, width], that lie in any of the parts; `size` is (width, height)."""
+    """Return the union of the parts, bool [height, width]; `size` is (width, height)."""
     from pycocotools import mask as coco
 
     width, height = size
@@ -253,7 +253,7 @@ def decode_masks(parts: Sequence[Segmentation], size: tuple[int, int]) -> np.nda
 
 
 def read_captions(path: Path, language: str) -> Read:
-    """COCO's captions JSON; or JSON lines of XM3600 or of COCO-35L, of which it takes the captions in `language`."""
+    """Read COCO's captions JSON, or the captions in `language` from JSON lines of XM3600 or COCO-35L."""
     if path.suffix == ".jsonl":
         return _read_caption_lines(path, language)
     top = _read_object(path)
@@ -295,7 +295,7 @@ def _read_caption_lines(path: Path, language: str) -> Read:
 
 
 def read_vqa(path: Path, annotations: Path | None) -> Read:
-    """VQAv2's (or OK-VQA's) questions with the answers of its annotations file; or TextVQA's JSON, which has both."""
+    """Read the questions of VQAv2 or OK-VQA with the answers of the annotations file, or TextVQA's JSON, which has both."""
     top = _read_object(path)
     if "questions" not in top.content:
         if annotations is not None:
@@ -327,7 +327,7 @@ def read_vqa(path: Path, annotations: Path | None) -> Read:
 
 
 def read_gqa(path: Path) -> Read:
-    """GQA's questions JSON: an object for each question, by its number."""
+    """Read GQA's questions JSON: an object for each question, by its id."""
     questions: Read = []
     for number, content in read_json_object(path).items():
         entry = _Entry(content, f"{path}: {number}")
@@ -339,9 +339,9 @@ def read_gqa(path: Path) -> Read:
 
 
 def read_docvqa(path: Path) -> Read:
-    """The JSON of DocVQA, InfographicVQA or ST-VQA: `data` with question, answers and the name of a page or picture.
+    """Read the JSON of DocVQA, InfographicVQA or ST-VQA: `data` with question, answers and the name of a page or image.
 
-    Lists in InfographicVQA's answers may be given in any order, so that each of up to 720 orders is accepted.
+    Lists in InfographicVQA's answers may come in any order: each of up to 720 orders is accepted.
     """
     questions: Read = []
     for entry in _read_object(path).entries("data"):
@@ -364,7 +364,7 @@ def _orders(answer: str) -> list[str]:
 
 
 def read_chartqa(path: Path) -> Read:
-    """ChartQA's JSON, human or augmented: a list of imgname, query and label."""
+    """Read ChartQA's JSON, human or augmented: a list of imgname, query and label."""
     return [
         (Question(str(i), (), {"question": entry.text("query")}, entry.texts("label")), [[entry.text("imgname")]])
         for i, entry in enumerate(_read_list(path))
@@ -372,9 +372,9 @@ def read_chartqa(path: Path) -> Read:
 
 
 def read_lines(path: Path, prefix: str | None = None) -> Read:
-    """JSON lines of image (or a list of them), prefix and suffix (or a list of accepted ones), as for fine-tuning.
+    """Read JSON lines of image (or a list of images), prefix and suffix (or a list of accepted answers), as for fine-tuning.
 
-    `prefix` is for lines that have none; None allows no such line.
+    `prefix` is the default for lines without one; None makes it required.
     """
     questions: Read = []
     for i, entry in enumerate(_read_lines(path), 1):
@@ -385,7 +385,7 @@ def read_lines(path: Path, prefix: str | None = None) -> Read:
 
 
 def read_pope(path: Path) -> Read:
-    """POPE's JSON lines: image, text (the question) and label (yes or no)."""
+    """Read POPE's JSON lines: image, text (the question) and label (yes or no)."""
     questions: Read = []
     for i, entry in enumerate(_read_lines(path), 1):
         label = entry.text("label").lower()
@@ -397,7 +397,7 @@ def read_pope(path: Path) -> Read:
 
 
 def read_mmvp(path: Path) -> Read:
-    """MMVP's Questions.csv, two rows for each pair; images are named by their row's index."""
+    """Read MMVP's Questions.csv, two rows for each pair. Images are named by the row's index."""
     columns = ("Index", "Question", "Options", "Correct Answer")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -426,7 +426,7 @@ def read_mmvp(path: Path) -> Read:
 
 
 def read_detection(path: Path) -> Read:
-    """COCO's instances JSON: one question for each image, about all the categories of its objects."""
+    """Read COCO's instances JSON: one question for each image, about the categories of all its objects."""
     images, names, annotations = _read_instances(path)
     questions: Read = []
     for number, entries in annotations.items():
@@ -442,7 +442,7 @@ def read_detection(path: Path) -> Read:
 
 
 def read_segmentation(path: Path) -> Read:
-    """COCO's instances JSON: one question for each category in each image, crowds left out."""
+    """Read COCO's instances JSON: one question for each category in each image, without crowds."""
     images, names, annotations = _read_instances(path)
     questions: Read = []
     for number, entries in annotations.items():
@@ -462,9 +462,9 @@ def read_segmentation(path: Path) -> Read:
 
 
 def read_referring(path: Path) -> Read:
-    """Referring expressions in COCO's format, as MDETR gives them: each image entry has a `caption` and one annotation.
+    """Read referring expressions in MDETR's variant of COCO's format: each image entry has a `caption` and one annotation.
 
-    Masks (`segmentation`) are there for all or for none.
+    Either all annotations have masks (`segmentation`), or none has.
     """
     top = _read_object(path)
     images = {entry.number("id"): entry for entry in top.entries("images")}
@@ -487,7 +487,7 @@ def read_referring(path: Path) -> Read:
 
 
 def _read_instances(path: Path) -> tuple[dict[int, _Entry], dict[int, str], dict[int, list[_Entry]]]:
-    """Images and categories' names by their ids, and the annotations of each image that has any."""
+    """Return images and category names by id, and the annotations of each image that has any."""
     top = _read_object(path)
     images = {entry.number("id"): entry for entry in top.entries("images")}
     names = {entry.number("id"): entry.text("name").lower() for entry in top.entries("categories")}
@@ -505,7 +505,7 @@ def _known(entry: _Entry, key: str, known: Mapping[int, object]) -> int:
 
 
 def _coco_names(entry: _Entry, number: int, subset: object = None) -> list[str]:
-    """Names of an image: as it is written, with its folder and without, or as COCO names them of 2014 and of 2017."""
+    """Return the possible names of an image: as written, with and without its folder, or COCO's names of 2014 and 2017."""
     if "file_name" in entry.content:
         name = entry.text("file_name")
         return list(dict.fromkeys([name, Path(name).name]))

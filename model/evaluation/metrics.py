@@ -1,8 +1,8 @@
-"""The standard metrics of PaliGemma's tasks: predictions and references in, a dictionary of numbers out.
+"""The standard metrics of PaliGemma's tasks. They map predictions and references to a dictionary of numbers.
 
-Scores are fractions, as the libraries give them: 1.0 is perfect, and papers print 100 times as much. Answers are compared without
-the white space around them. Every function raises ValueError where there is nothing to score, or predictions and references
-differ in number, and RuntimeError where a package that it needs is not installed.
+Scores are fractions: 1.0 is perfect, and papers print 100 times the fraction. Answers are compared without outer white space.
+Every function raises ValueError if there is nothing to score or predictions and references differ in number, and RuntimeError if
+a package that it needs is not installed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ..locations import Box, Detection
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Share of answers that equal one of their accepted answers, upper and lower case told apart."""
+    """Return the share of answers that equal an accepted answer, case included."""
     _check_answers(predictions, references)
     right = (answer.strip() in _stripped(accepted) for answer, accepted in zip(predictions, references))
     return {"exact_match": _mean(right)}
 
 
 def character_error_rate(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Edits (Levenshtein) from answers to references over the references' characters; 0 is perfect, and it may exceed 1.
+    """Return the Levenshtein edits from answers to references over the references' characters; 0 is perfect, above 1 possible.
 
-    Of several accepted answers the nearest counts. ValueError if the references hold no character.
+    The nearest of several accepted answers counts. Raises ValueError if the references are empty.
     """
     _check_answers(predictions, references)
     edits = characters = 0
@@ -43,10 +43,10 @@ def character_error_rate(predictions: Sequence[str], references: Sequence[Sequen
 
 
 def anls(predictions: Sequence[str], references: Sequence[Sequence[str]], threshold: float = 0.5) -> dict[str, float]:
-    """Average normalised Levenshtein similarity, of DocVQA, InfographicVQA and ST-VQA; case does not count.
+    """Return the average normalised Levenshtein similarity of DocVQA, InfographicVQA and ST-VQA, ignoring case.
 
-    Of an answer and each accepted one, the edits over the length of the longer; where that is below `threshold`, 1 less it, else
-    0. The best of the accepted ones counts. Source: Biten et al., https://arxiv.org/abs/1905.13648, equation 1.
+    With d the edits divided by the length of the longer text, an answer scores 1 − d if d is below `threshold`, else 0. The best
+    accepted answer counts. Source: Biten et al., https://arxiv.org/abs/1905.13648, equation 1.
     """
     _check_answers(predictions, references)
 
@@ -64,10 +64,10 @@ def anls(predictions: Sequence[str], references: Sequence[Sequence[str]], thresh
 def relaxed_accuracy(
     predictions: Sequence[str], references: Sequence[Sequence[str]], tolerance: float = 0.05
 ) -> dict[str, float]:
-    """ChartQA's accuracy: numbers may be off by `tolerance` of the reference, other answers must be equal; case does not count.
+    """Return ChartQA's accuracy: numbers may be off by `tolerance` of the reference, other answers must be equal, ignoring case.
 
-    "12%" is the number 0.12. A reference of 0 must be met as text. Source: Masry et al., https://arxiv.org/abs/2203.10244,
-    section 5.1, as big_vision's evaluator reads it.
+    "12%" is the number 0.12. A reference of 0 is compared as text. Source: Masry et al., https://arxiv.org/abs/2203.10244,
+    section 5.1, as big_vision's evaluator implements it.
     """
     _check_answers(predictions, references)
 
@@ -85,11 +85,11 @@ def relaxed_accuracy(
 
 
 def vqa_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """VQAv2's accuracy: an answer is right as soon as three people gave it, in the mean over leaving out each person.
+    """Return VQAv2's accuracy: an answer scores min(matching people / 3, 1), averaged over leaving out each person.
 
-    `references` holds all the people's answers to each question, ten in VQAv2 and TextVQA. Where people disagree, they and the
-    answer are normalised first (`normalize_vqa_answer`). Source: https://visualqa.org/evaluation.html and its evaluation tool, as
-    big_vision's evaluator reads it.
+    `references` holds all people's answers to each question, ten in VQAv2 and TextVQA. Where people disagree, all answers are
+    normalised first (`normalize_vqa_answer`). Source: https://visualqa.org/evaluation.html and its evaluation tool, as
+    big_vision's evaluator implements it.
     """
     _check_answers(predictions, references)
 
@@ -106,8 +106,8 @@ def vqa_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]
 
 
 def normalize_vqa_answer(text: str) -> str:
-    """Make an answer comparable as VQAv2 does: no punctuation, lower case, no articles, digits, apostrophes where they belong."""
-    # That any comma within a number joins what other punctuation parts is an oddity of the official tool, kept.
+    """Normalise an answer as VQAv2 does: no punctuation and articles, lower case, digits for number words, apostrophes."""
+    # The official tool removes other punctuation instead of replacing it if the text has a comma within a number. Keep this.
     comma_in_number = re.search(r"\d,\d", text) is not None
     cleaned = text
     for mark in _VQA_PUNCTUATION:
@@ -119,9 +119,9 @@ def normalize_vqa_answer(text: str) -> str:
 
 
 def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """CIDEr (10 at best, and 0 on a single image) and BLEU-4 over all captions, by COCO's own scorers.
+    """Return CIDEr (at most 10, and 0 on a single image) and BLEU-4 over all captions, by COCO's own scorers.
 
-    Words are told apart by `tokenize_caption`. Sources: Vedantam et al., https://arxiv.org/abs/1411.5726; Papineni et al., 2002;
+    `tokenize_caption` splits words. Sources: Vedantam et al., https://arxiv.org/abs/1411.5726; Papineni et al., 2002;
     the package pycocoevalcap.
     """
     _check_answers(predictions, references)
@@ -135,10 +135,10 @@ def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str
 
 
 def tokenize_caption(text: str) -> str:
-    """Give a caption's words, parted by spaces: a rule for every language in place of COCO's Java program for English.
+    """Return a caption's words, separated by spaces. This rule for all languages replaces COCO's Java program for English.
 
-    Lower case; punctuation and symbols go, except within words (well-made) and numbers (2,000.5); English clitics are words of
-    their own, as in the Penn Treebank (do n't, dog 's); so is every character of a script that writes no spaces.
+    Text becomes lower case. Punctuation and symbols are removed, except within words (well-made) and numbers (2,000.5). English
+    clitics are words, as in the Penn Treebank (do n't, dog 's), and so is every character of a script without spaces.
     """
     text = text.lower().replace("’", "'")
     text = "".join(c if c in "'-.,:" or unicodedata.category(c)[0] not in "PS" else " " for c in text)
@@ -155,15 +155,15 @@ def average_precision(
     scores: Sequence[Sequence[float]] | None = None,
     crowds: Sequence[Sequence[bool]] | None = None,
 ) -> dict[str, float]:
-    """COCO's average precision of boxes: the mean over thresholds of IoU from 0.5 to 0.95 (`ap`), at 0.5 and at 0.75.
+    """Return COCO's average precision of boxes: the mean over IoU thresholds from 0.5 to 0.95 (`ap`), at 0.5 and at 0.75.
 
     Args:
-        predictions: each image's objects, in pixels; those of a label that no reference has are left out.
+        predictions: each image's objects, in pixels. Objects whose label no reference has are ignored.
         references: each image's objects.
-        scores: how sure each prediction is; without it all are alike, and the order given decides.
-        crowds: which references are crowds, in which any number of objects may be found and none must be.
+        scores: the confidence of each prediction; without scores the given order decides.
+        crowds: which references are crowds, which match any number of predictions and need none.
 
-    Raises ValueError, too, where no reference but crowds is given. Source: https://cocodataset.org/#detection-eval; pycocotools.
+    Raises ValueError, too, if all references are crowds. Source: https://cocodataset.org/#detection-eval; pycocotools.
     """
     _check(predictions, references)
     labels = sorted({found.label for image in references for found in image})
@@ -206,9 +206,10 @@ def average_precision(
 
 
 def mean_iou(predictions: Iterable[np.ndarray | None], references: Iterable[np.ndarray]) -> dict[str, float]:
-    """Mean over examples of the intersection over union of two masks, bool [H, W]; a missing prediction (None) counts 0.
+    """Return the mean intersection over union of pairs of masks, bool [H, W]. A missing prediction (None) counts 0.
 
-    `missing` is their share. Takes iterators, so that masks need not all be kept. Source: big_vision's segmentation evaluator.
+    `missing` is the share of missing predictions. Iterators are accepted, so that masks need not be in memory together. Source:
+    big_vision's segmentation evaluator.
     """
     overlaps, missing = [], 0
     for predicted, wanted in zip(predictions, references, strict=True):
@@ -220,7 +221,7 @@ def mean_iou(predictions: Iterable[np.ndarray | None], references: Iterable[np.n
 
 
 def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two masks, bool [H, W]; 0 where both are empty."""
+    """Return the intersection over union of two masks, bool [H, W]; 0 if both are empty."""
     if a.shape != b.shape:
         raise ValueError(f"masks: expected the same shape, got {a.shape} and {b.shape}")
     union = np.count_nonzero(a | b)
@@ -230,21 +231,21 @@ def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
 def box_accuracy(
     predictions: Sequence[Box | None], references: Sequence[Box], threshold: float = 0.5
 ) -> dict[str, float]:
-    """Share of boxes whose intersection over union with theirs reaches `threshold`; a missing one (None) does not."""
+    """Return the share of predicted boxes whose intersection over union with the reference reaches `threshold`. None counts 0."""
     _check(predictions, references)
     found = (box is not None and box_iou(box, wanted) >= threshold for box, wanted in zip(predictions, references))
     return {f"precision@{threshold:g}": _mean(found)}
 
 
 def box_iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2); 0 where they are apart or have no area."""
+    """Return the intersection over union of two boxes (x1, y1, x2, y2); 0 if they are disjoint or have no area."""
     shared = max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
     union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)) - shared
     return shared / union if shared > 0 else 0.0
 
 
 def pair_accuracy(right: Sequence[bool]) -> dict[str, float]:
-    """MMVP's accuracy: of questions in pairs (0 and 1, 2 and 3, …), the share of pairs with both answered right.
+    """Return MMVP's accuracy: the share of pairs of questions (0 and 1, 2 and 3, …) with both answers right.
 
     Source: Tong et al., https://arxiv.org/abs/2401.06209.
     """
@@ -254,10 +255,10 @@ def pair_accuracy(right: Sequence[bool]) -> dict[str, float]:
 
 
 def chosen_option(answer: str, options: Sequence[str]) -> int | None:
-    """Tell which option of a multiple choice an answer means, or None if that cannot be told.
+    """Return the option of a multiple choice that an answer means, or None if it is ambiguous.
 
-    One whose letter it is ("b", "b.", "(b)", "(b) closed"), else the one that it has most words in common with, if there
-    is only one.
+    This is the option with the answer's letter ("b", "b.", "(b)", "(b) closed"), else the only option that shares most words with
+    the answer.
     """
     letter = re.match(r"\(([a-z])\)|([a-z])(?:$|[.):])", answer.strip().lower())
     if letter is not None:
@@ -273,7 +274,7 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
 
 
 def yes_no_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """POPE's scores, with "yes" as the positive answer.
+    """Return POPE's scores, with "yes" as the positive answer.
 
     An answer means no if its first sentence has the word "no" or "not", and yes otherwise, even if it is empty: `valid` is the
     share that is "yes" or "no" and nothing else. Precision, recall and F1 are 0 where they would be 0 / 0.
@@ -306,7 +307,7 @@ _VQA_NUMBERS |= {"six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10
 
 
 def _without_one_apostrophe(words: str) -> dict[str, str]:
-    """Contractions by the ways of writing them that VQAv2 mends: each lacks one of its apostrophes."""
+    """Contractions by their spelling without an apostrophe, which VQAv2 corrects."""
     return {word[:i] + word[i + 1 :]: word for word in words.split() for i, letter in enumerate(word) if letter == "'"}
 
 

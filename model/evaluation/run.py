@@ -1,4 +1,4 @@
-"""An evaluation from files to scores: questions, answers in batches that a later start goes on with, numbers."""
+"""An evaluation from files to scores: questions, answers in batches that can be continued, scores."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .tasks import TASKS, Answer, Source, Task
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The questions of a task, by the name of the file that they are from, and the template of their prompts."""
+    """The questions of a task, by file name, and the template of their prompts."""
 
     name: str
     template: str
@@ -53,7 +53,7 @@ class Evaluation:
         return self.template.format(**question.fields, lang=self.language)
 
     def digest(self) -> str:
-        """What tells these questions from others: a hash of their files' names, numbers, images' names and prompts."""
+        """Return a hash of the questions: their files' names, numbers, image names and prompts."""
         asked = [
             [file, question.id, [path.name for path in question.images], self.prompt(question)]
             for file, questions in self.subsets.items()
@@ -62,7 +62,7 @@ class Evaluation:
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
     def score(self, answers: Sequence[Answer], processor: Processor) -> dict[str, dict[str, float]]:
-        """The scores of each file, and where there are several their "mean", every file counting alike."""
+        """Return the scores of each file, and of several files their unweighted "mean"."""
         scores: dict[str, dict[str, float]] = {}
         start = 0
         for file, questions in self.subsets.items():
@@ -88,19 +88,19 @@ def prepare(
     prompt: str | None = None,
     limit: int | None = None,
 ) -> Evaluation:
-    """Read and check all that an evaluation needs, before a model is loaded.
+    """Read and check everything that an evaluation needs, before a model is loaded.
 
     Args:
         name: one of `TASKS`.
-        data: files in the task's format; each is scored by itself.
+        data: files in the task's format; each is scored separately.
         annotations: VQAv2's answers, beside one file of questions.
         images: the images' folder; default: each file's own.
-        language: what `{lang}` in a prompt stands for, and which captions are wanted.
+        language: the value of `{lang}` in prompts, and the language of captions.
         prompt: a template of the questions' fields and `{lang}`; default: the task's.
-        limit: take so many questions of each file only.
+        limit: take only the first `limit` questions of each file.
 
     Raises:
-        OSError, ValueError: naming the file, the place in it, and what is wrong; a bad template or limit.
+        OSError, ValueError: naming the file, the place in it, and the fault; a bad template or limit.
         RuntimeError: a package that the metrics need is not installed.
     """
     task = TASKS[name]
@@ -142,13 +142,11 @@ def _check_template(template: str, question: Question) -> None:
 
 
 class Predictions:
-    """A file of JSON lines: first what they were made with, then one line for each question in order.
+    """A file of JSON lines: first the settings that it was made with, then one line for each question in order.
 
-    Opening one goes on with the file that is there, behind the last batch that is whole, so that it will hold the same answers as
-    if it had never been cut off.
-
-    Nothing is written before the first answers. Raises ValueError for a file of anything else or made with anything else, OSError
-    for one that cannot be read or written.
+    Opening an existing file continues after its last whole batch, so that it will hold the same answers as without interruption.
+    Nothing is written before the first answers. Raises ValueError for another kind of file or other settings, OSError for a file
+    that cannot be read or written.
     """
 
     def __init__(self, path: Path, evaluation: Evaluation, made_with: Mapping[str, object], batch_size: int) -> None:
@@ -171,7 +169,7 @@ class Predictions:
             raise OSError(f"--output {path}: cannot be written; it must be a file in an existing, writable folder")
 
     def append(self, answers: Sequence[Answer]) -> None:
-        """Write the next questions' answers."""
+        """Append the next questions' answers."""
         lines = [self._line(len(self.answers) + i, answer) for i, answer in enumerate(answers)]
         if self._start:
             write_atomically(self.path, self._start)
@@ -232,11 +230,11 @@ def ask(
     num_beams: int = 1,
     predictions: Predictions | None = None,
 ) -> list[Answer]:
-    """Let a model answer the questions that `predictions` holds no answers to, greedily or by beams, and give all answers.
+    """Let a model answer the questions without an answer in `predictions`, greedily or by beams. Return all answers.
 
-    `max_new_tokens` None takes the task's, or as many as the model has positions for.
+    `max_new_tokens` None takes the task's number, or the number of the model's positions.
 
-    Raises ValueError where masks are wanted and the processor has no mask decoder, and what processor and `generate` raise.
+    Raises ValueError if masks are scored and the processor has no mask decoder, and what processor and `generate` raise.
     """
     if evaluation.needs_masks and processor.mask_decoder is None:
         raise ValueError(f"{evaluation.name} compares masks: give the mask decoder's weights with --mask-decoder")
@@ -262,13 +260,13 @@ def ask(
 
 
 def last_written(checkpoint: Path) -> int:
-    """When a checkpoint's weights were written, in nanoseconds: a model that was trained further in place is another one."""
+    """Return when a checkpoint's weights were written, in nanoseconds. It tells a model that was trained further in place."""
     files = [checkpoint] if checkpoint.is_file() else checkpoint.glob("*.safetensors")
     return max((file.stat().st_mtime_ns for file in files), default=0)
 
 
 def _inputs(evaluation: Evaluation, processor: Processor, batch: Sequence[Question]) -> Inputs:
-    """A batch for the model, each different image once; `image_index` says which stands where."""
+    """Make a batch for the model with each distinct image once. `image_index` holds the image of each placeholder."""
     paths = [path for question in batch for path in question.images]
     once = list(dict.fromkeys(paths))
     loaded = {path: load_image(path) for path in once}
@@ -309,9 +307,9 @@ def _answer(
 def _location_probabilities(
     model: PaliGemma, processor: Processor, inputs: Mapping[str, Tensor], features: Tensor, ids: Tensor
 ) -> Iterator[tuple[float, ...]]:
-    """How probable each location token of each answer was to the model, which reads its prompt and answer once more for that.
+    """Return the model's probability of each location token of each answer. The model reads prompts and answers again.
 
-    One row at a time: with 257,152 logits for a token, those of a whole batch would be gigabytes.
+    Logits are computed for one row at a time: 257,152 for each token of a whole batch would take gigabytes.
     """
     text = processor.tokenizer
     locations = torch.tensor([text.added_tokens[token].token_id for token in LOC_TOKENS], device=ids.device)
@@ -335,7 +333,7 @@ def _location_probabilities(
 
 
 def table(scores: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -> Iterator[str]:
-    """Scores for people: 100 times each number, as papers print it, a line for each file or, of one file, for each score."""
+    """Return the scores as lines of text, times 100 as in papers: a line for each file, or for each score of a single file."""
     if len(scores) == 1:
         ((file, only),) = scores.items()
         width = max(map(len, only))

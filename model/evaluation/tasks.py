@@ -1,4 +1,4 @@
-"""The tasks: how each one's files are read, what is asked, and by which metrics answers are scored."""
+"""The tasks: each one's file format, prompt and metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUESTION = "answer {lang} {question}"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered, and where it was asked for the probability of each location token in order."""
+    """A model's answer and, if requested, the probability of each of its location tokens in order."""
 
     text: str
     location_probabilities: tuple[float, ...] | None = None
@@ -29,7 +29,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Source:
-    """Where questions come from: a file, VQAv2's answers beside it, the language of captions."""
+    """The source of questions: a file, VQAv2's annotations file, the language of captions."""
 
     path: Path
     annotations: Path | None
@@ -43,19 +43,19 @@ class Task:
     about: str
     read: Callable[[Source], formats.Read]
     prompt: str
-    """The released models' own: a template of the questions' fields and `lang`."""
+    """The released models' prompt: a template of the questions' fields and `lang`."""
     max_new_tokens: int
     score: Callable[[Sequence[Question], Sequence[Answer], Processor], dict[str, float]]
     packages: tuple[str, ...] = ()
-    """Those that scoring needs, of the extra `evaluate`."""
+    """The packages of the extra `evaluate` that scoring needs."""
     finds: bool = False
-    """Whether answers are wanted with the probabilities of their location tokens."""
+    """Whether scoring needs the probabilities of location tokens."""
     group: int = 1
-    """How many questions belong together, one after the other."""
+    """The number of consecutive questions that belong together."""
 
 
 def _scorer(*scores: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
-    """Make a task's score of metrics on texts; those of kinds of questions, where there are any, come behind them."""
+    """Return a task's score function from metrics on texts. Scores of groups of questions, if there are any, follow."""
 
     def score(questions: Sequence[Question], answers: Sequence[Answer], _: Processor) -> dict[str, float]:
         kinds: dict[str, list[int]] = defaultdict(list)
@@ -89,7 +89,7 @@ def _score_detections(questions: Sequence[Question], answers: Sequence[Answer], 
 
 
 def _found(answer: Answer, size: tuple[int, int]) -> Iterator[tuple[Detection, float]]:
-    """The objects of an answer, and as each one's score the mean probability of its four location tokens."""
+    """Yield the objects of an answer, each with its score: the mean probability of its four location tokens."""
     probabilities = answer.location_probabilities or ()
     for place, thing in parse_places(answer.text, size):
         first = len(re.findall("<loc[0-9]{4}>", answer.text[:place]))
@@ -100,7 +100,7 @@ def _found(answer: Answer, size: tuple[int, int]) -> Iterator[tuple[Detection, f
 def _score_segmentations(
     questions: Sequence[Question], answers: Sequence[Answer], processor: Processor
 ) -> dict[str, float]:
-    """Of each category in each image all masks together; also the mean over categories of their means."""
+    """Score the union of the masks of each category in each image; also the mean over categories of their means."""
     overlaps: dict[str, list[float]] = defaultdict(list)
     missing = 0
     pairs = zip(questions, answers)
@@ -125,14 +125,14 @@ def _score_segmentations(
 def _score_references(
     questions: Sequence[Question], answers: Sequence[Answer], processor: Processor
 ) -> dict[str, float]:
-    """Only an answer's first object counts, as in big_vision's evaluator."""
+    """Score an answer's first object only, as big_vision's evaluator does."""
     regions: list[Region] = [question.reference for question in questions]
     firsts = [answer.text.split(";")[0] for answer in answers]
     boxes = [next((thing.box for thing in parse(text, region.size)), None) for text, region in zip(firsts, regions)]
     scores = metrics.box_accuracy(boxes, [region.box for region in regions if region.box is not None])
     if not regions[0].masks:
         return scores
-    # One pair at a time: all masks of a data set would be gigabytes.
+    # Yield one pair at a time: all masks of a data set would take gigabytes.
     pairs = tqdm(zip(firsts, regions), total=len(regions), desc="scoring masks", delay=1.0, disable=None)
     found = (next((thing.mask for thing in processor.parse(text, region.size)), None) for text, region in pairs)
     return metrics.mean_iou(found, (decode_masks(region.masks, region.size) for region in regions)) | scores

@@ -214,7 +214,7 @@ class HeldOutEvaluation:
 
     def _answers(self, prompts: Batch, features: torch.Tensor) -> list[str]:
         room = self._processor.max_position_embeddings - prompts["input_ids"].shape[1]
-        # Processes gather layers together, so all must run the same steps. Disable the end token: rounding could let one stop early.
+        # Disable the end token: processes gather layers together, and rounding could let one process stop before another.
         ends = None if parallel.world() == 1 else -1
         ids = self._model.generate(
             **prompts, image_features=features, max_new_tokens=min(self._longest, room), eos_token_id=ends

@@ -68,7 +68,7 @@ def read(
 def batches(
     data: Dataset[Any], chunks: Iterable[Any], recipe: Recipe, collate: Collate | None, *, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """Yield a batch for each chunk, in order, made by the recipe's workers. A chunk is a list of indices; without `collate`, one index.
+    """Yield a batch for each chunk, made by the recipe's workers. A chunk is a list of indices, or one index without `collate`.
 
     An exception of a worker is raised here unchanged, without the worker's traceback.
     """

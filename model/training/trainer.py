@@ -248,7 +248,7 @@ class _Run:
             state.judge(metrics["loss"], patience)
 
     def _at_once(self) -> AbstractContextManager[None]:
-        """Let a signal interrupt an evaluation, which does not change the weights; not with several processes, which would deadlock."""
+        """Let a signal interrupt an evaluation, which does not change weights. Several processes would wait for each other."""
         return self._signals.at_once() if parallel.world() == 1 else nullcontext()
 
     def _settle(self, *, failed: bool = False, skipped: int = 0) -> int:
