@@ -1,4 +1,4 @@
-"""Tokens that text is split around before sentencepiece sees it."""
+"""Added tokens: text is split around them before sentencepiece encodes it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ IMAGE_TOKEN = "<image>"
 LOC_TOKENS = tuple(f"<loc{n:04d}>" for n in range(1024))
 SEG_TOKENS = tuple(f"<seg{n:03d}>" for n in range(128))
 
-# One pattern for each family: an alternation of all 1152 names would make every "<" in the text cost 1152 comparisons.
+# Use one pattern for each family: with an alternation of all 1152 names, every "<" in the text costs 1152 comparisons.
 _FAMILIES = {
     LOC_TOKENS: "<loc(?:0[0-9]{3}|10[01][0-9]|102[0-3])>",
     SEG_TOKENS: "<seg(?:0[0-9]{2}|1[01][0-9]|12[0-7])>",
 }
-# Unicode's; Python's str.strip also takes U+001C to U+001F.
+# Unicode's white space. Python's str.strip also removes U+001C to U+001F.
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that text is split around; decoding leaves it out when it is special.
+    """A token that text is split around. Decoding leaves special tokens out.
 
-    The other flags mean what they mean in the `tokenizers` library: `lstrip` and `rstrip` take the white space before and after
-    the token, a `single_word` token does not adjoin a letter, digit or underscore, and `normalized` tokens are looked for after
-    all others, in text whose spaces have become "▁".
+    The other flags have their meaning in the `tokenizers` library: `lstrip` and `rstrip` include the white space before and after
+    the token, a `single_word` token does not adjoin a letter, digit or underscore, and `normalized` tokens are searched after all
+    others, in text whose spaces have become "▁".
     """
 
     token_id: int
@@ -38,7 +38,7 @@ class AddedToken:
 
 
 class Splitter:
-    """Finds added tokens as the `tokenizers` library does: the leftmost one, and of several at one place the longest."""
+    """Finds added tokens as the `tokenizers` library does: the leftmost token, and of several at one place the longest."""
 
     def __init__(self, tokens: Mapping[str, AddedToken]) -> None:
         as_written = {text: token for text, token in tokens.items() if not token.normalized}
@@ -46,7 +46,7 @@ class Splitter:
         self._groups = [(_pattern(group), group) for group in (as_written, normalized) if group]
 
     def split(self, text: str) -> list[str | AddedToken]:
-        """Return the added tokens of a text and what lies between them, in order."""
+        """Return the added tokens of a text and the texts between them, in order."""
         parts: list[str | AddedToken] = [text] if text else []
         for pattern, tokens in self._groups:
             parts = [
@@ -76,7 +76,8 @@ def _split(text: str, pattern: re.Pattern[str], tokens: Mapping[str, AddedToken]
         start, stop = match.span()
         if token.single_word and (_is_word(searched[start - 1 : start]) or _is_word(searched[stop : stop + 1])):
             continue
-        # A token in the white space that the last one took counts all the same, unless it takes white space before it, too.
+        # A token inside the white space that the previous token included still counts, unless it includes white space before
+        # it, too.
         if token.lstrip:
             start = end + len(searched[end:start].rstrip(_WHITE_SPACE))
         while token.rstrip and stop < len(searched) and searched[stop] in _WHITE_SPACE:
@@ -101,6 +102,6 @@ def _is_word(character: str) -> bool:
 
 
 def lone_surrogate(text: str) -> str | None:
-    """Return the first character of a text that UTF-8 cannot write, as its number; None for what is text indeed."""
+    """Return the number of the first character that UTF-8 cannot encode, or None."""
     found = re.search("[\ud800-\udfff]", text)
     return f"U+{ord(found.group()):04X}" if found else None

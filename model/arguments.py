@@ -1,4 +1,4 @@
-"""Checks of arguments that several functions take: each gives back the value, or an error that names the argument."""
+"""Checks of arguments of several functions. Each check returns the value, or raises an error that names the argument."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def number(name: str, value: object) -> float:
 
 
 def token_ids(name: str, value: object) -> tuple[int, ...]:
-    """Return one id or several as a tuple; TypeError for what is no integer, ValueError for none or for one beyond 64 bits."""
+    """Return one id or several as a tuple. Raises TypeError for non-integers, ValueError for no id or an id beyond 64 bits."""
     several = isinstance(value, (Sequence, Tensor, np.ndarray)) and not isinstance(value, str) and np.ndim(value) == 1
     ids = tuple(integer(name, token_id) for token_id in (value if several else [value]))  # type: ignore[attr-defined]
     if not ids or not all(-(2**63) <= token_id < 2**63 for token_id in ids):
@@ -40,7 +40,7 @@ def token_ids(name: str, value: object) -> tuple[int, ...]:
 
 
 def check_prompt(prompt: Mapping[str, object]) -> None:
-    """Raise TypeError or ValueError if the tensors of a batch of prompts, by their names, are no tensors or hold no token."""
+    """Raise TypeError or ValueError if a batch of prompts, tensors by name, holds other values or no token."""
     for name, tensor in prompt.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")

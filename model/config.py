@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from .files import read_json_object, shown
 
 IMAGE_TOKEN_ID = 257_152
-"""Id of `<image>` in the released vocabulary: the first one after 256,000 text, 1,024 loc and 128 seg pieces."""
+"""Id of `<image>` in the released vocabulary: it follows 256,000 text, 1,024 loc and 128 seg pieces."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class VisionConfig:
 class TextConfig:
     """The Gemma or Gemma 2 decoder; the defaults are Gemma 2B.
 
-    `query_pre_attn_scalar` is the number whose inverse square root scales the queries (`None`: head_dim). `sliding_window`
-    applies to the even layers of Gemma 2; the original code has none.
+    Queries are scaled by `query_pre_attn_scalar` to the power −1/2 (`None`: head_dim). `sliding_window` applies to the even
+    layers of Gemma 2; the original code has no window.
     """
 
     model_type: str = "gemma"
@@ -83,9 +83,9 @@ class TextConfig:
 
 @dataclass
 class PaliGemmaConfig:
-    """A whole PaliGemma: image encoder, decoder and the ids that the two meet at.
+    """A whole PaliGemma: image encoder, decoder and special ids.
 
-    `eos_token_id` is the token that ends an answer, or all of them if there are several.
+    `eos_token_id` is the id that ends an answer, or a tuple of such ids.
     """
 
     model_type: ClassVar = "paligemma"
@@ -102,9 +102,9 @@ class PaliGemmaConfig:
 
     @classmethod
     def named(cls, name: str) -> PaliGemmaConfig:
-        """Give the shapes of a released model, e.g. `paligemma-3b-224` or `paligemma2-10b-448`.
+        """Return the shapes of a released model, e.g. `paligemma-3b-224` or `paligemma2-10b-448`.
 
-        Raises ValueError for a name that is not one of them.
+        Raises ValueError for an unknown name.
         """
         family, _, resolution = name.rpartition("-")
         if family not in _RELEASED or resolution not in ("224", "448", "896"):
@@ -114,7 +114,7 @@ class PaliGemmaConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> PaliGemmaConfig:
-        """Read a Hugging Face `config.json`. ValueError naming the file and the field for what is no PaliGemma."""
+        """Read a Hugging Face `config.json`. Raises ValueError naming file and field if it does not describe a PaliGemma."""
         content = read_json_object(path)
         try:
             return cls.from_dict(content)
@@ -125,8 +125,8 @@ class PaliGemmaConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> PaliGemmaConfig:
         """Read the content of a Hugging Face `config.json`, in any form from transformers 4.41 to 5.x.
 
-        Fields that the file leaves out have Hugging Face's defaults. Raises ValueError naming the architecture or
-        the field when the file describes something else than a PaliGemma.
+        Missing fields have Hugging Face's defaults. Raises ValueError naming the architecture or the field if the file does not
+        describe a PaliGemma.
         """
         if config.get("model_type") != "paligemma":
             raise ValueError(f"model_type is {shown(config.get('model_type'))}, expected 'paligemma'")
@@ -177,7 +177,7 @@ class PaliGemmaConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the content of a `config.json` that transformers 4.48 and newer load."""
+        """Return the content of a `config.json` that transformers 4.48 and newer load."""
         ids = {"pad_token_id": self.pad_token_id, "bos_token_id": self.bos_token_id, "eos_token_id": self.eos_token_id}
         text = {name: value for name, value in asdict(self.text_config).items() if name != "query_pre_attn_scalar"}
         text.update(ids, hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh")
@@ -215,12 +215,12 @@ class PaliGemmaConfig:
         }
 
     def with_image_size(self, image_size: int) -> PaliGemmaConfig:
-        """Give the same model for square images of another size in pixels."""
+        """Return this configuration with another image size, in pixels."""
         return replace(self, vision_config=replace(self.vision_config, image_size=image_size))
 
 
 def end_ids(value: object, where: str) -> int | tuple[int, ...]:
-    """Read a file's `eos_token_id`, an id or a list of ids; ValueError that begins with `where` for anything else."""
+    """Read a file's `eos_token_id`, an id or a list of ids. Raises ValueError that begins with `where` for anything else."""
     ids: list[Any] = value if isinstance(value, list) else [value]
     if not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise ValueError(f"{where}: expected a token id or a list of them, got {value!r:.80}")
@@ -236,7 +236,7 @@ def _first(*values: Any) -> Any:
 
 
 def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A copy of a nested object, empty if the file leaves it out."""
+    """Return a copy of a nested object; empty if the file lacks it."""
     section = config.get(name, {})
     if not isinstance(section, dict):
         raise ValueError(f"{name} is {shown(section)}, expected an object")

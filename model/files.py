@@ -1,4 +1,4 @@
-"""Files that are never half-written, and reading errors that name the file."""
+"""Atomic writes, and reading errors that name the file."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 
 @contextmanager
 def temporary_sibling(path: Path) -> Iterator[Path]:
-    """Give an unused path beside `path`, of the same ending; whatever is left there at the end is removed.
+    """Yield an unused path beside `path` with the same suffix. What is left there at the end is removed.
 
-    The folder of `path` is made if need be. Errors of writing inside the block, safetensors' among them, come out as OSErrors
-    that name `path`.
+    The folder of `path` is created if needed. Write errors inside the block, safetensors' included, become OSErrors that name
+    `path`.
     """
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
     try:
@@ -30,7 +30,7 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
         yield temporary
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
-    except SafetensorError as error:  # its only trace of the operating system's error is in the text
+    except SafetensorError as error:  # only its text contains the operating system's error
         code = re.search(r"os error (\d+)", str(error))
         number = int(code[1]) if code else errno.EIO
         raise OSError(number, f"cannot write {path}: {os.strerror(number) if code else error}") from error
@@ -42,7 +42,7 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left of `temporary_sibling`, for the folder and files in it; nobody may be writing these."""
+    """Remove the temporary siblings that killed processes left of a folder and its files. No one may be writing them."""
     for where, name in ((folder.parent, re.escape(folder.name)), (folder, ".+")):
         with suppress(PermissionError):
             for path in list(where.iterdir()):
@@ -55,7 +55,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or all of the new one; OSError naming it when that fails."""
+    """Write a file atomically: a reader sees the old or the new content. Raises OSError naming the file."""
     with temporary_sibling(path) as temporary:
         temporary.write_bytes(content)
         os.replace(temporary, path)
@@ -67,7 +67,7 @@ def json_bytes(content: object) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON; ValueError for anything else, and for lists or objects that are nested too deeply."""
+    """Parse JSON. Raises ValueError for anything else, and for lists or objects that are nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -75,7 +75,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; ValueError naming the file when it holds anything else."""
+    """Read a JSON object. Raises ValueError naming the file if it holds anything else."""
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -86,7 +86,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def unreadable(path: Path, kind: str, reason: object) -> ValueError:
-    """Give the error for a file that is not what its place says; a Git LFS pointer, the usual cause, is recognised."""
+    """Return the error for a file of another kind than expected. It recognises a Git LFS pointer, the usual cause."""
     with path.open("rb") as file:
         if file.read(24) == b"version https://git-lfs.":
             reason = "it is a Git LFS pointer; fetch the real file with `git lfs pull`"
@@ -94,6 +94,6 @@ def unreadable(path: Path, kind: str, reason: object) -> ValueError:
 
 
 def shown(value: object) -> str:
-    """Give a value of a file as an error message shows it: JSON's words, and only the beginning of what is long or deep."""
+    """Return a file's value as error messages show it: in JSON's spelling, and shortened if it is long or deep."""
     words = {None: "null", True: "true", False: "false"}
     return words[value] if value is None or isinstance(value, bool) else reprlib.repr(value)

@@ -34,7 +34,7 @@ def load_image(image: ImageInput) -> Image.Image:
     Raises:
         FileNotFoundError: there is no such file.
         OSError: the file is not an image, or truncated.
-        ValueError: more than ``MAX_IMAGE_PIXELS`` pixels, or an array of another shape, dtype or range.
+        ValueError: more than `MAX_IMAGE_PIXELS` pixels, or an array of another shape, dtype or range.
         TypeError: anything else.
     """
     if isinstance(image, (str, os.PathLike)):
@@ -64,7 +64,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """Return the width and height of an image file as `load_image` gives it, read from the header if possible.
 
     Raises:
-        As ``load_image``.
+        As `load_image`.
     """
     with _opened(path) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1

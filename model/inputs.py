@@ -1,4 +1,4 @@
-"""What a processor makes for a model: tensors by name, which move to a device together."""
+"""A processor's output: tensors by name, which move to a device together."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Inputs(dict[str, Tensor]):
         *,
         non_blocking: bool = False,
     ) -> Inputs:
-        """Move all tensors to a device, cast those of floating point to a dtype, and return these inputs themselves.
+        """Move all tensors to a device, cast floating-point tensors to a dtype, and return self.
 
-        As with transformers' BatchFeature, either may be the first argument.
+        Either may be the first argument, as in transformers' BatchFeature.
 
         Raises:
-            TypeError: `dtype` is not one of floating point.
-            RuntimeError: there is no such device.
+            TypeError: `dtype` is not a floating-point dtype.
+            RuntimeError: the device does not exist.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device

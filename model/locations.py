@@ -1,4 +1,4 @@
-"""``<loc>`` and ``<seg>`` text to boxes and masks, back, and onto the image."""
+"""`<loc>` and `<seg>` text to boxes and masks, back, and onto the image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Box = tuple[float, float, float, float]
 Colour = tuple[int, int, int]
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
-# Tokens in a row, in which white space may stand before <seg>; and the label behind them.
+# Consecutive tokens, with optional white space before <seg>; then the label.
 _RUN = re.compile(
     r"(?P<tokens><(?:loc[0-9]{4}|seg[0-9]{3})>(?:\s*<seg[0-9]{3}>|<loc[0-9]{4}>)*)[\s,]*(?P<label>[^<>;]*)"
 )
@@ -32,14 +32,14 @@ _NUM_LOCATIONS = 1024
 _NUM_CODES = 128
 _LARGEST_SIDE = 2**31
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart too, less black and yellow.
+# Okabe and Ito's colours, which colour-blind readers can distinguish, without black and yellow.
 _PALETTE = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0))
 _MASK_OPACITY = 0.45
 
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """One object: its label, its box x1, y1, x2, y2 in pixels, and where it was segmented its mask, bool [H, W]."""
+    """One object: its label, its box x1, y1, x2, y2 in pixels, and if segmented its mask, bool [H, W]."""
 
     label: str
     box: Box
@@ -49,22 +49,21 @@ class Detection:
 def parse(
     text: str, size: tuple[int, int], *, scale: float = 1023, mask_decoder: MaskVQVAE | None = None
 ) -> list[Detection]:
-    """Reads the objects of an answer to "detect …" or "segment …".
+    """Read the objects of an answer to "detect …" or "segment …".
 
     Args:
-        text: objects anywhere in it, each four ``<loc>`` (y1, x1, y2, x2), sixteen ``<seg>`` or none, and a label, which
-            ends at the next token or ";"; white space and commas around it are left out.
+        text: contains objects, each four `<loc>` (y1, x1, y2, x2), sixteen or no `<seg>`, and a label, which ends at the next
+            token or ";". White space and commas around the label are removed.
         size: width and height of the image in pixels.
-        scale: the location that means the far edge: 1023 as in training, 1024 as in the public demo.
+        scale: the location of the far edge: 1023 as in training, 1024 as in the public demo.
         mask_decoder: turns codes into masks; without it masks are None.
 
     Returns:
-        The objects in the order of the text. Tokens in a row that are not such objects from end to end are left out, and so
-        are boxes without area.
+        The objects in the order of the text. Malformed objects and boxes without area are left out.
 
     Raises:
-        TypeError: ``text`` is no string, or ``size`` no pair of integers.
-        ValueError: ``size`` or ``scale`` is not positive.
+        TypeError: `text` is not a string, or `size` not a pair of integers.
+        ValueError: `size` or `scale` is not positive.
     """
     return [detection for _, detection in parse_places(text, size, scale=scale, mask_decoder=mask_decoder)]
 
@@ -72,7 +71,7 @@ def parse(
 def parse_places(
     text: str, size: tuple[int, int], *, scale: float = 1023, mask_decoder: MaskVQVAE | None = None
 ) -> Iterator[tuple[int, Detection]]:
-    """Yields what ``parse`` returns, each object with the place in the text where it begins."""
+    """Yield the objects of `parse`, each with its start position in the text."""
     if not isinstance(text, str):
         raise TypeError(f"text: a string is expected, got {type(text).__name__}")
     width, height = check_size(size)
@@ -105,7 +104,7 @@ def _check_box(name: str, box: Box) -> Box:
 
 
 def check_size(size: object) -> tuple[int, int]:
-    """Returns an image's width and height; TypeError or ValueError if they are not two positive integers."""
+    """Return an image's width and height; TypeError or ValueError if they are not two positive integers."""
     try:
         width, height = (operator.index(side) for side in size)  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
@@ -122,17 +121,17 @@ def format_boxes(
     scale: float = 1023,
     mask_encoder: MaskVQVAE | None = None,
 ) -> str:
-    """Writes the answer that ``parse`` reads, for training data.
+    """Return the answer that `parse` reads, for training data.
 
     Args:
-        objects: boxes in pixels, cut off at the image's edges; labels without "<", ">" or ";", and no comma at either end.
+        objects: boxes in pixels, clipped to the image; labels without "<", ">" or ";", and without commas at either end.
         size: width and height of the image in pixels.
-        scale: as in ``parse``.
+        scale: as in `parse`.
         mask_encoder: turns masks into codes; without it masks are not written.
 
     Raises:
-        ValueError: a label would not be read back, a box has no area at this resolution or an edge that is no finite number,
-            or ``size`` or ``scale`` is not positive.
+        ValueError: `parse` would not read a label back, a box has no area at this resolution or an edge that is not finite, or
+            `size` or `scale` is not positive.
     """
     width, height = check_size(size)
     _check_scale(scale)
@@ -156,7 +155,7 @@ def format_boxes(
 
 
 def draw(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
-    """Returns an RGB copy of the image with masks, outlines and labels, a colour per label.
+    """Return an RGB copy of the image with masks, outlines and labels drawn on it, in one colour for each label.
 
     Raises:
         ValueError: a mask is not of the image's size, or a box is not four finite numbers.
@@ -175,7 +174,7 @@ def draw(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
         inside = detection.mask > 0
         blended = pixels[inside] * (1 - _MASK_OPACITY) + np.array(colours[detection.label]) * _MASK_OPACITY
         pixels[inside] = blended.round().astype(np.uint8)
-        # A contour, because a tint does not show on an object of its own colour.
+        # Draw a contour: a tint is invisible on an object of the same colour.
         core = inside
         for _ in range((line + 1) // 2):
             around = np.pad(core, 1, mode="edge")
@@ -187,7 +186,7 @@ def draw(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
     for detection in detections:
         x1, y1, x2, y2 = _within(detection.box, image.size)
         pen.rectangle((x1, y1, x2, y2), outline=colours[detection.label], width=line)
-    # Tags last, so that no outline crosses a text.
+    # Draw tags last, so that no outline crosses a text.
     tags: list[Box] = []
     for detection in detections:
         if detection.label:
@@ -196,7 +195,7 @@ def draw(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
 
 
 def label_font(size: float) -> Font:
-    """Returns a font of so many pixels: matplotlib's DejaVu Sans where that is installed, else Pillow's own, which has no "é"."""
+    """Return a font of `size` pixels: matplotlib's DejaVu Sans if installed, else Pillow's own, which has no "é"."""
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -216,7 +215,7 @@ def _draw_tag(
     x1, y1, _, y2 = _within(detection.box, size)
     left, top, right, bottom = pen.textbbox((0, 0), detection.label, font=font)
     tag_width, tag_height = right - left + 2 * padding, bottom - top + 2 * padding
-    # Above the box, or below it, where there is room beside the other tags; else inside its upper edge; never beyond the image.
+    # Place the tag above or below the box, where other tags leave room; else inside its upper edge; always inside the image.
     x = max(0, min(x1, size[0] - tag_width))
     inside = max(0, min(y1, size[1] - tag_height))
     for y in (y1 - tag_height, y2 + 1, inside):
@@ -233,7 +232,7 @@ def _meet(a: Box, b: Box) -> bool:
 
 
 def _colours(labels: Iterable[str]) -> dict[str, Colour]:
-    """A colour per label: the same in every image, unless two labels of this one want the same."""
+    """Return a colour for each label: the same in every image, unless two labels of one image collide."""
     chosen: dict[str, Colour] = {}
     for label in dict.fromkeys(labels):
         # crc32, because Python's hash of a string differs between runs.

@@ -1,4 +1,4 @@
-"""What quantising costs: a quantised model beside the one that it was made from."""
+"""The loss of quality by quantisation: a quantised model compared with its original."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _WATCHED = (SiglipEncoderLayer, MultiModalProjector, GemmaDecoderLayer, Gemma2De
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """How far a quantised model is from its original when both read the original's answers."""
+    """The differences between a quantised model and its original when both read the original's answers."""
 
     layers: Mapping[str, float]
-    """Of each layer's output, the difference's Frobenius norm over the original's, over all prompts and tokens."""
+    """For each layer's output, the Frobenius norm of the difference divided by the original's, over all prompts and tokens."""
     kl_divergence: float
     """Mean over the answers' tokens of KL(original ‖ quantised) of the next token's distribution, in nats."""
     top1_agreement: float
-    """Share of those tokens that both find likeliest."""
+    """The share of tokens for which both models' most likely token is the same."""
     same_answers: float
-    """Share of prompts that both answer alike, to the token."""
+    """The share of prompts that both answer with the same tokens."""
     prompts: int
     tokens: int
 
     def as_json(self) -> dict[str, object]:
-        """All of it, as a JSON object holds it."""
+        """Return the report as a JSON object."""
         return asdict(self)
 
 
@@ -49,9 +49,9 @@ def compare(
     max_new_tokens: int = 32,
     batch_size: int = 8,
 ) -> QuantizationReport:
-    """Let the original answer each (image, prompt), greedily, and both score its answers token by token.
+    """Let the original answer each (image, prompt) greedily, and let both models score these answers token by token.
 
-    Raises ValueError for no tasks, and what the processor raises for them.
+    Raises ValueError for no tasks, and what the processor raises.
     """
     if not tasks:
         raise ValueError("tasks: expected at least one image with its prompt")
@@ -93,11 +93,11 @@ def _watched(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _watch(model: PaliGemma, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits of the answers' tokens and one before, and of every watched layer what it makes of tokens that are no padding."""
+    """Return the logits of the answers' tokens and the token before, and every watched layer's output without padding tokens."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str, output: Tensor | tuple[Tensor, Tensor]) -> None:
-        """Blocks give their last sum in two parts."""
+        """Add the two parts of a block's output (see `GemmaDecoderLayer`)."""
         outputs[name] = (output if isinstance(output, Tensor) else output[0] + output[1]).float()
 
     hooks = [
@@ -111,7 +111,7 @@ def _watch(model: PaliGemma, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict
         for hook in hooks:
             hook.remove()
     valid = inputs["attention_mask"].bool()
-    # Padding's states are of no consequence.
+    # The states of padding tokens have no effect.
     return logits, {name: out[valid] if out.shape[:2] == valid.shape else out for name, out in outputs.items()}
 
 
@@ -120,7 +120,7 @@ def _padded(answers: Tensor, length: int, model: PaliGemma) -> Tensor:
 
 
 def _with_answers(inputs: Mapping[str, Tensor], answers: Tensor, model: PaliGemma) -> dict[str, Tensor]:
-    """Prompts with answers behind them, padded on the right where an answer is shorter."""
+    """Append answers to prompts, with padding on the right of shorter answers."""
     ended = torch.isin(answers, answers.new_tensor(model.config.eos_token_id)).cumsum(1) > 0
     valid = ended.roll(1, 1).index_fill(1, torch.zeros(1, dtype=torch.int64, device=ended.device), False).logical_not()
     return {
@@ -132,7 +132,7 @@ def _with_answers(inputs: Mapping[str, Tensor], answers: Tensor, model: PaliGemm
 
 
 def table(layers: Mapping[str, float]) -> Iterable[str]:
-    """One line for each layer: its relative error and a bar as long."""
+    """Yield a line for each layer: its relative error, and a bar of that length."""
     longest = max(map(len, layers))
     most = max(layers.values())
     for name, error in layers.items():

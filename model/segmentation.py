@@ -1,4 +1,4 @@
-"""The mask VQ-VAE: sixteen ``<seg>`` codes to a mask, and a mask to its codes."""
+"""The mask VQ-VAE: sixteen `<seg>` codes to a mask, and a mask to its codes."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ class _Residual(nn.Module):
 
 
 class MaskVQVAE(nn.Module):
-    """PaliGemma's mask codec; parameter names are those of ``vae-oid.npz``.
+    """PaliGemma's mask codec; parameter names are those of `vae-oid.npz`.
 
-    Channel counts are read from the tensors. Without ``encoder.*`` tensors it only decodes.
+    Channel counts are read from the tensors. Without `encoder.*` tensors it only decodes.
 
     Args:
         tensors: name to fp32 tensor.
-        name: what errors call their source (its path).
+        name: the source's name in errors (its path).
 
     Raises:
         ValueError: a tensor is missing or has a wrong shape.
 
-    Source: big_vision's ``evaluators/proj/paligemma/transfers/segmentation.py`` (decoder) and
-    ``pp/proj/paligemma/segmentation.py`` (encoder).
+    Source: big_vision's `evaluators/proj/paligemma/transfers/segmentation.py` (decoder) and
+    `pp/proj/paligemma/segmentation.py` (encoder).
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], *, name: str = "mask VQ-VAE") -> None:
@@ -68,10 +68,10 @@ class MaskVQVAE(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> MaskVQVAE:
-        """Reads ``vae-oid.npz`` or its conversion to safetensors.
+        """Read `vae-oid.npz` or its conversion to safetensors.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: it is neither kind of file, or a tensor is missing or has a wrong shape.
         """
         path = Path(path)
@@ -91,7 +91,7 @@ class MaskVQVAE(nn.Module):
         return cls(tensors, name=str(path))
 
     def save(self, path: Path) -> None:
-        """Writes ``vae-oid.npz``; OSError naming ``path`` if it cannot be written."""
+        """Write `vae-oid.npz`; OSError naming `path` if it cannot be written."""
         state = {CODEBOOK if name == "codebook" else name: tensor for name, tensor in self.state_dict().items()}
         arrays: dict[str, Any] = {name: tensor.float().cpu().numpy() for name, tensor in state.items()}
         with temporary_sibling(path) as temporary:
@@ -100,7 +100,7 @@ class MaskVQVAE(nn.Module):
 
     @torch.inference_mode()
     def decode(self, codes: torch.Tensor | np.ndarray) -> torch.Tensor:
-        """Turns codes into masks.
+        """Turn codes into masks.
 
         Args:
             codes: integers [n, 16], row by row of the 4×4 grid.
@@ -109,7 +109,7 @@ class MaskVQVAE(nn.Module):
             fp32 [n, 64, 64], about -1 outside and 1 inside.
 
         Raises:
-            TypeError: codes that are no integers.
+            TypeError: codes that are not integers.
             ValueError: another shape, or a code outside the codebook.
         """
         codes = torch.as_tensor(codes, device=self.codebook.device)
@@ -125,7 +125,7 @@ class MaskVQVAE(nn.Module):
 
     @torch.inference_mode()
     def encode(self, mask: np.ndarray | torch.Tensor, box: tuple[float, float, float, float]) -> torch.Tensor:
-        """Finds the codes of the part of a mask that lies in a box, for training data.
+        """Find the codes of the part of a mask that lies in a box, for training data.
 
         Args:
             mask: [H, W], bool or numbers from 0 to 1.
@@ -135,7 +135,7 @@ class MaskVQVAE(nn.Module):
             int64 [16].
 
         Raises:
-            ValueError: the weights have no encoder, the mask has another shape, or the box holds no pixel of it.
+            ValueError: the weights have no encoder, the mask has another shape, or the box contains no pixel.
         """
         if self.encoder is None:
             raise ValueError(f"{self._name}: has no encoder.* tensors, so masks can be decoded only")
@@ -149,13 +149,13 @@ class MaskVQVAE(nn.Module):
             raise ValueError(f"box: {box} holds no pixel of a mask of {width}×{height}")
         crop = crop_mask(values, (x1, y1, x2, y2))[None, None]
         features = self.encoder(crop * 2 - 1).permute(0, 2, 3, 1).reshape(CODES_PER_MASK, -1)
-        # The exact form: the expanded one loses small differences between close codes.
+        # Use the exact form of the distance: the expanded form loses small differences between close codes.
         distances = torch.cdist(features, self.codebook, compute_mode="donot_use_mm_for_euclid_dist")
         return distances.argmin(dim=1)
 
 
 def crop_mask(mask: torch.Tensor, box: tuple[int, int, int, int]) -> torch.Tensor:
-    """Resizes the part of a mask [H, W] that lies in a box to what the encoder sees, fp32 [64, 64]."""
+    """Resize the part of a mask [H, W] inside a box to the encoder's input, fp32 [64, 64]."""
     x1, y1, x2, y2 = box
     return nn.functional.interpolate(
         mask[None, None, y1:y2, x1:x2],
@@ -167,24 +167,24 @@ def crop_mask(mask: torch.Tensor, box: tuple[int, int, int, int]) -> torch.Tenso
 
 
 def paste(mask: torch.Tensor | np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
-    """Puts a decoded mask where it belongs in its image.
+    """Paste a decoded mask into its box in an image.
 
     Args:
         mask: [64, 64], positive inside.
-        box: x1, y1, x2, y2 in pixels, cut to whole ones; what lies outside of the image is left out.
+        box: x1, y1, x2, y2 in pixels, truncated to integers; parts outside the image are left out.
         size: width and height of the image.
 
     Returns:
         bool [height, width].
 
     Raises:
-        ValueError: the mask is not two-dimensional, or the box is not of four finite numbers.
+        ValueError: the mask is not two-dimensional, or the box is not four finite numbers.
     """
     values = torch.as_tensor(mask, dtype=torch.float32)
     if values.ndim != 2:
         raise ValueError(f"mask: [h, w] is expected, got {list(values.shape)}")
     width, height = size
-    # Towards zero, as big_vision's evaluator does; its making of training targets rounds instead.
+    # Truncate towards zero, as big_vision's evaluator does. Its training targets are rounded instead.
     x1, y1, x2, y2 = (int(edge) for edge in _finite(box))
     canvas = np.zeros((height, width), dtype=bool)
     if x1 >= x2 or y1 >= y2:
@@ -206,7 +206,7 @@ def _finite(box: Sequence[float]) -> Sequence[float]:
 
 
 class _Shapes:
-    """Tensors by name, with errors that say which one of which file is wrong."""
+    """Tensors by name, with errors that name the tensor and its file."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
         self._tensors = tensors

@@ -50,7 +50,7 @@ class SiglipMLP(nn.Module):
 
 
 class SiglipEncoderLayer(nn.Module):
-    """One block, called as `GemmaDecoderLayer` is: what it adds last is left to the next norm."""
+    """One block, called like `GemmaDecoderLayer`: it leaves its last residual addition to the next norm."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class SiglipVisionTower(nn.Module):
 
 
 def resample_position_embedding(weight: Tensor, num_image_tokens: int) -> Tensor:
-    """Resample a learned square grid of position embeddings [N, D] to another one [num_image_tokens, D].
+    """Resample a learned square grid of position embeddings [N, D] to another grid [num_image_tokens, D].
 
     Bilinear in fp32 with the corners kept in place, as big_vision's `resample_posemb` does. Raises ValueError when either grid
     is not square.

@@ -1,4 +1,4 @@
-"""The files in which transformers keeps the tokens that were added to a sentencepiece model."""
+"""The files in which transformers stores tokens added to a sentencepiece model."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _LARGEST_ID = 2**31 - 1
 def read_token_files(
     folder: Path, pieces: Sequence[str], image_token_id: int | None
 ) -> tuple[dict[str, AddedToken], dict[str, str]]:
-    """Read the added tokens of a checkpoint folder, from those of transformers' files that are there.
+    """Read the added tokens of a checkpoint folder from transformers' files.
 
-    Ids are in `added_tokens_decoder` of tokenizer_config.json, `added_tokens` of tokenizer.json and added_tokens.json; flags
-    come from the first of them that has the token. A special token that is only named (`eos_token`, `extra_special_tokens`, …
-    of tokenizer_config.json or special_tokens_map.json) is a piece of the model, or follows the last id.
+    Ids are in `added_tokens_decoder` of tokenizer_config.json, `added_tokens` of tokenizer.json and added_tokens.json. Flags come
+    from the first file that has the token. A special token that is only named (`eos_token`, `extra_special_tokens`, … of
+    tokenizer_config.json or special_tokens_map.json) is a piece of the model, or gets the next free id.
 
     Args:
-        folder: where the files are.
-        pieces: those of the folder's tokenizer.model, by their ids.
-        image_token_id: what config.json says, which may be another id than that of a piece <image>.
+        folder: the folder of the files.
+        pieces: the pieces of the folder's tokenizer.model, by id.
+        image_token_id: config.json's id of the placeholder, which may differ from the id of a piece <image>.
 
     Returns:
-        Tokens by their text, and the texts of `ROLES` as far as they are named.
+        Tokens by text, and the texts of `ROLES` that are named.
 
     Raises:
-        ValueError: a file cannot be read, a field has another type, or two files disagree; it names them.
+        ValueError: a file cannot be read, a field has another type, or two files disagree. The message names them.
     """
     config, tokenizer, added, names = (
         (folder / name, read_json_object(folder / name) if (folder / name).is_file() else {})
@@ -67,7 +67,7 @@ def read_token_files(
 
 
 class _Tokens:
-    """Tokens by their text and by their id, and the file that each is from."""
+    """Tokens by text and by id, and the file of each."""
 
     def __init__(self) -> None:
         self.by_text: dict[str, AddedToken] = {}
@@ -75,7 +75,7 @@ class _Tokens:
         self.paths: dict[str, Path] = {}
 
     def add(self, entry: object, token_id: object, path: Path, field: str) -> None:
-        """Check a token and add it; of one that is there already only the id must agree."""
+        """Check a token and add it. The id of an existing token must agree."""
         text, token = _token(entry, token_id, f"{path}: {field}")
         known = self.by_text.setdefault(text, token)
         first = self.paths.setdefault(text, path)
@@ -112,7 +112,7 @@ def _token(entry: object, token_id: object, where: str) -> tuple[str, AddedToken
 
 
 def _named_tokens(*sources: tuple[Path, dict[str, Any]]) -> list[tuple[Path, str, str, dict[str, Any]]]:
-    """Return file, field, text and entry of each special token that is named, in the order in which new ones get their ids."""
+    """Return file, field, text and entry of each named special token, in the order in which new tokens get ids."""
     found: dict[str, tuple[Path, str, str, dict[str, Any]]] = {}
     for path, content in sources:
         for field, value in _special_values(path, content):
@@ -131,7 +131,7 @@ def _special_values(path: Path, content: dict[str, Any]) -> Iterator[tuple[str, 
     for field, value in content.items():
         if field not in _NAMED and field.endswith("_token") and isinstance(value, (str, dict)):
             yield field, value
-    # transformers 4's name, which transformers 5 reads from tokenizer_config.json only.
+    # transformers 4's name. transformers 5 reads it from tokenizer_config.json only.
     old = "additional_special_tokens" if path.name == "tokenizer_config.json" else ""
     field = old if old in content and not content.get("extra_special_tokens") else "extra_special_tokens"
     values = content.get(field) or []
@@ -146,7 +146,7 @@ def _check_pieces(
 ) -> None:
     """Raise ValueError if an added token, or a piece of tokenizer.json, has another id than in tokenizer.model.
 
-    Placeholders such as <unused7> may be given another name. transformers 4 wrote the piece <0x09> as the tab that it means.
+    Placeholders such as <unused7> may have another name. transformers 4 wrote the piece <0x09> as a tab.
     """
     for text, token in tokens.by_text.items():
         known, piece = ids.get(text), pieces[token.token_id] if token.token_id < len(pieces) else text

@@ -19,10 +19,10 @@ _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class StreamDecoder:
-    """Turns token ids, one at a time, into the pieces of text they add.
+    """Turns token ids, one at a time, into the text that each adds.
 
-    A character that byte-fallback tokens spell is held back until its last byte is there, so every piece is valid
-    text. Joined, the pieces are ``Tokenizer.decode`` of the same ids (unless the bytes spell no valid UTF-8).
+    A character spelled by byte-fallback tokens is held back until its last byte, so that every piece is valid text. The pieces
+    joined are `Tokenizer.decode` of the same ids (unless the bytes are not valid UTF-8).
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -31,7 +31,7 @@ class StreamDecoder:
         self._ended = False
 
     def push(self, token_id: int) -> str:
-        """Returns the text that one more token completes; "" from the end token on."""
+        """Return the text that one more token completes; "" from the end token onwards."""
         token_id = integer("ids", token_id)
         if token_id == self._tokenizer.eos_id:
             text = self.finish()
@@ -50,31 +50,32 @@ class StreamDecoder:
         return text
 
     def finish(self) -> str:
-        """Returns what is still held back: one replacement character per byte of an unfinished character."""
+        """Return the text still held back: one replacement character for each byte of an unfinished character."""
         text, self._pending = _decode_bytes(self._pending), b""
         return text
 
 
 class Tokenizer:
-    """Text to ids and back, with the ids transformers' PaliGemmaProcessor gives on the same file.
+    """Text to ids and back, with the ids of transformers' PaliGemmaProcessor on the same file.
 
-    What lies between added tokens is sentencepiece's, as in the original code. transformers 5 rebuilds the model as a
-    BPE of its own, which differs in two places: a run of spaces longer than the longest piece of spaces (31 in the
-    released vocabulary) is cut elsewhere, and so is text that itself holds a row of "▁" (U+2581).
+    Sentencepiece encodes the text between added tokens, as in the original code. transformers 5 rebuilds the model as a BPE,
+    which
+    differs in two cases: a run of spaces longer than the longest piece of spaces (31 in the released vocabulary) is split
+    differently, and so is text that contains several "▁" (U+2581) in a row.
 
     Args:
-        model_proto: content of a sentencepiece ``tokenizer.model``.
+        model_proto: content of a sentencepiece `tokenizer.model`.
         folder: checkpoint folder whose files add tokens to the model, or name pieces that text must be split around.
-        image_token_id: id of ``<image>``, where the checkpoint's configuration fixes it.
-        name: what errors call the model (its path).
+        image_token_id: id of `<image>`, if the checkpoint's configuration defines it.
+        name: the model's name in errors (its path).
 
-    ``<locNNNN>``, ``<segNNN>`` and ``<image>`` keep the ids they have in the model or in the folder. Missing ones are
-    appended: locations, segmentation codes, image, as in the released vocabulary (256000, 257024, 257152); when
-    ``image_token_id`` lies where those would go, locations and codes follow it, as transformers adds them.
+    `<locNNNN>`, `<segNNN>` and `<image>` keep their ids in the model or in the folder. Missing tokens are appended: locations,
+    segmentation codes, image, as in the released vocabulary (256000, 257024, 257152). If `image_token_id` lies in that range,
+    locations and codes follow it, as in transformers.
 
     Raises:
-        ValueError: the bytes are no sentencepiece model, a control piece is missing, two tokens have one id, or a file of
-            ``folder`` cannot be understood or contradicts another.
+        ValueError: the bytes are not a sentencepiece model, a control piece is missing, two tokens have one id, or a file of
+            `folder` cannot be parsed or contradicts another file.
     """
 
     def __init__(
@@ -115,10 +116,10 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], *, image_token_id: int | None = None) -> Tokenizer:
-        """Reads a sentencepiece file alone.
+        """Read a single sentencepiece file.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: it is not a sentencepiece model.
         """
         path = Path(path)
@@ -128,14 +129,13 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], *, image_token_id: int | None = None) -> Tokenizer:
-        """Reads ``tokenizer.model`` and the files beside it in which transformers keeps added tokens.
+        """Read `tokenizer.model` and the files in which transformers stores added tokens.
 
-        These are ``tokenizer_config.json``, ``tokenizer.json``, ``added_tokens.json`` and ``special_tokens_map.json``, as
-        far as they are there.
+        These are `tokenizer_config.json`, `tokenizer.json`, `added_tokens.json` and `special_tokens_map.json`, if they exist.
 
         Raises:
-            FileNotFoundError: the folder has no ``tokenizer.model``.
-            ValueError: a file cannot be understood, or two of them disagree.
+            FileNotFoundError: the folder has no `tokenizer.model`.
+            ValueError: a file cannot be parsed, or two files disagree.
         """
         folder = Path(folder)
         path = folder / "tokenizer.model"
@@ -147,7 +147,7 @@ class Tokenizer:
         return cls(path.read_bytes(), folder=folder, image_token_id=image_token_id, name=str(path))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ``tokenizer.model`` and a ``tokenizer_config.json`` that transformers reads too."""
+        """Write `tokenizer.model` and a `tokenizer_config.json` that transformers reads too."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "tokenizer.model", self.model_proto)
@@ -170,20 +170,20 @@ class Tokenizer:
         write_atomically(folder / "tokenizer_config.json", json_bytes(config))
 
     def __len__(self) -> int:
-        """One more than the largest id."""
+        """The largest id plus one."""
         return max(len(self._pieces), max(self._added_text) + 1)
 
     @property
     def largest_text_id(self) -> int:
-        """The largest id of any token but ``<image>``, which may lie beyond the model's embedding."""
+        """The largest id of all tokens but `<image>`, whose id may lie outside the model's embedding."""
         added = (token.token_id for text, token in self.added_tokens.items() if text != IMAGE_TOKEN)
         return max(len(self._pieces) - 1, *added)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of ``text``, without BOS or EOS; each added token in it is exactly one id.
+        """Return the ids of `text`, without BOS and EOS. Each added token is exactly one id.
 
         Raises:
-            ValueError: the text holds half of a surrogate pair, which UTF-8 cannot write.
+            ValueError: the text holds half of a surrogate pair, which UTF-8 cannot encode.
         """
         if surrogate := lone_surrogate(text):
             raise ValueError(f"text: it holds {surrogate}, half of a surrogate pair, which is no character")
@@ -193,13 +193,13 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text before the first EOS; special tokens and ids outside the vocabulary are left out.
+        """Return the text before the first EOS; special tokens and ids outside the vocabulary are left out.
 
         White space is kept, and bytes that are not UTF-8 give one replacement character each, as in transformers'
-        ``decode(skip_special_tokens=True)``.
+        `decode(skip_special_tokens=True)`.
 
         Raises:
-            TypeError: ids that are no integers, or no row of them.
+            TypeError: ids that are not a row of integers.
         """
         if not isinstance(ids, Iterable) or isinstance(ids, str):
             raise TypeError(f"ids: a row of token ids is expected, got {type(ids).__name__}")
@@ -218,11 +218,11 @@ class Tokenizer:
         return "".join([*parts, _decode_bytes(pending)])
 
     def stream_decoder(self) -> StreamDecoder:
-        """Returns a decoder that takes ids one at a time."""
+        """Return a decoder for ids that come one at a time."""
         return StreamDecoder(self)
 
     def piece(self, token_id: int) -> str | bytes | None:
-        """Returns what one id adds to decoded text: text, one byte of UTF-8, or None for nothing."""
+        """Return what one id adds to decoded text: text, one byte of UTF-8, or None for nothing."""
         if token_id in self._special_ids or (
             token_id not in self._added_text and not 0 <= token_id < len(self._pieces)
         ):
@@ -246,7 +246,7 @@ class Tokenizer:
         return token_id
 
     def _add_control_pieces(self) -> None:
-        # transformers splits text around control pieces; sentencepiece alone would spell "<bos>" out.
+        # transformers splits text around control pieces; sentencepiece alone would encode "<bos>" as characters.
         for token_id in range(len(self._pieces)):
             if self._model.is_control(token_id) or self._model.is_unknown(token_id):
                 self.added_tokens.setdefault(self._pieces[token_id], AddedToken(token_id, special=True))
@@ -287,7 +287,7 @@ class Tokenizer:
 
 
 def _complete_utf8_length(data: bytes) -> int:
-    """Length of ``data`` without the character that its end has begun and not finished."""
+    """Return the length of `data` without an unfinished character at its end."""
     for back in range(1, min(3, len(data)) + 1):
         byte = data[-back]
         if byte >= 0xC0:

@@ -32,7 +32,7 @@ _quantised: dict[str, PaliGemma] = {}
 
 
 def release() -> None:
-    """Give the last model's memory back."""
+    """Free the memory of the last model."""
     _held.clear()
     _quantised.clear()
 

@@ -113,7 +113,7 @@ def _attention_scale(config: TextConfig) -> float:
 
 
 def _modules(model: PaliGemma) -> dict[str, Any]:
-    """Give the decoder's modules under the names that llama.cpp has for their weights."""
+    """Return the decoder's modules under the names that llama.cpp has for their weights."""
     decoder = model.model.language_model
     names = GEMMA2 if model.config.text_config.model_type == "gemma2" else GEMMA
     modules: dict[str, Any] = {"token_embd.weight": decoder.embed_tokens, "output_norm.weight": decoder.norm}
@@ -252,7 +252,7 @@ class LlamaDecoder:
         self._evaluate((id,))
 
     def logits(self) -> Tensor:
-        """Give the last token's logits, fp32 [vocabulary] on the CPU."""
+        """Return the last token's logits, fp32 [vocabulary] on the CPU."""
         found = self._api.llama_get_logits_ith(self._state, -1)
         return torch.from_numpy(np.ctypeslib.as_array(found, (self._vocabulary,)).copy())
 

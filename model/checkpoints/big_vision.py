@@ -40,23 +40,23 @@ _DTYPES = {
 _DESCRIPTORS = {torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "|V2"}
 
 _VOCABULARY = 257_152  # 256,000 pieces, 1,024 <loc>, 128 <seg>
-_HF_PADDED_VOCABULARY = 257_216  # Hugging Face's files: <image> and random rows behind it
+_HF_PADDED_VOCABULARY = 257_216  # Hugging Face's files: <image> and random rows after it
 
 _BLOCK = re.compile(rf"({IMAGE_BLOCK}|{TEXT_BLOCK})(?:[_/](\d{{1,6}}))?/(.+)")
 # Optimiser and clock of a training checkpoint, and SigLIP's pooling head, which PaliGemma does not use.
 _IGNORED = re.compile(r"(?:opt|chrono)(?:/|$)|img/MAPHead_0/")
 _CHUNK_BYTES = 1 << 20
 _MAX_LAYERS = 10_000  # a damaged header may say any number
-# What reading a damaged zip file or array raises: encrypted and unknown compression are the last two.
+# The exceptions of reading a damaged zip file or array; the last two are for encryption and unknown compression.
 _DAMAGE = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, RuntimeError)
 
 
 @dataclass(frozen=True)
 class _Member:
-    """An array in the zip file; `array` is None where nothing in the model is called so.
+    """An array in the zip file. `array` is None if the model has no such parameter.
 
-    `data_bytes` is how much follows the header. `layers` is the range of layers it holds, None outside the stacks; `stacked`
-    whether its first axis runs over them.
+    `data_bytes` is the size of the data after the header. `layers` is the range of layers that the array holds, None outside the
+    stacks; `stacked` tells whether its first axis runs over them.
     """
 
     member: str
@@ -77,7 +77,7 @@ class _Member:
 
 
 def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether column-major, and dtype; leaves the file at the data."""
+    """Return shape, whether column-major, and dtype. The file is then at the data."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)
@@ -120,7 +120,7 @@ class BigVisionReader:
             raise unreadable(path, ".npz", error) from error
         members = self._key_members()
         self._gemma2 = any(re.search(r"(?:^|/)post_(?:attention|ffw)_norm/", key) for key in members)
-        # Either form of the attention weights may come; a file that mixes them shows up as duplicates or gaps.
+        # The attention weights may have either form. A file that mixes both has duplicates or gaps, which raise.
         self._arrays = {
             IMAGE_BLOCK: {array.key: array for array in image_block()},
             TEXT_BLOCK: {
@@ -140,7 +140,7 @@ class BigVisionReader:
         self.dtype = widest(member.dtype for member in self._members)
 
     def _key_members(self) -> dict[str, str]:
-        """Key, without `params/` and `.npy`, -> name in the zip file."""
+        """Return the names in the zip file by key, without `params/` and `.npy`."""
         keys: dict[str, str] = {}
         for member in self._zip.namelist():
             key = member.removesuffix(".npy").removeprefix("params/")
@@ -177,7 +177,7 @@ class BigVisionReader:
                 self._sources[name] = member.removesuffix(".npy")
 
     def _match(self, key: str, entry: _Member) -> _Member:
-        """Say what the model calls an array of this key, if anything."""
+        """Return the model's array of this key, or None."""
         for array in SINGLE_ARRAYS:
             if array.key == key:
                 return replace(entry, array=array)
@@ -197,7 +197,7 @@ class BigVisionReader:
         return entry
 
     def _part_shapes(self, entry: _Member) -> list[tuple[int, ...]]:
-        """The shapes of one layer's parameters."""
+        """Return the shapes of one layer's parameters."""
         shape = entry.shape[1:] if entry.stacked else entry.shape
         if entry.array is None:
             return [shape]
@@ -213,7 +213,7 @@ class BigVisionReader:
         return [tuple(part.shape) for part in parts]
 
     def _shape(self, *keys: str) -> tuple[int, ...]:
-        """One layer's shape of the first of these arrays that is there."""
+        """Return one layer's shape of the first existing array."""
         for key in keys:
             block = next((block for block in LAYER_PREFIXES if key.startswith(block)), None)
             unstacked = [key] if block is None else [key.replace(block, f"{block}{mark}0") for mark in "_/"]
@@ -230,10 +230,10 @@ class BigVisionReader:
         )
 
     def read_config(self) -> PaliGemmaConfig:
-        """Infers the configuration from the shapes.
+        """Infer the configuration from the shapes.
 
-        What no shape tells is as released: softcaps 50 and 30 with Gemma 2, the query scale head_dim^-1/2 (27B: 144^-1/2),
-        no sliding window.
+        Values that no shape tells are the released ones: softcaps 50 and 30 with Gemma 2, the query scale head_dim^-1/2 (27B:
+        144^-1/2), no sliding window.
         """
         try:
             return self._infer_config()
@@ -301,14 +301,14 @@ class BigVisionReader:
                 parts = array.split(source)
                 for name, part in zip(entry.names(layer), parts, strict=True):
                     if name in wanted:
-                        # copy=True: the memory of `source` is used again for the next layer.
+                        # copy=True: the memory of `source` is reused for the next layer.
                         yield name, part.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
 
     def _check_size(self, entry: _Member) -> None:
-        """Raise ValueError for an array whose shape is not that of its data, or whose data cannot be in the file."""
+        """Raise ValueError if an array's shape does not match its data, or its data cannot be in the file."""
         expected = TensorSpec(entry.member, entry.shape, entry.dtype).nbytes
         info = self._zip.getinfo(entry.member)
-        # Deflate makes at most 1032 bytes of one.
+        # Deflate expands one byte to at most 1032.
         held = info.compress_size * (1 if info.compress_type == zipfile.ZIP_STORED else 1032)
         if entry.data_bytes != expected or expected > held:
             found = min(entry.data_bytes, held)
@@ -317,7 +317,7 @@ class BigVisionReader:
             )
 
     def _layers(self, entry: _Member) -> Iterator[torch.Tensor]:
-        """Yields the array's layers one after the other, valid until the next one is asked for.
+        """Yield the array's layers in order, each valid until the next one is requested.
 
         The 28B model's MLP is a single array of 31 GB, so it must not be read as one.
         """
@@ -344,11 +344,11 @@ class BigVisionReader:
 def write_big_vision(
     config: PaliGemmaConfig, parameter: Callable[[str], torch.Tensor], path: Path, dtype: torch.dtype
 ) -> None:
-    """Writes an .npz in big_vision's naming, keys under `params/`, layers stacked, uncompressed, one layer at a time.
+    """Write an .npz in big_vision's naming, keys under `params/`, layers stacked, uncompressed, one layer at a time.
 
-    `parameter` returns the tensor of a parameter name. Hugging Face's 64 rows behind the vocabulary are left out; query
-    scale and softcaps have no place in the format. Raises ValueError for an untied output head, which has none either,
-    and OSError naming `path` if it cannot be written.
+    `parameter` returns the tensor of a parameter name. Hugging Face's 64 rows after the vocabulary are left out. The format
+    cannot hold the query scale, softcaps and an untied output head, which raises ValueError. Raises OSError naming `path` if it
+    cannot be written.
     """
     if not config.tie_word_embeddings:
         raise ValueError(f"{path}: big_vision's format has no place for an output head that is not the embedding")

@@ -1,4 +1,4 @@
-"""big_vision's arrays: their keys, the parameters that each holds, and the way there and back."""
+"""big_vision's arrays: their keys, the parameters that each holds, and the conversions in both directions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Join = Callable[[tuple[torch.Tensor, ...], int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Array:
-    """One array of one layer (or of no layer): its key, the parameters it holds and the way there and back.
+    """One array of one layer (or of no layer): its key, its parameters and the conversions in both directions.
 
     `split` makes the torch parameters of an array with `ndim` dimensions; `join(parameters, head_dim)` is its inverse.
     """
@@ -37,12 +37,12 @@ def _transposed(key: str, name: str) -> Array:
 
 
 def _projection(weight: torch.Tensor) -> torch.Tensor:
-    """[heads, D, hd] -> [heads * hd, D]"""
+    """Reshape [heads, D, hd] to [heads * hd, D]."""
     return weight.transpose(-1, -2).flatten(0, 1)
 
 
 def _per_head(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """[heads * hd, D] -> [heads, D, hd]"""
+    """Reshape [heads * hd, D] to [heads, D, hd]."""
     return weight.unflatten(0, (-1, head_dim)).transpose(-1, -2)
 
 

@@ -22,7 +22,7 @@ from ..files import json_bytes, read_json_object, shown, temporary_sibling, unre
 from .layout import EMBEDDING, HEAD, SCALE, TensorSpec, raw_bytes, widest
 
 _FILE_TO_MODEL = tuple((re.compile(pattern), name) for pattern, name in OLDER_NAMES.items())
-# The layout that every transformers with PaliGemma reads.
+# The layout that every version of transformers with PaliGemma reads.
 _MODEL_TO_FILE = (
     (re.compile(r"^lm_head\."), "language_model.lm_head."),
     (re.compile(r"^model\.language_model\."), "language_model.model."),
@@ -41,10 +41,10 @@ _INDEX = "model.safetensors.index.json"
 _GENERATION = "generation_config.json"
 _WEIGHTS = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index\.json)?")
 
-# A tensor that every PaliGemma has once, and by which a prefix of all names is known.
+# A tensor that every PaliGemma has once. It tells the prefix of all names.
 _LANDMARK = "multi_modal_projector.linear.weight"
 
-# Pages of a mapped file count as resident while the file stays mapped, so it is mapped anew after this much.
+# Map the file anew after reading this much: its pages count as resident memory while it stays mapped.
 _MAPPED_BYTES = 1 << 26
 
 
@@ -91,7 +91,7 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of each tensor that PaliGemma may have."""
+    """Return dtype and shape of each tensor that a PaliGemma may have."""
     header = {}
     with _open(path) as handle:
         keys: list[str] = list(handle.keys())  # a handle is no dict
@@ -103,9 +103,9 @@ def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _prefix(keys: Collection[str]) -> str:
-    """What stands before every name of a model that was saved as a part of another module, such as `_orig_mod.`.
+    """Return the prefix of all names of a model that was saved as a part of another module, such as `_orig_mod.`.
 
-    Raises ValueError for a file that holds several models under different prefixes, and none without.
+    Raises ValueError for a file that holds several models under different prefixes and none without a prefix.
     """
     found = set()
     for key in keys:
@@ -205,11 +205,11 @@ class HuggingFaceReader:
         return replace(config, eos_token_id=end_ids(ends, f"{self.path / _GENERATION}: eos_token_id"))
 
     def head_differs(self) -> bool:
-        # int8 levels can agree while the scales do not.
+        # int8 weights can be equal although their scales differ.
         return any(self._differ(EMBEDDING + suffix, HEAD + suffix) for suffix in ("", SCALE))
 
     def _differ(self, first: str, second: str) -> bool:
-        """Whether two tensors have different values; of a missing head there is nothing to compare."""
+        """Return whether two tensors have different values; False if the head is missing."""
         if HEAD not in self._keys or EMBEDDING not in self._keys or not self._keys.keys() & {first, second}:
             return False
         if first not in self._keys or second not in self._keys or self.shapes[first] != self.shapes[second]:
@@ -237,13 +237,13 @@ class HuggingFaceReader:
         for group in self._groups([name for name in self.shapes if name in wanted]):
             with _open(self._keys[group[0]][0]) as handle:
                 for name in group:
-                    # copy=True: the handle's tensors are the mapped file itself, which the user may replace.
+                    # copy=True: the handle's tensors are the mapped file, which the user may replace.
                     own = self._file_dtypes[name] == torch.int8 or name.endswith(SCALE)
                     wanted_dtype = self._file_dtypes[name] if own else dtype
                     yield name, handle.get_tensor(self._keys[name][1]).to(device, wanted_dtype, copy=True)
 
     def _groups(self, names: list[str]) -> Iterator[list[str]]:
-        """Neighbours in the same file, of at most _MAPPED_BYTES unless a single tensor is larger."""
+        """Group neighbouring tensors of one file, up to _MAPPED_BYTES unless a single tensor is larger."""
         group: list[str] = []
         size = 0
         for name in names:
@@ -270,7 +270,7 @@ def _shards(specs: Sequence[TensorSpec], max_shard_bytes: float) -> list[list[Te
 
 
 def _write_safetensors(path: Path, specs: Sequence[TensorSpec], tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """Writes one safetensors file from a stream.
+    """Write one safetensors file from a stream.
 
     safetensors' own writer needs all of a shard in memory at once, beside the model. The format is an 8-byte length, a
     JSON header and the data, in the order of the offsets.
@@ -307,13 +307,13 @@ def write_huggingface(
     activations: str | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a Hugging Face folder from a stream of tensors that come in the order of `specs`.
+    """Write a Hugging Face folder from a stream of tensors that come in the order of `specs`.
 
-    Everything is written beside `folder` first and then moved: a new folder appears at once, in an existing one each file
-    is replaced by a complete one, weight files of another sharding are removed and all others kept. `copied_files` maps
-    names in the folder to files copied there; `activations` says what int8 layers do to theirs, if there are any; `generation`
-    is the content of generation_config.json, by default the ids that generating needs, where there is no such file yet. Raises
-    OSError naming `folder` if it cannot be written, ValueError for a shard limit that is not positive.
+    Everything is first written beside `folder` and then moved. A new folder appears as a whole. In an existing folder each file
+    is replaced by a complete one, weight files of another sharding are removed, and all other files are kept. `copied_files`
+    maps names in the folder to files to copy. `activations` is the mode of int8 layers, if there are any. `generation` is the
+    content of generation_config.json; by default it holds the ids that generation needs, unless the file exists. Raises OSError
+    naming `folder` if it cannot be written, ValueError for a shard limit that is not positive.
     """
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
@@ -339,7 +339,7 @@ def write_huggingface(
         if generation or not (folder / _GENERATION).exists():
             ids = {f"{kind}_token_id": getattr(config, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
             kept = {name: value for name, value in (generation or {}).items() if value is not None}
-            # The model's end tokens come from this file, or were set since.
+            # The model's end tokens come from this file, or were changed since.
             ends = {"eos_token_id": config.eos_token_id}
             (temporary / _GENERATION).write_bytes(json_bytes({**ids, **kept, **ends}))
         for name, file in (copied_files or {}).items():
@@ -348,7 +348,7 @@ def write_huggingface(
 
 
 def _common_dtype(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
-    """The widest of a checkpoint's tensors, int8 weights and their scales aside."""
+    """Return the widest dtype of a checkpoint's tensors, without int8 weights and their scales."""
     floats = [dtype for name, dtype in dtypes.items() if dtype != torch.int8 and not name.endswith(SCALE)]
     return widest(floats or [torch.bfloat16])
 

@@ -209,7 +209,7 @@ def _make_int8(model: Adaptable, reader: Reader, names: dict[str, str], quantize
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor, waiting: dict[str, Tensor]) -> None:
-    """Give a tensor to its module. An int8 weight waits in `waiting` for its scale, or the scale for its weight."""
+    """Assign a tensor to its module. An int8 weight waits in `waiting` for its scale, or the scale for its weight."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(module, (Int8Linear, Int8Embedding)) and leaf != "bias":

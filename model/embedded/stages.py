@@ -184,7 +184,7 @@ class Unimodal(nn.Module):
         self.bias = nn.Parameter(torch.tensor([-10.0]))
 
     def forward(self, pixel_values: Tensor, caption_ids: Tensor, **text: Any) -> Tensor:
-        """Give the sum of both losses, for pictures [B, 3, H, W] with captions [B, W], 0 where padded."""
+        """Return the sum of both losses, for pictures [B, 3, H, W] with captions [B, W], 0 where padded."""
         features = self.model.model.vision_tower(pixel_values)
         pooled = (self.attend(features).softmax(1) * features).sum(1)
         known = (caption_ids != 0)[..., None]
@@ -312,7 +312,7 @@ def order_embeddings(model: PaliGemma, tokenizer: Tokenizer) -> None:
 
 
 def waves(places: Tensor, width: int) -> Tensor:
-    """Give sines and cosines [n, width] of places [n] in [0, 1), from half a turn to 32 turns along it; mean square 1."""
+    """Return sines and cosines [n, width] of places [n] in [0, 1), from half a turn to 32 turns along it; mean square 1."""
     turns = 0.5 * 64 ** torch.linspace(0, 1, width // 2)
     angles = 2 * math.pi * places[:, None] * turns
     return math.sqrt(2) * torch.cat((angles.sin(), angles.cos()), dim=1)
