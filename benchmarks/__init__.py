@@ -1,1 +1,1 @@
-"""The microbenchmark suite: what each op costs, beside what users would pick instead and the machine's limits."""
+"""The microbenchmark suite: the cost of each op, compared with alternatives and with the machine's limits."""

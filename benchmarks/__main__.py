@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: reports, comparisons and the README's numbers from stored runs, and what kernels take of a GPU."""
+"""`python -m benchmarks`: reports, comparisons and README's numbers from stored runs; the GPU resources of kernels."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ NAMES = (*OPS, *WHOLE_MODEL_OPS)
 
 
 def bench(ops: Sequence[str], device: torch.device, *, full: bool) -> None:
-    """Run and print the quick cases of some ops, or all of their cases; without ops, of all but the whole model's.
+    """Run and print the quick cases of some ops, or with `full` all their cases. Without ops, run all but the whole model's.
 
     Raises ValueError for an op that the suite does not have.
     """
@@ -41,7 +41,7 @@ def bench(ops: Sequence[str], device: torch.device, *, full: bool) -> None:
 
 
 def _lines(rows: Sequence[Row], limits: Ceilings) -> list[str]:
-    """One line for each contender, those that were not timed with their reason."""
+    """Return a line for each contender; for contenders that were not timed, with the reason."""
     baseline = next((row for row in rows if row.baseline and row.status == "timed"), None)
     width = max(len(row.contender) for row in rows)
     lines = []

@@ -27,8 +27,8 @@ def quantize_(
 ) -> Model:
     """Replace the linear layers of a model by int8 layers, in place. Each float weight is freed as soon as it is replaced.
 
-    Every nn.Linear becomes an `Int8Linear`. An nn.Embedding that shares an nn.Linear's weight becomes an `Int8Embedding` that shares
-    the int8 weight. Subclasses, other modules, and the layers of an nn.TransformerEncoderLayer stay as they are.
+    Every nn.Linear becomes an `Int8Linear`. An nn.Embedding that shares an nn.Linear's weight becomes an `Int8Embedding` that
+    shares the int8 weight. Subclasses, other modules, and the layers of an nn.TransformerEncoderLayer stay as they are.
 
     Args:
         model: a module that contains linear layers.

@@ -1,4 +1,4 @@
-"""The cases: every op and the whole model, at the shapes of the released PaliGemma models. A declaration, nothing else."""
+"""The declaration of the cases: every op and the whole model, at the shapes of the released PaliGemma models."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from pg_kernels.model.config import PaliGemmaConfig
 
 PROMPT = 16
-"""Text tokens of a prompt, after the image's."""
+"""The number of text tokens of a prompt, after the image tokens."""
 ANSWER = 16
-"""Tokens that a fine-tuning example has a loss on, and that a generation makes."""
+"""The number of tokens with a loss in a fine-tuning example, and of generated tokens."""
 CACHE = 64
-"""Tokens already generated when a decode step is timed."""
+"""The number of tokens generated before a decode step is timed."""
 
 MODELS = ("paligemma-3b", "paligemma2-3b", "paligemma2-10b", "paligemma2-28b")
 RESOLUTIONS = (224, 448, 896)
@@ -26,7 +26,7 @@ MODES = ("forward", "backward", "both")
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape: `sizes` holds what its entry in `ops.py` or `models.py` needs, by name."""
+    """One op at one shape. `sizes` holds the numbers that the op's entry in `ops.py` or `models.py` needs, by name."""
 
     op: str
     mode: str
@@ -34,9 +34,9 @@ class Case:
     shape: str
     sizes: Mapping[str, Any]
     quick: bool = False
-    """Part of `make bench`; the others only of `make bench-full`."""
+    """Whether `make bench` runs the case; `make bench-full` runs all."""
     sweep: bool = False
-    """Only there to show how cost grows: run by our default and the baseline alone."""
+    """Whether the case only shows how cost grows; then only our default and the baseline run it."""
 
     @cached_property
     def name(self) -> str:
@@ -48,12 +48,12 @@ class Case:
 
 
 def select(*, full: bool, ops: tuple[str, ...] = (), whole_models: bool = True) -> list[Case]:
-    """The quick cases or all of them, of the named ops or all of them. A shape comes once, however often it is declared."""
+    """Return the quick cases, or with `full` all cases, of the named ops or of all ops. Repeated shapes occur once."""
     found: dict[str, Case] = {}
     for case in _cases():
         if (full or case.quick) and (not ops or case.op in ops) and (whole_models or case.op not in WHOLE_MODEL_OPS):
             found.setdefault(case.name, case)
-    # What matters most comes first, for runs that end at a deadline.
+    # The most important cases come first, for runs that end at a deadline.
     return sorted(found.values(), key=lambda case: (not case.quick, not case.sweep, case.op not in WHOLE_MODEL_OPS))
 
 
@@ -70,7 +70,7 @@ OPS = (
     "int8_linear",
     "quantize_int8",
 )
-"""All ops that have cases, besides the whole model's."""
+"""All ops that have cases, except the whole model's."""
 
 
 def _cases() -> Iterator[Case]:
@@ -86,7 +86,7 @@ def _cases() -> Iterator[Case]:
 
 
 def _ops(model: str, resolution: int, batch: int, dtype: str = "bfloat16") -> Iterator[Case]:
-    """All ops of one model on images of one resolution."""
+    """Yield the ops of one model for images of one resolution."""
     config = PaliGemmaConfig.named(f"{model}-{resolution}")
     text, vision = config.text_config, config.vision_config
     image, tokens = vision.num_image_tokens, vision.num_image_tokens + PROMPT
@@ -156,7 +156,7 @@ def _ops(model: str, resolution: int, batch: int, dtype: str = "bfloat16") -> It
 
 
 def _sweeps() -> Iterator[Case]:
-    """Gemma 2B's ops along one size at a time."""
+    """Yield Gemma 2B's ops with one size varied at a time."""
     model = "paligemma-3b"
     text = PaliGemmaConfig.named(f"{model}-224").text_config
     heads = {"heads": text.num_attention_heads, "kv_heads": text.num_key_value_heads, "head_dim": text.head_dim}
@@ -182,7 +182,7 @@ def _sweeps() -> Iterator[Case]:
 
 
 def _whole_models() -> Iterator[Case]:
-    """The model's stages, among them PaliGemma 3B's along resolution and batch."""
+    """Yield the stages of the models, PaliGemma 3B's also with resolution and batch varied."""
 
     def case(op: str, model: str, resolution: int, batch: int, **flags: bool) -> Case:
         sizes = {"model": model, "resolution": resolution, "batch": batch}
@@ -203,4 +203,4 @@ def _whole_models() -> Iterator[Case]:
 
 
 MODE_OF = {"finetune_step": "both"}
-"""Whole-model ops run forward; these also backward."""
+"""The whole-model ops that also run backward."""

@@ -21,14 +21,14 @@ def model_config(sizes: Mapping[str, Any]) -> PaliGemmaConfig:
 
 
 def num_text_ids(config: PaliGemmaConfig) -> int:
-    """How many ids are text: those after them are places, masks and the image's."""
+    """Return the number of text ids. Ids after them are locations, segmentation codes and the image's."""
     return min(256_000, config.text_config.vocab_size)
 
 
 _held: dict[tuple[Any, ...], PaliGemma] = {}
-"""The last model: gigabytes that several cases share."""
+"""The last model, which several cases share: it takes gigabytes."""
 _quantised: dict[str, PaliGemma] = {}
-"""The same in int8, by mode."""
+"""The last model in int8, by mode."""
 
 
 def release() -> None:
@@ -55,9 +55,9 @@ def random_model(case: Case, device: torch.device) -> PaliGemma:
 
 @torch.no_grad()
 def filled(config: PaliGemmaConfig, dtype: torch.dtype, device: torch.device) -> PaliGemma:
-    """A model with random weights, in evaluation mode.
+    """Return a model with random Gaussian weights that preserve variance, in evaluation mode.
 
-    They are Gaussian and keep the variance, from one block over and over: drawing billions of them takes minutes on a CPU.
+    The weights repeat one block: drawing billions of numbers takes minutes on a CPU.
     """
     with torch.device("meta"):
         model = PaliGemma(config).to(dtype)
@@ -71,12 +71,14 @@ def filled(config: PaliGemmaConfig, dtype: torch.dtype, device: torch.device) ->
             part = flat[start : start + len(block)]
             torch.mul(block[: len(part)], std, out=part)
         if name.endswith("layernorm.weight") or "layer_norm" in name and name.endswith("weight"):
-            parameter.add_(1.0 if "vision_tower" in name else 0.0)  # SigLIP's weights are stored as they are
+            parameter.add_(
+                1.0 if "vision_tower" in name else 0.0
+            )  # SigLIP's norm weights are stored without the offset of 1
     return model.eval()
 
 
 def in_int8(model: PaliGemma, mode: str) -> PaliGemma:
-    """A model in int8 that shares everything else with it; both modes share the weights."""
+    """Return the model in int8. It shares all other tensors with the model, and both modes share the int8 weights."""
     if not _quantised:
         _quantised["int8"] = quantize_(_twin(model, model.parameters()), "int8")
     if mode not in _quantised:

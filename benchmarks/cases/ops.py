@@ -1,4 +1,4 @@
-"""The ops under test: their inputs, what plain PyTorch writes instead, and the arithmetic of their definition."""
+"""The ops under test: inputs, the plain PyTorch version, and the arithmetic of the definition."""
 
 from __future__ import annotations
 
@@ -15,64 +15,64 @@ import pg_kernels as pg
 
 Sizes = Mapping[str, Any]
 Inputs = Mapping[str, Any]
-"""Tensors by argument name, and sizes that are no tensors."""
+"""Tensors, and sizes that are not tensors, by argument name."""
 Build = Callable[[Inputs], "partial[Any]"]
-"""Does everything that is done once, and gives the call to be timed; ValueError when it cannot express the inputs."""
+"""Does all one-time work and returns the call to time. Raises ValueError if the contender does not support the inputs."""
 
 
 class Draw:
-    """Random tensors on one device in one dtype, reproducible."""
+    """Draws reproducible random tensors on one device in one dtype."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
-        # On the meta device there are shapes only, and no generator.
+        # The meta device has only shapes, and no generator.
         self.generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
     def normal(self, *shape: int, std: float = 1.0) -> Tensor:
-        """Gaussian values [*shape]."""
+        """Draw Gaussian values [*shape]."""
         values = torch.empty(shape, dtype=self.dtype, device=self.device)
         return values.normal_(std=std, generator=self.generator)
 
     def matrix(self, outputs: int, inputs: int) -> Tensor:
-        """A weight [outputs, inputs] that keeps the variance of what it multiplies."""
+        """Draw a weight [outputs, inputs] that preserves the variance of its input."""
         return self.normal(outputs, inputs, std=inputs**-0.5)
 
     def integers(self, high: int, *shape: int) -> Tensor:
-        """Uniform int64 in [0, high), [*shape]."""
+        """Draw uniform int64 in [0, high), [*shape]."""
         return torch.randint(high, shape, device=self.device, generator=self.generator)
 
     def filled(self, value: int, *shape: int) -> Tensor:
-        """One int32 value, [*shape]."""
+        """Return int32 [*shape] filled with one value."""
         return torch.full(shape, value, dtype=torch.int32, device=self.device)
 
 
 @dataclass(frozen=True)
 class Op:
-    """What the suite needs to know of an op. Inputs are drawn by argument name; `trained` are those that get a gradient."""
+    """What the suite needs of an op. Inputs are drawn by argument name; inputs in `trained` get a gradient."""
 
     draw: Callable[[Sizes, Draw], dict[str, Any]]
     ours: Build
     eager: Build
-    """The baseline: what one writes in plain PyTorch, with everything done beforehand that is done once for a model."""
+    """The baseline in plain PyTorch, with all one-time work of a model done beforehand."""
     tiny: Sizes
-    """A shape so small that a call costs its overhead only."""
+    """A shape so small that a call only costs its overhead."""
     outputs: Callable[[Sizes], int]
-    """How many elements the op gives."""
+    """Returns the number of output elements."""
     trained: tuple[str, ...] = ()
     flops: Callable[[Sizes], int] | None = None
-    """Of the matrix products of the definition's forward pass; others do not bound anything. A backward has twice as many."""
+    """Returns the FLOPs of the matrix products in the definition's forward pass. A backward pass has twice as many."""
     scratch: Callable[[Sizes], int] = lambda sizes: 0
-    """How many elements a plain implementation holds in between that are neither input nor output."""
+    """Returns the number of intermediate elements of a plain implementation."""
     input_bytes: Callable[[Sizes], int] | None = None
-    """Where the op's own inputs are not in the dtype of those drawn."""
+    """Returns the bytes of the op's inputs, if their dtype differs from the drawn tensors'."""
     definition: Build | None = None
-    """What outputs are compared with, where it is not `ours` on the reference backend with wider inputs."""
+    """Computes the values that outputs are compared with. Default: `ours` on the reference backend with wider inputs."""
     comparable: Callable[[Any], Any] = lambda outputs: outputs
-    """Outputs as something that two right implementations agree on."""
+    """Maps outputs to values on which two right implementations agree."""
 
 
 def call(function: Callable[..., Any]) -> Build:
-    """Build by giving a function the inputs as they are."""
+    """Return a Build that passes the inputs to a function unchanged."""
     return lambda inputs: partial(function, **inputs)
 
 
@@ -108,7 +108,7 @@ def _draw_rotary(sizes: Sizes, draw: Draw) -> dict[str, Any]:
 
 
 def rotary_tables(q: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, S, D] in q's dtype, both halves alike: what transformers computes once for all layers."""
+    """Return cos and sin [B, S, D] in q's dtype with equal halves, as transformers computes once for all layers."""
     exponents = torch.arange(0, q.shape[-1], 2, device=q.device) / q.shape[-1]
     angles = (positions[..., None] * 10_000.0**-exponents).repeat(1, 1, 2)
     return angles.cos().to(q.dtype), angles.sin().to(q.dtype)
@@ -179,7 +179,7 @@ def _build_int8(inputs: Inputs, **options: Any) -> partial[Any]:
 
 
 def build_int8_activations(inputs: Inputs) -> partial[Any]:
-    """W8A8."""
+    """Return a Build of W8A8."""
     return _build_int8(inputs, activations="int8")
 
 
@@ -188,14 +188,14 @@ def _build_dense(inputs: Inputs) -> partial[Any]:
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [N, K] and fp32 scales [N], in plain PyTorch."""
+    """Quantise to int8 [N, K] and fp32 scales [N] in plain PyTorch."""
     wide = weight.float()
     scale = wide.abs().amax(1) / 127.0
     return torch.round(wide / scale[:, None]).to(torch.int8), scale
 
 
 def _dequantized(outputs: tuple[Tensor, Tensor]) -> Tensor:
-    # A value halfway between two levels may go to either: half a level of difference is allowed by what the reference loses.
+    # A value halfway between two levels may be rounded to either. The reference's own loss allows half a level of difference.
     return outputs[0] * outputs[1][:, None]
 
 
@@ -203,24 +203,24 @@ def _dequantized(outputs: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _heads(draw: Draw, sizes: Sizes, tokens: int, heads: int) -> Tensor:
-    """[B, H, S, D] as a projection leaves it: the heads of a token side by side in memory."""
+    """Draw [B, H, S, D] laid out as a projection's output: the heads of a token are adjacent in memory."""
     return draw.normal(sizes["batch"], tokens, heads, sizes["head_dim"]).transpose(1, 2)
 
 
 def _draw_attention(sizes: Sizes, draw: Draw) -> dict[str, Any]:
     q = _heads(draw, sizes, sizes["queries"], sizes["heads"])
     k, v = (_heads(draw, sizes, sizes["tokens"], sizes["kv_heads"]) for _ in range(2))
-    if sizes["queries"] < sizes["tokens"]:  # a cache keeps each head's tokens together
+    if sizes["queries"] < sizes["tokens"]:  # in a cache, each head's tokens are adjacent
         k, v = k.contiguous(), v.contiguous()
     causal = bool(sizes.get("causal", 1))
-    # The model gives one length for each example.
+    # The model passes one length for each example.
     prefix_lens = draw.filled(sizes["prefix"], sizes["batch"]) if causal else None
     softcap = sizes.get("softcap")
     return {"q": q, "k": k, "v": v, "prefix_lens": prefix_lens, "causal": causal, "softcap": softcap}
 
 
 def visible_pairs(sizes: Sizes) -> int:
-    """How many keys all queries of one head of one example see together."""
+    """Return the number of (query, key) pairs that are visible in one head of one example."""
     queries, tokens, prefix = sizes["queries"], sizes["tokens"], sizes["prefix"]
     if not sizes.get("causal", 1):
         return queries * tokens
@@ -228,7 +228,7 @@ def visible_pairs(sizes: Sizes) -> int:
 
 
 def dense_mask(inputs: Inputs) -> Tensor | None:
-    """The prefix-LM mask as a tensor [1, 1, Sq, Skv], true where visible; None where everything is."""
+    """Return the prefix-LM mask as a tensor [1, 1, Sq, Skv], true where visible; None if everything is."""
     queries, tokens = inputs["q"].shape[2], inputs["k"].shape[2]
     if not inputs["causal"] or int(inputs["prefix_lens"][0]) >= tokens or queries == 1:
         return None
@@ -266,7 +266,7 @@ def _activations(width: str) -> Callable[[Sizes], int]:
 
 
 def _int8_bytes(sizes: Sizes) -> int:
-    """16-bit activations, int8 weights and their fp32 scales."""
+    """Return the bytes of 16-bit activations, int8 weights and their fp32 scales."""
     groups = -(-sizes["inputs"] // sizes.get("group", sizes["inputs"]))
     return 2 * sizes["tokens"] * sizes["inputs"] + sizes["outputs"] * (sizes["inputs"] + 4 * groups)
 

@@ -1,1 +1,1 @@
-"""Who takes part: our backends, PyTorch and other packages."""
+"""The contenders: our backends, PyTorch and other packages."""

@@ -1,4 +1,4 @@
-"""llama.cpp as a contender: it runs no PaliGemma but its decoder, causally and on text alone, with weights of 8.5 bits."""
+"""llama.cpp as a contender: it runs PaliGemma's decoder only, causally and on text, with weights of 8.5 bits."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 BLOCK = 32
-"""Weights that share a scale in Q8_0."""
+"""The number of weights that share a scale in Q8_0."""
 CHUNK = 1 << 13
-"""Blocks quantised at a time, so that what is computed on the way stays in the cache: 3 times as fast as all at once."""
+"""The number of blocks quantised at a time. Intermediate results stay in the cache: 3 times as fast as all blocks at once."""
 
 GEMMA = {
     "input_layernorm": "attn_norm",
@@ -42,7 +42,7 @@ GEMMA = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-"""A layer's modules and what llama.cpp calls their weights."""
+"""A layer's modules and llama.cpp's names of their weights."""
 GEMMA2 = GEMMA | {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
@@ -54,7 +54,7 @@ GEMMA2 = GEMMA | {
 
 
 def write_gguf(model: PaliGemma, path: Path, *, progress: bool = True) -> None:
-    """Write the decoder as llama.cpp reads it: matrices in Q8_0, norms in fp32, and no vocabulary but its size.
+    """Write the decoder in llama.cpp's format: matrices in Q8_0, norms in fp32, and only the size of the vocabulary.
 
     Args:
         model: of any floating dtype, on any device.
@@ -107,13 +107,13 @@ def _check(model: PaliGemma) -> None:
 
 
 def _attention_scale(config: TextConfig) -> float:
-    """What llama.cpp scales the queries by; it knows the Gemma 2 that divides by something else, 27B, by its depth."""
+    """Return llama.cpp's scale of the queries. It recognises Gemma 2 27B, whose scale differs, by its depth."""
     is_27b = config.model_type == "gemma2" and config.num_hidden_layers == 46
     return (config.hidden_size // config.num_attention_heads if is_27b else config.head_dim) ** -0.5
 
 
 def _modules(model: PaliGemma) -> dict[str, Any]:
-    """Return the decoder's modules under the names that llama.cpp has for their weights."""
+    """Return the decoder's modules by llama.cpp's names of their weights."""
     decoder = model.model.language_model
     names = GEMMA2 if model.config.text_config.model_type == "gemma2" else GEMMA
     modules: dict[str, Any] = {"token_embd.weight": decoder.embed_tokens, "output_norm.weight": decoder.norm}
@@ -137,11 +137,11 @@ def _describe(writer: GGUFWriter, config: TextConfig) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    # Text never becomes tokens here, and 257,216 made-up pieces would only take time to read.
+    # No text is tokenised here, and reading 257,216 invented pieces would only take time.
     writer.add_tokenizer_model("none")
     writer.add_vocab_size(config.vocab_size)
     if config.model_type == "gemma2":
-        # Without a value llama.cpp takes 4096; a window over all positions hides nothing.
+        # llama.cpp's default window is 4096. A window over all positions hides nothing.
         writer.add_sliding_window(config.sliding_window or config.max_position_embeddings)
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
@@ -168,7 +168,7 @@ def _write_tensors(writer: GGUFWriter, modules: dict[str, Any], progress: bool) 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Thousands of short ops on several threads take 4 minutes where somebody else keeps a core busy, 10 seconds on one."""
+    """Use one thread: thousands of short ops on several threads take 4 minutes while another process uses a core, 10 s on one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -208,13 +208,13 @@ def quantize_q8_0(weight: Tensor) -> Tensor:
 
 
 class LlamaDecoder:
-    """llama.cpp on a file of `write_gguf`, for one sequence; a token's position is the number of tokens before it.
+    """llama.cpp on a file of `write_gguf`, for one sequence. A token's position is the number of tokens before it.
 
     Args:
-        path: may be removed once this is built.
-        threads: for prefill and decode alike.
-        context: the most tokens there will be.
-        gpu: whether all layers and the cache go to the GPU; otherwise nothing does.
+        path: may be removed after construction.
+        threads: the number of threads for prefill and decode.
+        context: the largest number of tokens.
+        gpu: whether all layers and the cache are on the GPU.
 
     Raises:
         ValueError: a file that llama.cpp cannot read; a GPU for a llama.cpp built without one.
@@ -223,7 +223,8 @@ class LlamaDecoder:
     def __init__(self, path: Path, *, threads: int, context: int, gpu: bool) -> None:
         import llama_cpp
 
-        # It prints what it does otherwise; the binding takes warnings for errors, so only a level above all silences them.
+        # llama.cpp prints progress by default. The binding treats warnings as errors, so only a level above all levels silences
+        # it.
         logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
         if gpu and not llama_cpp.llama_supports_gpu_offload():
             raise ValueError("gpu: this llama_cpp was built without one")
@@ -241,7 +242,7 @@ class LlamaDecoder:
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
     def prefill(self, ids: Sequence[int]) -> None:
-        """Forget everything and read all ids in one batch; ValueError for more than the context."""
+        """Clear the cache and read all ids in one batch. Raises ValueError for more ids than the context."""
         if len(ids) > self._context:
             raise ValueError(f"ids: {len(ids)} are more than the context of {self._context}")
         self._api.llama_memory_clear(self._memory, False)
@@ -257,21 +258,21 @@ class LlamaDecoder:
         return torch.from_numpy(np.ctypeslib.as_array(found, (self._vocabulary,)).copy())
 
     def rewind(self, length: int) -> None:
-        """Forget all tokens but the first `length`, so that the next one is decoded after those."""
+        """Drop all tokens but the first `length`."""
         self._api.llama_memory_seq_rm(self._memory, 0, length, -1)
 
     def close(self) -> None:
-        """Free the memory, which happens by itself once nothing refers to this."""
+        """Free the memory, as garbage collection does."""
         self._free()
 
     def _evaluate(self, ids: Sequence[int]) -> None:
-        # Such a batch goes behind what the cache holds and asks for the last token's logits alone.
-        tokens = (ctypes.c_int32 * len(ids))(*ids)  # the batch only points to them
+        # Such a batch is appended to the cache and returns only the last token's logits.
+        tokens = (ctypes.c_int32 * len(ids))(*ids)  # the batch points to them
         batch = self._api.llama_batch_get_one(tokens, len(ids))
         status = self._api.llama_decode(self._state, batch)
         if status:
             raise RuntimeError(f"llama.cpp failed on {len(ids)} token(s) with status {status}")
-        # A GPU would still be at it, and a clock stopped here would be wrong.
+        # Wait for a GPU: it would still be working when the clock stops.
         self._api.llama_synchronize(self._state)
 
 
@@ -280,7 +281,7 @@ def _model_parameters(gpu: bool) -> Any:
 
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = -1 if gpu else 0
-    # One GPU as for everybody else, and none for a CPU's timing, where long batches would go to it otherwise.
+    # Use one GPU, like the other contenders, and none when a CPU is timed: llama.cpp would send long batches to it.
     parameters.split_mode = llama_cpp.LLAMA_SPLIT_MODE_NONE
     parameters.main_gpu = 0 if gpu else -1
     return parameters
@@ -291,11 +292,11 @@ def _context_parameters(threads: int, context: int, gpu: bool) -> Any:
 
     parameters = llama_cpp.llama_context_default_params()
     parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = context
-    # Otherwise it sets a row of logits aside for every token: 1.3 GB at 1,300 tokens.
+    # The default allocates a row of logits for every token: 1.3 GB at 1,300 tokens.
     parameters.n_outputs_max = 1
     parameters.n_threads = parameters.n_threads_batch = threads
     parameters.offload_kqv = parameters.op_offload = gpu
-    # A cache of the window's size would lack the oldest tokens after a rewind.
+    # A cache of the window's size lacks the oldest tokens after a rewind.
     parameters.swa_full = True
     return parameters
 

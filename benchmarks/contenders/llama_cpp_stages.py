@@ -1,4 +1,4 @@
-"""Prefill and decoding on llama.cpp: the decoder alone, causal, on as many text tokens as the prompt has with its image."""
+"""Prefill and decoding on llama.cpp: only the decoder, causal, on as many text tokens as the prompt has with its image."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def _decoder(inputs: Inputs) -> Any:
 
     if len(inputs["input_ids"]) > 1:
         raise ValueError("compared at batch 1")
-    with _gguf(inputs["model"]) as path:  # mapped into memory, the file may go
+    with _gguf(inputs["model"]) as path:  # the file is mapped into memory and may be removed
         length = inputs["input_ids"].shape[1] + ANSWER
         on_gpu = inputs["input_ids"].device.type == "cuda"
         return LlamaDecoder(path, threads=torch.get_num_threads(), context=length, gpu=on_gpu)
 
 
 def text_ids(inputs: Inputs) -> list[int]:
-    """As many text tokens as the prompt has with its image."""
+    """Return as many text ids as the prompt has with its image."""
     ids = inputs["input_ids"][0]
     return (torch.arange(len(ids)) * 97 % num_text_ids(inputs["model"].config)).tolist()
 

@@ -1,4 +1,4 @@
-"""Who takes part: our backends, plain PyTorch and other packages, each a few lines from inputs to a call."""
+"""The contenders of ops: our backends, plain PyTorch and other packages, each a few lines from inputs to a call."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ class Contender:
 
     name: str
     build: Callable[[Inputs], Any]
-    """From inputs to the call that is timed (a whole model's: to a `trial.Candidate`); ValueError for what it cannot express."""
+    """Returns the call to time for the inputs (for a whole model a `Candidate`). Raises ValueError for unsupported inputs."""
     package: str = ""
-    """Import name of the package it needs beyond the installation's own."""
+    """The import name of a package that it needs beyond the installation's."""
     device_type: str = ""
-    """The only one it runs on; empty for all."""
+    """The only device type it runs on; empty for all."""
     ours: bool = False
     baseline: bool = False
     int8_weights: bool = False
-    """Whether a whole model's linear layers and embedding are int8: fewer bytes to read."""
+    """Whether a whole model's linear layers and embedding are int8, with fewer bytes to read."""
     int8_activations: bool = False
-    """Whether the products are of int8 by int8, which are faster."""
+    """Whether products multiply int8 by int8."""
 
     def unavailable_reason(self, device_type: str) -> str | None:
-        """Why it cannot take part here, or None."""
+        """Return why it cannot run here, or None."""
         if self.package and util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
         if self.device_type and device_type != self.device_type:
@@ -49,7 +49,7 @@ class Contender:
 
 
 def contenders(op: str, device_type: str, *, sweep: bool = False) -> list[Contender]:
-    """All contenders of an op, our default first; for a sweep only that one and the baseline."""
+    """Return the contenders of an op, our default first; for a sweep only our default and the baseline."""
     ours = _our_backends(op, device_type)
     baseline = Contender("eager", OPS[op].eager, baseline=True)
     if sweep:
@@ -59,7 +59,7 @@ def contenders(op: str, device_type: str, *, sweep: bool = False) -> list[Conten
 
 
 def _our_backends(op: str, device_type: str) -> list[Contender]:
-    """One contender for each backend that can run the op here, in the order in which "auto" prefers them."""
+    """Return a contender for each backend that can run the op here, in the order of "auto"."""
     registered = {"add_rms_norm": "rms_norm"}.get(op, op)
     found = [
         Contender(f"pg_kernels {name}", partial(_on_backend, name, OPS[op].ours), ours=True)
@@ -72,7 +72,7 @@ def _our_backends(op: str, device_type: str) -> list[Contender]:
 
 
 def _on_backend(name: str, build: Build, inputs: Inputs) -> partial[Any]:
-    inner = build(inputs)  # not on the backend: quantising and packing are other ops
+    inner = build(inputs)  # outside the backend block: quantising and packing are other ops
 
     def run() -> Any:
         with backend(name):
@@ -83,7 +83,7 @@ def _on_backend(name: str, build: Build, inputs: Inputs) -> partial[Any]:
 
 @cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One wrapper for a function, so that its calls share what was compiled."""
+    """Return one compiled wrapper for each function, so that its calls share compilations."""
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -141,7 +141,7 @@ def _flex_attention(inputs: Inputs) -> partial[Any]:
 def _liger_rms_norm(inputs: Inputs) -> partial[Any]:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    # The arguments are eps, the weight's offset, Gemma's casting, and not to overwrite the incoming gradient.
+    # The arguments are eps, the weight's offset, Gemma's casting mode, and in_place=False for the incoming gradient.
     return partial(LigerRMSNormFunction.apply, inputs["x"], inputs["weight"], 1e-6, 1.0, "gemma", False)
 
 
@@ -159,7 +159,7 @@ def _liger_rotary(inputs: Inputs) -> partial[Any]:
 
 
 def _on_copies(rotate: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
-    # It rotates in place, which only an input that nobody needs again survives.
+    # It rotates in place, which is only right for inputs that are not used again.
     return rotate(q.clone(), k.clone(), cos, sin)
 
 

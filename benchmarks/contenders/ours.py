@@ -18,7 +18,7 @@ from pg_kernels.nn import fuse_qkv_
 
 
 def inference(call: Callable[[], Tensor], prepare: Callable[[], Any] = lambda: None) -> Candidate:
-    """A call whose output is judged as it is, without gradients."""
+    """Return a candidate of a call without gradients whose output is judged directly."""
 
     def run(_: Any) -> Tensor:
         with torch.inference_mode():
@@ -37,7 +37,7 @@ def _decoder(inputs: Inputs) -> Decoder:
 
 
 def first_example(inputs: Inputs) -> Inputs:
-    """The prompt that a whole batch decodes after: one prefill instead of many, which nobody times."""
+    """Return the first example of the inputs. The batch decodes after its prompt, so that only one untimed prefill is needed."""
     return {name: value[:1] if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
@@ -46,7 +46,7 @@ def siglip(inputs: Inputs) -> Candidate:
 
 
 def _as_generated(model: PaliGemma, stage: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A stage as `generate` runs it: replayed as a CUDA graph, and captured by now, where there can be one."""
+    """Return a stage as `generate` runs it: a captured CUDA graph that is replayed, if graphs are possible."""
     if capture_unsupported_reason(model, next(model.parameters()).device) is not None:
         return stage
     fuse_qkv_(model)
@@ -106,7 +106,7 @@ def training_inputs(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def finetune_step(model: nn.Module, inputs: Inputs) -> Candidate:
-    """Forward, loss and the gradients of all parameters; the optimizer's step is the same for everybody and left out."""
+    """Return a candidate of forward, loss and all gradients, without the optimizer, which is the same for all contenders."""
     batch = training_inputs(inputs)
     owner = inputs["model"].model  # the parameters are shared
     last = owner.language_model.layers[-1]

@@ -1,4 +1,4 @@
-"""The stages of the whole model and who runs them."""
+"""The stages of the whole model and their contenders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pg_kernels.quantization import ACTIVATIONS
 
 @dataclass(frozen=True)
 class ModelStage:
-    """One op of the whole model, for our model and for transformers': inputs to a candidate."""
+    """One op of the whole model: functions from inputs to candidates, for our model, transformers' and llama.cpp's."""
 
     ours: Callable[[Inputs], Candidate]
     theirs: Callable[[Inputs, Any], Candidate]
@@ -37,11 +37,11 @@ STAGES: dict[str, ModelStage] = {
         lambda inputs, model: ours.finetune_step(model, inputs),
     ),
 }
-"""By the name that cases use."""
+"""The stages by the cases' op names."""
 
 
 def stage_contenders(case: Case, *, full: bool) -> list[Contender]:
-    """Return the contenders of a case of the whole model; those that take minutes to set up only if `full`."""
+    """Return the contenders of a case of the whole model. Contenders that take minutes to set up are included only if `full`."""
     stage = STAGES[case.op]
     found = [Contender("pg_kernels", stage.ours, ours=True)]
     if case.op != "finetune_step" and not case.sweep:

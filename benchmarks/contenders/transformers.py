@@ -15,7 +15,7 @@ from pg_kernels.model import PaliGemma
 
 
 def transformers_model(ours: PaliGemma, attention: str) -> Any:
-    """transformers' PaliGemma around our parameters."""
+    """Return transformers' PaliGemma around our parameters."""
     from accelerate import init_empty_weights
     from transformers import PaliGemmaConfig as TheirConfig
     from transformers import PaliGemmaForConditionalGeneration
@@ -53,7 +53,7 @@ def decode_step(inputs: Inputs, model: Any) -> Candidate:
 
     def rewind() -> None:
         if cache.get_seq_length() > length:
-            cache.crop(length - cache.get_seq_length())  # newer versions take negative numbers only
+            cache.crop(length - cache.get_seq_length())  # newer versions accept only negative numbers
 
     return inference(lambda: model(**step).logits[:, -1].float(), rewind)
 

@@ -1,1 +1,1 @@
-"""How it is measured: timing, the machine's ceilings, checking and running cases."""
+"""Measuring: timing, the machine's ceilings, checking and running cases."""

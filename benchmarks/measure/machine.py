@@ -1,4 +1,4 @@
-"""What this machine is, and what it can reach at most: bandwidth and matrix rates, measured."""
+"""This machine: its name, its versions, and its measured ceilings of bandwidth and matrix rates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = (
     "llama_cpp_python",
     "pytest-benchmark",
 )
-"""Those whose versions a run stores."""
+"""The packages whose versions a run stores."""
 
 _MATRIX_DTYPES = {
     "float32": torch.float32,
@@ -34,11 +34,11 @@ _MATRIX_DTYPES = {
     "int8": torch.int8,
 }
 _SIDES = {"cpu": 2048, "cuda": 8192}
-"""Of the matrices whose products are a device's ceiling."""
+"""The side of the square matrices whose product is a device's ceiling."""
 
 
 def device_name(device: torch.device) -> str:
-    """For people: the GPU's name, or the CPU's with its number of threads and instruction set."""
+    """Return a readable name: the GPU's, or the CPU's with its number of threads and instruction set."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -50,7 +50,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, CUDA and the packages that take part, those that are not installed left out."""
+    """Return the versions of Python, CUDA and the installed packages that take part."""
     found = {"python": platform.python_version()}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
@@ -63,7 +63,7 @@ def versions() -> dict[str, str]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on the device without swapping."""
+    """Return the memory that can be allocated on the device without swapping."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -75,7 +75,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last cache before memory: a GPU's L2, a CPU's L3."""
+    """Return the size of the last cache before memory: a GPU's L2, a CPU's L3."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [path.read_text() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -93,9 +93,9 @@ def ceilings(device: torch.device) -> Ceilings:
 
 
 def _matrix_rate(name: str, device: torch.device) -> float:
-    """Multiply-adds per second, times two; 0 where torch has no such product on the device."""
+    """Return FLOP/s of a matrix product (a multiply-add counts 2); 0 if torch has no such product on the device."""
     side, dtype = _SIDES[device.type], _MATRIX_DTYPES[name]
-    # Zeros would flatter a GPU: with nothing to switch it draws less power and clocks higher.
+    # Do not multiply zeros: a GPU would draw less power and clock higher.
     left, right = (torch.randn(side, side, device=device) for _ in range(2))
     left, right = ((64 * t).clamp(-127, 127).to(dtype) if dtype == torch.int8 else t.to(dtype) for t in (left, right))
     product = torch._int_mm if dtype == torch.int8 else torch.mm
@@ -106,7 +106,7 @@ def _matrix_rate(name: str, device: torch.device) -> float:
 
 
 def _fastest(call: Callable[[], object], device: torch.device) -> float:
-    """Median of the three smallest times: a ceiling is what the machine does undisturbed, but no single lucky reading."""
+    """Return the median of the three smallest times: the undisturbed speed, but not a single lucky reading."""
     times: list[float] = []
     while len(times) < 4 or (len(times) < 12 and sum(times) < 0.5):
         times.append(seconds(call, device))

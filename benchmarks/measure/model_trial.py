@@ -1,4 +1,4 @@
-"""A case of the whole model made ready: inputs, contenders, judging, and the arithmetic of each stage."""
+"""Trials of the whole model: inputs, contenders, judging, and the arithmetic of each stage."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from pg_kernels.benchmarks.measure.timing import Candidate
 from pg_kernels.model import PaliGemma
 
 LARGEST_DEVIATION = 0.05
-"""Of logits, features and gradients, as a relative Frobenius norm.
+"""The largest deviation of logits, features and gradients, as a relative Frobenius norm.
 
-Rounding to bf16 alone makes two right implementations of the 3B differ by 0.6 to 0.8 % in features and logits and by 1.9 % in
-gradients (ours and transformers'); a wrong mask moves logits by far more.
+By rounding to bf16, two right implementations of the 3B model differ by 0.6 to 0.8 % in features and logits and by 1.9 % in
+gradients (ours and transformers'). A wrong mask changes logits by far more.
 """
 LARGEST_REGRET = 0.1
-"""How far below the best logit a chosen token's may lie, in standard deviations of the logits; a token at random is at 4."""
+"""The largest distance of a chosen token's logit from the best one, in standard deviations of the logits; at random it is 4."""
 
 
 class ModelTrial:
@@ -57,10 +57,10 @@ class ModelTrial:
         return bytes_, _vision_flops(self, 1) + _decoder_flops(self, 1, prompt, prompt, prompt, 1)
 
     def needed_bytes(self) -> int:
-        # In int8, too.
+        # Count the int8 copy, too.
         weights = 0 if holds(self.case, self.device) else num_parameters(self.shapes) * (self.dtype.itemsize + 1)
         gradients = num_parameters(self.shapes) * self.dtype.itemsize if self.case.op == "finetune_step" else 0
-        # One layer's activations are few beside the weights, but training keeps those of all.
+        # One layer's activations are small beside the weights, but training keeps the activations of all layers.
         kept = self._tokens() * self.config.text_config.intermediate_size * 4 * self.dtype.itemsize
         layers = self.config.text_config.num_hidden_layers if gradients else 2
         return weights + gradients + kept * layers
@@ -83,7 +83,7 @@ class ModelTrial:
             "suffix": draw.integers(words, batch, ANSWER),
         }
         self.truth = []
-        if self.case.op != "generate":  # whose tokens are judged one by one
+        if self.case.op != "generate":  # generated tokens are judged one by one
             with backend("reference"):
                 self.truth = STAGES[self.case.op].ours(self.inputs).results()
 
@@ -95,7 +95,7 @@ class ModelTrial:
             shape = (self.case.sizes["batch"], ANSWER)
             return regret(self.inputs, results[0]) / LARGEST_REGRET if results[0].shape == shape else math.inf
         truth = self.truth
-        if contender.package == "llama_cpp":  # causal, and without an image
+        if contender.package == "llama_cpp":  # llama.cpp runs causally and without an image
             truth = [_causal_logits(self.inputs, decode=self.case.op == "decode_step")]
         errors = [
             float((out.float() - true.float()).norm() / true.float().norm()) / LARGEST_DEVIATION
@@ -121,7 +121,7 @@ def _causal_logits(inputs: Inputs, *, decode: bool) -> Tensor:
 
 
 def regret(inputs: Inputs, tokens: Tensor) -> float:
-    """How much better the best token was than the chosen one, at worst, when the reference reads prompt and tokens [B, T]."""
+    """Return how far at most a chosen token's logit lies below the best one; the reference reads the prompt and tokens [B, T]."""
     training = training_inputs({**inputs, "suffix": tokens})
     del training["labels"]
     with torch.inference_mode(), backend("reference"):
@@ -139,9 +139,9 @@ def _vision_flops(trial: ModelTrial, batch: int) -> int:
 
 
 def _decoder_flops(trial: ModelTrial, batch: int, queries: int, tokens: int, prefix: int, scored: int) -> int:
-    """Of each example's `queries` new tokens, the last of `tokens`, of which `scored` go through the output head.
+    """Return the FLOPs of each example's `queries` new tokens, the last of `tokens`; `scored` of them go through the output head.
 
-    In generation that is one, and of the other tokens the last layer needs keys and values only.
+    In generation one token is scored, and the last layer computes only keys and values of the other tokens.
     """
     text = trial.config.text_config
     q, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
@@ -186,7 +186,7 @@ def _generate_work(trial: ModelTrial, itemsize: int) -> tuple[int, int]:
 
 
 def _finetune_work(trial: ModelTrial, itemsize: int) -> tuple[int, int]:
-    """Weights are read forward and backward, and gradients written; a backward has twice the products of a forward."""
+    """Return bytes and FLOPs: both passes read the weights, gradients are written, a backward has twice a forward's products."""
     prompt = trial.config.vision_config.num_image_tokens + PROMPT
     batch, tokens = trial.case.sizes["batch"], prompt + ANSWER
     flops = _vision_flops(trial, batch) + _decoder_flops(trial, batch, tokens, tokens, prompt, ANSWER)

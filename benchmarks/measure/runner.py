@@ -1,4 +1,4 @@
-"""Runs cases: who cannot take part is skipped, who computes something else is wrong, the others are timed together."""
+"""Run cases: skip contenders that cannot run, mark those with wrong outputs, and time the others together."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from pg_kernels.benchmarks.report.results import Ceilings, Row
 
 @dataclass(frozen=True)
 class Plan:
-    """How thoroughly a suite runs: `ops` and `models` say how long to measure, `longest_s` what is too slow for a machine."""
+    """How thoroughly a suite runs: `ops` and `models` say how long to measure, `longest_s` which cases are too slow."""
 
     ops: Effort
     models: Effort
     longest_s: float
-    """A case whose roofline alone takes longer is skipped; a whole model may take ten times as long."""
+    """A case whose roofline takes longer, in seconds, is skipped; a whole model may take ten times as long."""
     full: bool = True
-    """Whether whole models also meet the contenders that take minutes to set up."""
+    """Whether whole models include the contenders that take minutes to set up."""
     deadline_s: float | None = None
-    """Cases that come after so many seconds are skipped."""
+    """Cases that would start after this many seconds are skipped."""
 
 
 QUICK = Plan(ops=Effort(0.4, 5, 40), models=Effort(0.5, 3, 10), longest_s=0.5, full=False)
@@ -37,15 +37,15 @@ FULL = Plan(ops=Effort(1.0, 10, 100), models=Effort(3.0, 3, 50), longest_s=2.0)
 
 
 class Suite:
-    """A run in the making: give it cases, and it gives their rows."""
+    """A run of the suite, which turns cases into rows."""
 
     def __init__(self, device: torch.device, plan: Plan, ceilings: Ceilings) -> None:
         self.device, self.plan, self.ceilings = device, plan, ceilings
         self.start = time.monotonic()
 
     def run(self, case: Case) -> list[Row]:
-        """Check and time all contenders of a case; errors become rows."""
-        # What was compiled for other shapes would make torch give up specialising for this one.
+        """Check and time all contenders of a case. Errors become rows."""
+        # Compilations for other shapes would make torch stop specialising for this shape.
         torch.compiler.reset()
         if case.op not in WHOLE_MODEL_OPS:
             models.release()
@@ -71,7 +71,7 @@ class Suite:
         ]
 
     def _unavailable_reason(self, trial: Trial, row: Row) -> str | None:
-        """Why a case is not even tried."""
+        """Return why a case is not run, or None."""
         if self.plan.deadline_s is not None and time.monotonic() - self.start > self.plan.deadline_s:
             return f"the run's {self.plan.deadline_s:.0f} s were over"
         needed, free = trial.needed_bytes(), free_bytes(self.device)
@@ -86,7 +86,7 @@ class Suite:
         return None
 
     def _check(self, trial: Trial, contender: Contender, row: Row) -> tuple[Row, list[Candidate]]:
-        """Build a contender and judge what it computes; no candidates when it does not get that far."""
+        """Build a contender and judge its output. Return no candidates if it fails or is wrong."""
         reason = contender.unavailable_reason(self.device.type)
         if reason is not None:
             return replace(row, status="skipped", reason=reason), []
@@ -117,7 +117,7 @@ class Suite:
 
 
 def contenders_of(case: Case, device: torch.device, plan: Plan) -> list[str]:
-    """The names of all contenders of a case, whether they can take part here or not."""
+    """Return the names of all contenders of a case, including those that cannot run here."""
     return [contender.name for contender in _trial(case, device, plan).contenders()]
 
 
@@ -146,6 +146,6 @@ def _row(case: Case, contender: Contender, bytes_: int, flops: int) -> Row:
 
 
 def _brief(error: Exception) -> str:
-    """The first line of an error, short enough for a table."""
+    """Return the first line of an error, shortened for a table."""
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= 160 else f"{line[:157]}…"

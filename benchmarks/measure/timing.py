@@ -1,4 +1,4 @@
-"""Timing that can be compared: contenders take turns, and find neither inputs nor weights in a cache."""
+"""Comparable timing: contenders take turns, and neither inputs nor weights are in a cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TimedCall:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One contender on one set of inputs: what to time, and everything it computes, to be judged."""
+    """One contender on one set of inputs: the call to time, and all its results for judging."""
 
     task: TimedCall
     results: Callable[[], list[Tensor]]
@@ -33,7 +33,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure one case: rounds until `budget_s` is used up, but within these bounds."""
+    """How long to measure one case: rounds until `budget_s` seconds are used, within the bounds."""
 
     budget_s: float
     min_rounds: int
@@ -42,14 +42,14 @@ class Effort:
 
 @dataclass
 class Samples:
-    """Seconds of each round: on the device, and until the call returned to the host."""
+    """The seconds of each round: on the device, and until the call returned to the host."""
 
     device_s: list[float] = field(default_factory=list)
     host_s: list[float] = field(default_factory=list)
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Time one call on the wall clock, until the device has done it."""
+    """Return the wall-clock time of one call until the device has finished."""
     _synchronize(device)
     start = perf_counter()
     call()
@@ -60,14 +60,14 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 def interleave(
     contenders: Mapping[str, Sequence[TimedCall]], device: torch.device, effort: Effort, *, wall: bool = False
 ) -> dict[str, Samples]:
-    """Time each contender once a round, in a random order, the same in every run. All of them have run before.
+    """Time each contender once in every round, in a random order that is the same in every run. All contenders have run before.
 
-    Drift of the machine meets all of them alike, so ratios within a round hold where times do not; and who leaves the caches
-    of code and pages empty, as a call that streams hundreds of megabytes does, is not always before the same one. Every
-    contender has several tasks on different memory: each call takes the next one, so that together they outgrow the cache; on a
-    GPU the cache is also overwritten before every call, and the device is kept busy until the host has queued the call, so that
-    launches do not count. With `wall` the clock on the wall is used instead, for whole models, where waiting for the host is
-    part of it.
+    A drift of the machine affects all contenders alike, so that ratios within a round hold although times do not. The random
+    order
+    also mixes the predecessors: a call that streams hundreds of megabytes leaves empty caches to its successor. Every contender
+    has several tasks on different memory, taken in turn, which together outgrow the cache. On a GPU the cache is also
+    overwritten before every call, and the device is kept busy until the host has queued the call, so that launches do not
+    count. With `wall` the wall clock is used instead, for whole models, whose time includes waiting for the host.
     """
     clock = _WallClock(device) if wall or device.type != "cuda" else _EventClock(device)
     samples = {name: Samples() for name in contenders}
@@ -81,12 +81,12 @@ def interleave(
                 samples[name].device_s.append(device_s)
                 samples[name].host_s.append(host_s)
 
-    # A collection in the middle of one contender's call would be its loss alone.
+    # A garbage collection during a call would only slow down that contender.
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        if not wall:  # a whole model's call touches all its memory by itself
+        if not wall:  # a whole model's call reads more memory than the cache holds
             one_round(names, keep=False)
         start = perf_counter()
         for done in range(effort.max_rounds):
@@ -107,7 +107,7 @@ class _WallClock:
         state = task.prepare()
         _synchronize(self.device)
         start = perf_counter()
-        # Kept until the clock is read: giving back the result's memory is not the op's work.
+        # Keep the result until the clock is read: freeing its memory is not part of the op.
         result = task.run(state)
         host_s = perf_counter() - start
         _synchronize(self.device)
@@ -117,7 +117,7 @@ class _WallClock:
 
 
 class _EventClock:
-    """Device time between two CUDA events."""
+    """Measures device time between two CUDA events."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -130,7 +130,7 @@ class _EventClock:
         state = task.prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.cache.zero_()
-        torch.cuda._sleep(int(self.hold_s * 2e9))  # in cycles, of which no GPU has more than this in a second
+        torch.cuda._sleep(int(self.hold_s * 2e9))  # in cycles; no GPU has more in a second
         start.record()
         before = perf_counter()
         result = task.run(state)
@@ -138,13 +138,13 @@ class _EventClock:
         end.record()
         torch.cuda.synchronize(self.device)
         del result
-        # The next call is held back for as long as the slowest so far took to queue, and some more.
+        # Delay the next call by a little more than the longest queueing time so far.
         self.hold_s = min(max(self.hold_s, 1.5 * host_s), 5e-3)
         return start.elapsed_time(end) / 1e3, host_s
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Most memory that torch held at once during a call, beyond what it held before."""
+    """Return the most memory that torch allocated at once during a call, beyond its memory before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -152,7 +152,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it writes to stderr at every start
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes to stderr at every start
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

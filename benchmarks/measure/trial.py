@@ -1,4 +1,4 @@
-"""One case made ready: inputs drawn, contenders built, outputs judged."""
+"""Trials: a case with drawn inputs, built contenders and judged outputs."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ _OVERHEAD_CALLS = 50
 
 
 class Trial(Protocol):
-    """What the runner asks of a case. Before `draw` it may ask for the contenders and the numbers only."""
+    """The runner's interface to a case. Before `draw` only contenders and counts are available."""
 
     wall: bool
-    """Whether waiting for the host belongs to the time."""
+    """Whether the time includes waiting for the host."""
 
     def contenders(self) -> list[Contender]:
-        """All that could take part."""
+        """Return all contenders."""
 
     def work(self, contender: Contender) -> tuple[int, int]:
-        """Bytes and FLOPs of the definition, on weights of the contender's kind."""
+        """Return bytes and FLOPs of the definition, with weights of the contender's kind."""
 
     def setup(self) -> tuple[int, int]:
-        """Bytes and FLOPs of what every contender does once before it is timed."""
+        """Return bytes and FLOPs of the work that every contender does once before it is timed."""
 
     def needed_bytes(self) -> int:
-        """Memory that drawing and judging will take, roughly."""
+        """Return an estimate of the memory for drawing and judging."""
 
     def draw(self) -> None:
-        """Make the inputs, and what outputs are compared with."""
+        """Draw the inputs, and compute the values that outputs are compared with."""
 
     def build(self, contender: Contender) -> list[Candidate]:
-        """A contender at work, several times on different memory; ValueError for what it cannot express."""
+        """Build a contender several times on different memory. Raises ValueError for inputs that it does not support."""
 
     def error(self, contender: Contender, results: list[Tensor]) -> float:
-        """How far results are from the definition's, in units of what is allowed: beyond 1 they are wrong."""
+        """Return the deviation of results from the definition's, in units of the allowed deviation: above 1 they are wrong."""
 
     def overhead_s(self, contender: Contender) -> float | None:
-        """What a call costs however small its inputs; None where there is no such number."""
+        """Return the cost of a call with tiny inputs, in seconds; None if there is no such number."""
 
 
 class OpTrial:
@@ -72,7 +72,7 @@ class OpTrial:
         return contenders(self.case.op, self.device.type, sweep=self.case.sweep)
 
     def work(self, contender: Contender) -> tuple[int, int]:
-        """Every input read once, every output written once; a backward reads the inputs and the outputs' gradients."""
+        """Count every input read once and every output written once. A backward reads the inputs and the outputs' gradients."""
         read = self.op.input_bytes(self.case.sizes) if self.op.input_bytes else self.input_bytes
         forward, backward = read + self.output_bytes, read + self.output_bytes + self.gradient_bytes
         flops = self.op.flops(self.case.sizes) if self.op.flops else 0
@@ -86,7 +86,8 @@ class OpTrial:
         return 0, 0
 
     def needed_bytes(self) -> int:
-        # The truth is twice as wide, and gradients exist of it, of what it is compared with, and once more while they are summed.
+        # The truth is twice as wide. Gradients exist of the truth and of the compared results, and once more while they are
+        # summed.
         gradients = 0 if self.case.mode == "forward" else 8 * self.gradient_bytes
         wide = 2 * (self.input_bytes + self.output_bytes)
         return self._num_sets() * self.input_bytes + wide + gradients + 16 * self.op.scratch(self.case.sizes)
@@ -119,13 +120,13 @@ class OpTrial:
 
     def overhead_s(self, contender: Contender) -> float | None:
         if self.device.type == "cuda":
-            return None  # measured with the rounds themselves, while the device is busy
+            return None  # measured in the rounds, while the device is busy
         inputs = self._leaves(self.op.draw(self.op.tiny, Draw(self.dtype, self.device)))
         try:
             task = self._candidate(contender, inputs).task
             task.run(task.prepare())
         except (ValueError, RuntimeError):
-            return None  # some have a smallest shape of their own
+            return None  # some contenders have a smallest shape
         times = []
         for _ in range(_OVERHEAD_CALLS):
             state = task.prepare()
@@ -135,7 +136,7 @@ class OpTrial:
         return median(times)
 
     def _num_sets(self) -> int:
-        """Enough that, used in turn, they outgrow the cache twice."""
+        """Return the number of input sets that together are twice as large as the cache."""
         wanted = math.ceil(2 * cache_bytes(self.device) / max(self.input_bytes, 1)) + 1
         return min(wanted, MAX_INPUT_SETS)
 
@@ -161,7 +162,7 @@ class OpTrial:
         return TimedCall(lambda outputs: self._gradients(outputs, leaves), prepare=run)
 
     def _results(self, run: Callable[[], Any], inputs: Inputs) -> list[Tensor]:
-        """Outputs, and gradients where the mode has some."""
+        """Return the outputs, and in backward modes the gradients."""
         if self.case.mode == "forward":
             return _as_list(self.op.comparable(_without_gradients(run)))
         outputs = _as_list(run())
@@ -170,7 +171,7 @@ class OpTrial:
 
     def _gradients(self, outputs: Any, leaves: Sequence[Tensor]) -> list[Tensor]:
         outputs = _as_list(outputs)
-        # At the tiny shape that overhead is measured at, the case's own do not fit.
+        # The case's gradients do not fit the tiny shape at which overhead is measured.
         cotangents = [
             given.to(out.dtype) if given.shape == out.shape else out.detach()
             for given, out in zip(self.cotangents, outputs, strict=True)
@@ -192,7 +193,10 @@ def _without_gradients(run: Callable[[], Any]) -> Any:
 
 
 def _allowance(rounded: Sequence[Tensor], true: Tensor, dtype: torch.dtype) -> float:
-    """Twice what plain PyTorch and the definition themselves lose in this dtype, and two roundings of the largest value."""
+    """Return the allowed deviation.
+
+    It is twice what plain PyTorch and the definition lose in this dtype, and two roundings of the largest value.
+    """
     lost = max(float((low.to(true.dtype) - true).abs().max()) for low in rounded)
     return 2 * lost + 2 * torch.finfo(dtype).eps * float(true.abs().max()) + torch.finfo(torch.float32).tiny
 

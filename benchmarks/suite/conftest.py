@@ -1,4 +1,4 @@
-"""Options of the suite, and what a stored run says beyond pytest-benchmark's own JSON."""
+"""The suite's options, and the contents of a stored run beyond pytest-benchmark's JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class SuiteRun:
-    """The suite of one pytest session. All contenders of a case run at the first test that asks for one of them."""
+    """The suite of one pytest session. All contenders of a case run at the first test of one of them."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.device = torch.device(config.getoption("--on"))
@@ -42,7 +42,7 @@ class SuiteRun:
         return self.rows[case][contender]
 
     def content(self) -> dict[str, Any]:
-        """What `results.Run` reads."""
+        """Return the content that `results.Run` reads."""
         rows = [row for table in self.rows.values() for row in table.values()]
         return {
             "device": device_name(self.device),
@@ -56,12 +56,12 @@ class SuiteRun:
 
 
 def _allocator() -> list[str]:
-    """The C library's limits where they were set: a small op's time depends on them."""
+    """Return the C library's memory limits that were set: a small op's time depends on them."""
     return [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
 
 
 def _is_about_the_run(argument: str) -> bool:
-    """Not where it is stored and what is printed."""
+    """Return whether an argument concerns the run itself, not its storage or output."""
     return not argument.startswith(("--benchmark-json", "--benchmark-quiet", "--durations", "-r"))
 
 
@@ -100,19 +100,20 @@ def _selected(config: pytest.Config) -> list[Case]:
 
 @pytest.fixture
 def row(request: pytest.FixtureRequest, case: str, contender: str) -> Row:
-    """One contender's result on a case."""
+    """Return one contender's result on a case."""
     stash = request.config.stash
     if _SUITE_RUN not in stash:
         stash[_SUITE_RUN] = SuiteRun(request.config)
     found = stash[_SUITE_RUN].row(case, contender)
     if found.status == "timed":
-        # pytest-benchmark times one function after the other. Ours took turns, so it gets their times to store.
+        # pytest-benchmark times each function alone, but contenders must take turns within a round. Its statistics accept times
+        # only from a timer around a call, so the recorded times are replayed by a timer around an empty function.
         request.node.add_marker(pytest.mark.benchmark(timer=_Replay(found.samples), group=case))
     return found
 
 
 class _Replay:
-    """A clock that shows recorded times, one between each two readings."""
+    """A timer that replays recorded times: the difference of each two readings is one of them."""
 
     def __init__(self, samples: tuple[float, ...]) -> None:
         self.readings = iter([reading for sample in samples for reading in (0.0, sample)])
@@ -122,7 +123,7 @@ class _Replay:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    del machine_info["node"]  # stored runs are published, host names are not
+    del machine_info["node"]  # stored runs are published without host names
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:

@@ -14,6 +14,6 @@ def test_contender(row: Row, benchmark: Any) -> None:
     if row.status == "skipped":
         pytest.skip(row.reason)
     if row.status != "timed":
-        report = pytest.fail if row.ours else pytest.xfail  # other people's mistakes are results, ours are ours
+        report = pytest.fail if row.ours else pytest.xfail  # other packages' faults are results, ours fail the suite
         report(f"{row.status}: {row.reason}")
     benchmark.pedantic(lambda: None, rounds=len(row.samples), iterations=1)
