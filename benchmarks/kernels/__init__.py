@@ -1,1 +1,1 @@
-"""Kernels compiled for GPUs that need not be here, and tile sizes tuned on GPUs that are."""
+"""Kernels compiled for GPUs that may be absent, and tile sizes tuned on GPUs that are present."""

@@ -1,4 +1,4 @@
-"""What the kernels of the CUDA extension take of a GPU, read off the machine code in the installed library: no GPU is needed."""
+"""Resource usage of the CUDA extension's kernels, read from the machine code in the built library. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from pg_kernels.benchmarks.kernels.resources import DEVICES, Kernel
 
 TARGETS = {"sm_80": "sm_80", "sm_90": "sm_90a"}
-"""Those that machine code is there for, as the compiler calls them."""
+"""The targets that the extension has machine code for, with the compiler's name of each."""
 _SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 _KERNELS = "few_rows|many_rows|many_rows_sm90|quantize_rows|dequantize_rows|dequantize|reduce_split_k"
 _INSTRUCTIONS = {"HGMMA": "wgmma", "IGMMA": "wgmma", "HMMA": "mma", "IMMA": "mma"}
@@ -23,7 +23,7 @@ _COPIES = {"UTMALDG": "TMA", "LDGSTS": "cp.async"}
 
 
 def sources_id() -> str:
-    """Return a hash of the extension's sources, which a clone has."""
+    """Return a hash of the extension's sources."""
     digest = hashlib.sha256()
     for path in sorted(_SOURCES.rglob("*")):
         if path.suffix in (".cu", ".h", ".cpp"):
@@ -32,7 +32,7 @@ def sources_id() -> str:
 
 
 def installed_library() -> Path:
-    """Return the path of pg_kernels._cuda; RuntimeError where it is not built."""
+    """Return the path of pg_kernels._cuda. Raises RuntimeError if it is not built."""
     found = find_spec("pg_kernels._cuda")
     if found is None or found.origin is None:
         raise RuntimeError("pg_kernels._cuda is not built: install with PG_KERNELS_CUDA=1, which needs nvcc")
@@ -40,7 +40,7 @@ def installed_library() -> Path:
 
 
 def build_library(folder: Path) -> Path:
-    """Build the extension from a clone's sources, below a folder; RuntimeError where that fails."""
+    """Build the extension from the sources of a clone into `folder`. Raises RuntimeError if the build fails."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder)]
     command += ["--build-temp", str(folder / "objects")]
     environment = {**os.environ, "PG_KERNELS_CUDA": "1"}
@@ -52,10 +52,10 @@ def build_library(folder: Path) -> Path:
 
 
 def extension_kernels(target: str, library: Path) -> Iterator[Kernel]:
-    """Yield the kernels of a built CUDA extension for a target; none for a target without machine code in it.
+    """Yield the kernels of a built CUDA extension for a target. A target without machine code in the library has none.
 
-    "Spilled" are the bytes of local memory of a thread. Shared memory is what the compiler knows of; the launch asks for more.
-    Raises RuntimeError where Triton, which brings the disassembler, is not installed.
+    `spills` are bytes of local memory per thread. `shared` is the static shared memory; launches add dynamic shared memory.
+    Raises RuntimeError if Triton, which brings the disassembler, is not installed.
     """
     if find_spec("triton") is None:
         raise RuntimeError("triton is not installed")
@@ -67,7 +67,7 @@ def extension_kernels(target: str, library: Path) -> Iterator[Kernel]:
     pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     for symbol, registers, stack, shared, local in re.findall(pattern, usage):
         name, launch = _read(symbol)
-        if name.endswith("sm90") and target != "sm_90":  # has nothing in it
+        if name.endswith("sm90") and target != "sm_90":  # only sm_90 has code in it
             continue
         names = instructions[symbol]
         yield Kernel(
@@ -93,7 +93,7 @@ def _disassemble(library: Path, *options: str) -> str:
 
 
 def _instructions(sass: str) -> dict[str, set[str]]:
-    """The names of the instructions of every function."""
+    """Return the names of the instructions in each function."""
     names: dict[str, set[str]] = defaultdict(set)
     for function in sass.split("Function : ")[1:]:
         symbol, _, body = function.partition("\n")
@@ -104,7 +104,7 @@ def _instructions(sass: str) -> dict[str, set[str]]:
 
 
 def _read(symbol: str) -> tuple[str, str]:
-    """A kernel's name and its template's arguments, out of how the compiler writes them."""
+    """Return a kernel's name and its template arguments from the mangled `symbol`."""
     found = re.search(rf"\d({_KERNELS})_kernel(\S*)", symbol)
     assert found is not None, symbol
     arguments = re.findall(r"\d(BFloat16|Float16|Int8)E|Li(\d+)E|Lb([01])E|^I([fi])Lb", found[2])

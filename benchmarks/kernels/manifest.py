@@ -1,4 +1,4 @@
-"""The committed record of what compiling every kernel for every GPU gave, so that only what has changed is compiled again."""
+"""A committed record of every kernel compiled for every GPU. Only changed kernels need to be compiled again."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pg_kernels.benchmarks.kernels.resources import DEVICES, Kernel, compile_all
 from pg_kernels.model.files import write_atomically
 
 MANIFEST = Path(__file__).parents[1] / "kernels.csv"
-# float16 gets bfloat16's tiles, and float32 the same ones on every target.
+# float16 uses bfloat16's tiles, and float32 uses the same tiles on every target.
 MATRIX = [*((target, torch.bfloat16) for target in DEVICES), ("sm_90", torch.float32)]
 _CPP = " (C++)"
 
 
 def read(path: Path) -> list[Kernel]:
-    """Read a manifest; an absent one is empty."""
+    """Read a manifest. A missing file is an empty manifest."""
     if not path.is_file():
         return []
     numbers = {field.name for field in fields(Kernel) if field.type == "int"}
@@ -37,7 +37,7 @@ def read(path: Path) -> list[Kernel]:
 def refresh(path: Path) -> list[Kernel]:
     """Compile the kernels that a manifest lacks, drop those that no launch chooses any more, write it, and return its kernels.
 
-    Raises RuntimeError where Triton, or for changed C++ kernels nvcc, cannot compile; OSError when the file cannot be written.
+    Raises RuntimeError if Triton or, for changed C++ kernels, nvcc cannot compile, and OSError if the file cannot be written.
     """
     old = {kernel.id: kernel for kernel in read(path) if not kernel.name.endswith(_CPP)}
     kernels: dict[str, Kernel] = {}

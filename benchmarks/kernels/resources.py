@@ -1,4 +1,4 @@
-"""What every Triton kernel takes of a GPU, found by compiling it here: no GPU is needed, and none of the kernels runs."""
+"""Resource usage of every Triton kernel, found by compiling it ahead of time. No GPU is needed, and no kernel runs."""
 
 from __future__ import annotations
 
@@ -42,27 +42,27 @@ class Kernel:
     """One compiled kernel."""
 
     id: str
-    """A hash of all that its machine code depends on: source, types, constants, options, target and compiler."""
+    """A hash of everything that determines the machine code: source, types, constants, options, target and compiler."""
     op: str
     name: str
     launch: str
-    """Dtype, block sizes and options that tell it from its other compilations."""
+    """Dtype, block sizes and options, which distinguish the compilations of one kernel."""
     target: str
     registers: int
-    """Of each thread."""
+    """Registers per thread."""
     spills: int
-    """Bytes that each thread stores to local memory for want of registers."""
+    """Bytes of local memory per thread that hold spilled registers."""
     shared: int
-    """Bytes of shared memory of a program."""
+    """Bytes of shared memory per program."""
     shared_limit: int
     products: str
-    """The instruction that multiplies matrices: wgmma, tcgen05, mma, or fma, which is not a tensor core's; empty for none."""
+    """The matrix-product instruction: wgmma, tcgen05 or mma (tensor cores), or fma. Empty if the kernel has no matrix product."""
     loads: str
-    """How tiles reach shared memory without a detour over registers: TMA, cp.async, or empty where none does."""
+    """How tiles are copied to shared memory without passing through registers: TMA or cp.async. Empty if they are not."""
 
     @property
     def faults(self) -> list[str]:
-        """Why it should not be shipped."""
+        """Return the reasons why the kernel must not be shipped."""
         found = [f"spills {self.spills} bytes"] if self.spills else []
         if self.shared > self.shared_limit:
             found.append(f"{self.shared} bytes of shared memory, the limit is {self.shared_limit}")
@@ -70,7 +70,7 @@ class Kernel:
 
     @property
     def table_row(self) -> str:
-        """A row of the Markdown table that begins with `TABLE_HEAD`."""
+        """Return the kernel's row of the Markdown table whose header is `TABLE_HEAD`."""
         return (
             f"| {self.op} | {self.name} | {self.launch} | {self.target} | {self.registers} | {self.spills} | "
             f"{self.shared:,} | {self.shared_limit:,} | {self.products} | {self.loads} |"
@@ -85,11 +85,11 @@ def compile_all(
     known: Collection[str] = (),
     met: set[str] | None = None,
 ) -> Iterator[Kernel]:
-    """Compile for a target, once each, the launches that some ops, or all, can choose at the models' shapes and extreme ones.
+    """Compile all launches that `ops` (default: all) can choose at the models' and at extreme shapes; yield each kernel once.
 
-    Kernels whose ids are `known` are not compiled. `met` collects the ids of all kernels, known or not.
+    Kernels whose ids are in `known` are not compiled. The ids of all kernels, known or not, are added to `met`.
 
-    Raises ValueError for an op without Triton kernels, RuntimeError where Triton cannot compile.
+    Raises ValueError for an op without Triton kernels, and RuntimeError if Triton cannot compile.
     """
     for op in ops:
         if op not in OPS:
@@ -113,7 +113,7 @@ def compile_all(
 
 
 def _extremes(place: Place) -> Iterator[Site]:
-    """What `sites` leaves out because there is nothing to choose: other shapes and other arguments."""
+    """Yield launches that `sites` leaves out because their tiles are fixed: other shapes and other arguments."""
 
     def site(op: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Site:
         return Site(op, "", (), lambda: partial(_forward_and_backward, function, *args, **kwargs))
@@ -143,7 +143,7 @@ def _extremes(place: Place) -> Iterator[Site]:
         yield site("linear_cross_entropy", loss, draw(tokens, width, grad=True), draw(300, width), labels)
     for dim in (96, 256) if place.dtype == torch.float32 else (64, 96, 128, 256):
         lengths = {"prefix_lens": torch.tensor([20]), "kv_lens": torch.tensor([60]), "softcap": 50.0, "window": 32}
-        for queries in (8, 64):  # backward's tiles do not depend on how many there are
+        for queries in (8, 64):  # backward's tiles do not depend on the number of queries
             tensors = [draw(1, h, n, dim, grad=queries == 64) for h, n in ((4, queries), (2, 64), (2, 64))]
             yield site("prefix_lm_attention", pg_kernels.prefix_lm_attention, *tensors, **lengths)
 
@@ -153,7 +153,7 @@ def _ready(call: Callable[[], object]) -> Callable[[], Callable[[], object]]:
 
 
 def _int8_extremes(place: Place) -> Iterator[Site]:
-    """Odd lengths, groups of columns, both kinds of activations, and gradients."""
+    """Yield int8 products with odd sizes, groups of columns, both kinds of activations, and their gradients."""
     for rows in (1, 40, 300) if place.dtype != torch.float32 else (1, 300):
         x, bias = place.draw(rows, 588), place.draw(64)
         for group in (588, 64, 8) if rows > 1 else (588, 64):
@@ -179,9 +179,9 @@ def _forward_and_backward(function: Callable[..., Tensor | tuple[Tensor, ...]], 
 def _compiling_instead_of_running(
     device: Device, known: Collection[str], met: set[str]
 ) -> Iterator[list[tuple[str, Any, dict[str, Any], str]]]:
-    """Make launches only compile for `device`; list each new kernel's id, the kernel, its launch's arguments and ptxas' log.
+    """Make launches compile for `device` instead of running; list each new kernel's id, kernel, launch arguments and ptxas log.
 
-    Launches of kernels with `known` ids do nothing. The ids of all are added to `met`.
+    Launches of kernels in `known` do nothing. All ids are added to `met`.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -193,13 +193,15 @@ def _compiling_instead_of_running(
     target = GPUTarget("cuda", device.capability[0] * 10 + device.capability[1], 32)
 
     class NoGPU:
-        """What Triton asks of a driver before it compiles."""
+        """The calls that Triton makes to a driver before it compiles."""
 
         def get_current_target(self) -> GPUTarget:
             return target
 
         def get_current_device(self) -> str:
-            return device.name  # the key of Triton's own cache: compilations for several targets live side by side
+            return (
+                device.name
+            )  # the key of Triton's in-memory cache, so that compilations for several targets do not collide
 
         def get_current_stream(self, device: object) -> int:
             return 0
@@ -213,19 +215,21 @@ def _compiling_instead_of_running(
         log = io.StringIO()
         with redirect_stdout(log):
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if log.getvalue():  # else it was compiled before, or is known
+        if log.getvalue():  # empty if the kernel was compiled before or is known
             compiled.append((asked[0], kernel, kwargs, log.getvalue()))
         return kernel
 
     def is_known(*, fn: Any, compile: Mapping[str, Any], **_: Any) -> bool:
-        """Triton asks before it compiles, and does not where the answer is True."""
+        """Tell Triton's hook whether the kernel is known. True makes Triton skip the compilation."""
         asked.append(_id(fn.jit_function, compile, target, triton.__version__))
         met.add(asked[0])
         return asked[0] in known
 
     knobs = triton.knobs
     before = knobs.nvidia.dump_ptxas_log, knobs.compilation.always_compile
-    knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True  # a kernel from the disk's cache has no log
+    knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = (
+        True  # a kernel from the disk cache has no ptxas log
+    )
     knobs.runtime.jit_cache_hook = is_known
     JITFunction.run = compile_only
     driver.set_active(NoGPU())
@@ -272,7 +276,7 @@ def _examined(
                 *options,
                 f"warps={kernel.metadata.num_warps}",
                 f"stages={kernel.metadata.num_stages}",
-                # Triton compiles anew for other strides and alignments.
+                # Triton compiles a new version for other strides and alignments.
                 id[:6],
             ]
         ),

@@ -1,6 +1,6 @@
-"""Where a kernel's launch can be chosen: the models' shapes, what may be tried there, and a call that launches it.
+"""Every launch whose tiles can be chosen: the models' shapes, the candidate tiles, and a call that launches the kernel.
 
-`pg-kernels tune` times the choices on a GPU; `python -m benchmarks resources` compiles them for GPUs that are not there.
+`pg-kernels tune` times the candidates on a GPU; `python -m benchmarks resources` compiles them for GPUs that are absent.
 """
 
 from __future__ import annotations
@@ -48,26 +48,26 @@ OPS = (
     "prefix_lm_attention",
 )
 WIDTHS = (2048, 2304, 3584, 4608)
-"""Hidden sizes of PaliGemma 1 and 2; each with its MLP's."""
+"""Hidden sizes of PaliGemma 1 and 2. `MLP_WIDTHS` maps each to its MLP's hidden size."""
 MLP_WIDTHS = {2048: 16384, 2304: 9216, 3584: 14336, 4608: 36864}
 SMALLEST_GAIN = 0.02
-"""What a choice must save to be taken over the usual one: less is noise."""
+"""The relative time that a candidate must save to replace the default tiles. Smaller differences are noise."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One launch that can be chosen."""
+    """A launch whose tiles can be chosen."""
 
     op: str
     key: str
     candidates: Sequence[Any]
     prepare: Callable[[], Callable[[], object]]
-    """Draws inputs, and gives a call that launches it."""
+    """Draw the inputs and return a call that launches the kernel."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where inputs lie and how large they are: `small` keeps what tiles depend on and shrinks the rest."""
+    """Device and scale of the inputs. `small` shrinks all sizes that the choice of tiles does not depend on."""
 
     device: torch.device
     tiles_for: Device
@@ -75,16 +75,16 @@ class Place:
     small: bool = False
 
     def draw(self, *shape: int, grad: bool = False) -> Tensor:
-        """Normal numbers, scaled as activations and weights are."""
+        """Return normal random numbers of the scale of activations and weights."""
         return (torch.randn(shape, device=self.device, dtype=self.dtype) / 16).requires_grad_(grad)
 
     def size(self, full: int, small: int = 16) -> int:
-        """A size that no choice depends on."""
+        """Return `full`, or `small` for small inputs. For sizes that no choice of tiles depends on."""
         return small if self.small else full
 
 
 def sites(place: Place) -> Iterator[Site]:
-    """All launches that can be chosen, at the models' shapes."""
+    """Yield all launches whose tiles can be chosen, at the models' shapes."""
     for columns in WIDTHS:
         yield from _norm("rms_norm", rms_norm_tiles, columns, place)
     yield from _norm("layer_norm", layer_norm_tiles, 1152, place)
@@ -124,7 +124,7 @@ def _attention(kernel: str, dim: int, queries: int, place: Place) -> Site:
 
 
 def _attention_forward(dim: int, queries: int, place: Place, grad: bool = False) -> partial[Any]:
-    """SigLIP's shape for its head dimension; for others Gemma's, three quarters of it prefix."""
+    """Return SigLIP's attention for head dimension 72, else Gemma's with a prefix of three quarters of the keys."""
     batch, heads, kv_heads = (place.size(8, 1), 16, 16) if dim == 72 else (place.size(4, 1), 8, 1)
     keys = place.size(max(queries, 1024), 72)
     q, k, v = (
@@ -171,7 +171,7 @@ def _geglu(features: int, place: Place) -> Callable[[], object]:
 
 
 def _mlp(rows: int, width: int, hidden: int, place: Place) -> Callable[[], object]:
-    """Without gradients, where the fused kernel may run."""
+    """Return a call without gradients, for which the fused kernel is used."""
     gate, up = (place.draw(hidden, width) for _ in range(2))
     return partial(pg_kernels.geglu_mlp, place.draw(rows, width), gate, up, place.draw(width, hidden))
 
@@ -185,7 +185,7 @@ def _int8(rows: int, inner: int, features: int, gated: bool, place: Place) -> Si
 def _int8_product(
     rows: int, inner: int, features: int, dtype: torch.dtype, gated: bool, place: Place
 ) -> Callable[[], object]:
-    """The kernels' own call: an op would first take a weight in another backend's layout apart."""
+    """Return a call of the kernel launch. The op would first convert weights that another backend packed."""
     data = [
         torch.randint(-127, 128, (features, inner), dtype=torch.int8, device=place.device) for _ in range(1 + gated)
     ]
@@ -207,10 +207,10 @@ def _loss(tokens: int, width: int, place: Place) -> Callable[[], object]:
 
 
 def tune(ops: Sequence[str], device: torch.device, command: str) -> Path:
-    """Time the choices of some ops, or all, in bf16 on a GPU; keep the fastest in its file, which later processes read.
+    """Time the candidates of `ops` (default: all) in bf16 on a GPU, and store the fastest in the GPU's tuning file.
 
-    The file is rewritten after each launch, so that an interruption loses none. Raises ValueError for an op without choices,
-    RuntimeError where kernels do not run.
+    Later processes read that file. It is rewritten after each launch, so that an interruption loses no result. Raises ValueError
+    for an op without candidates, and RuntimeError if the kernels do not run.
     """
     for op in ops:
         if op not in OPS:
@@ -221,7 +221,7 @@ def tune(ops: Sequence[str], device: torch.device, command: str) -> Path:
     found = devices.device_of(torch.empty(0, device=device))
     path = devices.tuned_path(found.name)
     tiles = read_json_object(path)["tiles"] if path.exists() else {}
-    with devices.override_tiles({}):  # whatever was tuned before
+    with devices.override_tiles({}):  # ignore earlier tuning
         candidates = [site for site in sites(Place(device, found, torch.bfloat16)) if not ops or site.op in ops]
         for site in tqdm(candidates, unit="launch", disable=None):
             best, report = _fastest(site, device)
@@ -239,7 +239,7 @@ def _unavailable_reason(device: torch.device) -> str | None:
 
 
 def _fastest(site: Site, device: torch.device) -> tuple[Any | None, str]:
-    """The choice that beats the usual one, or None, and what was measured."""
+    """Return the candidate that beats the default tiles, or None, and a report of the times."""
 
     call = site.prepare()
 
@@ -262,5 +262,5 @@ def _fastest(site: Site, device: torch.device) -> tuple[Any | None, str]:
 
 
 def choosing(site: Site, choice: Any | None) -> AbstractContextManager[None]:
-    """Launch a site with one of its candidates, or None for the usual tiles."""
+    """Launch a site with one of its candidates, or with the default tiles for None."""
     return nullcontext() if choice is None else devices.override_tiles({(site.op, site.key): asdict(choice)})

@@ -1,1 +1,1 @@
-"""What comes out: stored runs, tables, plots, comparisons."""
+"""Stored runs, tables, plots and comparisons."""

@@ -1,4 +1,4 @@
-"""Did a change make an op slower? Two runs against each other, measured by what the machine did to code that did not change."""
+"""Compare two runs to tell whether a change made an op slower. Unchanged contenders measure the machine's noise."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from pg_kernels.benchmarks.report.results import Row, Run
 from pg_kernels.benchmarks.report.text import markdown_table, times
 
 SMALLEST_CHANGE = 0.05
-"""Nothing below 5 % is called a change, however quiet the machine was."""
+"""Changes below 5 % are never reported, however quiet the machine was."""
 MARGIN = 2.0
-"""How far beyond the spread of the unchanged a row has to be."""
+"""A row has changed if it moved by more than this many times the noise."""
 NORMAL = 2 * 1.4826
-"""From the median size of deviations to what 95 % of them stay within, were they normal. Few big ones do not move it."""
+"""The factor from a median absolute deviation to a 95 % interval of a normal distribution. It is robust against outliers."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One contender on one case in two runs, each time relative to the case's baseline in the same rounds."""
+    """One contender on one case in two runs. Each time is relative to the case's baseline in the same round."""
 
     before: Row
     after: Row
     ratio: float
-    """Time after / time before, 1 when nothing changed."""
+    """Time after / time before. 1 means no change."""
     limit: float
-    """How far the ratio may be from 1, as a factor, before it counts."""
+    """The factor by which the ratio may differ from 1 before it counts as a change."""
 
     @property
     def verdict(self) -> str:
@@ -40,15 +40,15 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows of ours that both runs timed, and the spread that they were judged by."""
+    """All our rows that both runs timed."""
 
     changes: tuple[Change, ...]
     controls: int
-    """How many rows of other packages, which no change of ours can touch, were in both runs."""
+    """The number of rows of other packages, unaffected by our changes, in both runs."""
     spread: float
-    """The factor that nearly all of those stayed within: two standard deviations, estimated so that few odd ones do not count."""
+    """The factor within which nearly all unaffected rows stayed: two standard deviations, estimated robustly."""
     drift: float
-    """Median ratio of the baselines' own times: what the machine did between the runs, and what the comparison leaves out."""
+    """Median ratio of the baselines' own times: the drift of the machine, which the comparison removes."""
     notes: tuple[str, ...]
 
     def of(self, verdict: str) -> list[Change]:
@@ -56,12 +56,12 @@ class Comparison:
 
 
 def compare(before: Run, after: Run) -> Comparison:
-    """Compare two runs of the suite on one device; ValueError when they have nothing in common to compare.
+    """Compare two runs of the suite on one device. Raises ValueError if they share no rows.
 
-    Times drift with the machine, so a row is compared by its ratio to the baseline of its case, round by round. What such
-    ratios do by chance is seen on the contenders that are not ours: a row of ours has changed when it moved by more than
-    `MARGIN` times their spread, the one over all cases, the one in its own case (where the baseline may have moved), and the
-    uncertainty of its own medians.
+    The speed of a machine drifts, so a row is compared by its ratio to its case's baseline, round by round. The contenders
+    that are not ours show how much such ratios vary by chance. A row of ours has changed if it moved by more than `MARGIN`
+    times the largest of: their spread over all cases, their spread in its own case (where the baseline may have moved),
+    and the uncertainty of its own medians.
     """
     if before.device != after.device:
         raise ValueError(f"runs of different devices cannot be compared: {before.device!r} and {after.device!r}")
@@ -89,7 +89,7 @@ def compare(before: Run, after: Run) -> Comparison:
 
 
 def markdown(comparison: Comparison, before: Run, after: Run) -> str:
-    """The comparison for people: what changed, and how small a change it could have seen."""
+    """Return the comparison as text: what changed, and the smallest change that it could detect."""
     limits = sorted(change.limit for change in comparison.changes)
     lines = [
         f"Before: {before.commit} ({before.date[:16]}), after: {after.commit} ({after.date[:16]}), on {after.device}.",
@@ -115,7 +115,7 @@ def markdown(comparison: Comparison, before: Run, after: Run) -> str:
 
 
 def _pairs(before: Run, after: Run) -> list[tuple[Row, Row]]:
-    """The rows of both runs by case and contender; what we run by default is compared even where its backend changed."""
+    """Return the rows of both runs by case and contender. Our default contender is compared even if its backend changed."""
     pairs = []
     older = before.cases()
     for case, rows in after.cases().items():
@@ -135,7 +135,7 @@ def _timed(rows: Sequence[Row]) -> list[Row]:
 
 
 def _shift(before: Run, after: Run, a: Row, b: Row, drift: float) -> tuple[float, float]:
-    """The logarithm of time after over time before, relative to the baseline, and how uncertain it is."""
+    """Return log(time after / time before), relative to the baseline, and its uncertainty."""
     earlier, uncertain_a = _relative(before, a)
     later, uncertain_b = _relative(after, b)
     absolute = before.baseline(a.case) is None or after.baseline(b.case) is None
@@ -143,13 +143,16 @@ def _shift(before: Run, after: Run, a: Row, b: Row, drift: float) -> tuple[float
 
 
 def _relative(run: Run, row: Row) -> tuple[float, float]:
-    """Median over the rounds of log(time / baseline's time), or of log(time) without one; and half of its 95 % interval."""
+    """Return the median over the rounds of log(time / baseline's time), and half its 95 % interval.
+
+    Without a baseline it is the median of log(time).
+    """
     baseline = run.baseline(row.case)
     times = np.log(row.samples)
     if baseline is not None:
         shared = min(len(row.samples), len(baseline.samples))
         times = times[:shared] - np.log(baseline.samples[:shared])
-    # The interval between two of the sorted values holds the median whatever the distribution, also one of two modes.
+    # An interval between two order statistics holds for any distribution, also a bimodal one.
     times, outside = np.sort(times), max(0, math.floor((len(times) - 1.96 * math.sqrt(len(times))) / 2))
     return float(np.median(times)), float(times[-1 - outside] - times[outside]) / 2
 

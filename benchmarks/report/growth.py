@@ -1,4 +1,4 @@
-"""How cost grows with one size at a time, beside how the work itself grows."""
+"""How time grows with one size at a time, compared with how the work grows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pg_kernels.benchmarks.report.text import duration, markdown_table
 
 AXES = ("tokens", "batch", "vocabulary", "resolution")
 FEWEST_VALUES = 3
-"""Two points are on any curve."""
+"""A power law fits any two points, so a series needs more."""
 
 Fixed = tuple[tuple[str, int | str], ...]
 
@@ -29,23 +29,23 @@ class Series:
     contender: str
     axis: str
     fixed: Mapping[str, int | str]
-    """The other sizes. One that equals the axis at every point, as self-attention's queries do, holds the axis's name."""
+    """The sizes that stay fixed. A size that equals the axis at every point (self-attention's queries) holds the axis's name."""
     points: tuple[tuple[int, Row], ...]
-    """The axis's values, rising, with their rows."""
+    """The axis's values in rising order, with their rows."""
 
     @cached_property
     def exponent(self) -> float:
-        """Least-squares slope of log time over log value."""
+        """Return the least-squares slope of log time over log value."""
         return slope([(value, row.p50) for value, row in self.points])
 
     @cached_property
     def last_exponent(self) -> float:
-        """The slope between the two largest values: at small ones overhead hides the growth."""
+        """Return the slope between the two largest values. At small values, overhead hides the growth."""
         return slope([(value, row.p50) for value, row in self.points[-2:]])
 
 
 def series(run: Run) -> list[Series]:
-    """All series of the run's timed rows, by axis and then in the order of the suite."""
+    """Return all series of the run's timed rows, by axis and then in the order of the suite."""
     groups: dict[tuple[str, str, str, str, str, Fixed], dict[int, Row]] = {}
     for axis in AXES:
         for row in run.rows:
@@ -63,13 +63,13 @@ def series(run: Run) -> list[Series]:
 
 
 def _fixed(sizes: Mapping[str, int | str], axis: str, value: int) -> Iterator[Fixed]:
-    """All that the other sizes can be: one that happens to equal the axis may stay where it is or grow along."""
+    """Yield all ways to split the other sizes: a size that happens to equal the axis may be fixed or may grow along."""
     others = sorted((name, size) for name, size in sizes.items() if name != axis)
     yield from product(*([(name, size), (name, axis)] if size == value else [(name, size)] for name, size in others))
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
-    """The exponent p of the power law y ~ x^p that fits positive points best in logarithms."""
+    """Return the exponent p of the power law y ~ x^p that fits positive points best (least squares in logarithms)."""
     return linear_regression([math.log(x) for x, _ in points], [math.log(y) for _, y in points]).slope
 
 
@@ -78,7 +78,7 @@ _HEADER += ["exponent", "of the bound", "last two", "of the bound"]
 
 
 def table(run: Run) -> str:
-    """Our series and the baselines' in Markdown, one a line, with the exponents of their rooflines; empty without any."""
+    """Return our series and the baselines' as a Markdown list with their rooflines' exponents. Empty if there are no series."""
     shown = [found for found in series(run) if found.points[0][1].ours or found.points[0][1].baseline]
     lines = [_cells(run, found) for found in shown]
     return markdown_table(_HEADER, lines) if lines else ""
@@ -103,7 +103,7 @@ def _cells(run: Run, found: Series) -> tuple[str, ...]:
 
 
 def fixed_sizes(found: Series) -> str:
-    """What all points of a series have in common, for people."""
+    """Return a text of the sizes that all points of a series share."""
     return ", ".join(
         str(size) if name == "model" else f"{name} = {size}" if size == found.axis else f"{name} {size}"
         for name, size in sorted(found.fixed.items(), key=lambda item: item[0] != "model")

@@ -17,7 +17,7 @@ from pg_kernels.benchmarks.report.text import duration, markdown_table, scaled, 
 from pg_kernels.model.files import write_atomically
 
 REPEATED = 3
-"""A reason for not being timed that this many cases share is said once instead of in each."""
+"""A skip reason that at least this many cases share is stated once instead of in each case."""
 
 _LEGEND = """\
 Times are per call: the median, and the 20th to 80th percentile. Speed-ups are medians of the rounds that two contenders shared;
@@ -28,7 +28,7 @@ of what is allowed."""
 
 
 def markdown(runs: Sequence[Run], plots: Mapping[str, str] = {}) -> str:
-    """The report on runs, one after the other; `plots` are links, file names relative to the report by title."""
+    """Return the report on runs, one after the other. `plots` maps titles to file names relative to the report."""
     blocks = ["# Benchmarks", _LEGEND]
     if plots:
         blocks.append("\n".join(f"- [{title}]({quote(name)})" for title, name in plots.items()))
@@ -38,7 +38,7 @@ def markdown(runs: Sequence[Run], plots: Mapping[str, str] = {}) -> str:
 
 
 def write(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Write `report.md` and its plots into a folder and give their paths; without matplotlib there are no plots."""
+    """Write `report.md` and its plots into a folder and return their paths. Plots need matplotlib."""
     plots: dict[str, str] = {}
     if util.find_spec("matplotlib") is None:
         print("matplotlib is not installed: the report has no plots", file=sys.stderr)
@@ -51,11 +51,11 @@ def write(runs: Sequence[Run], folder: Path) -> list[Path]:
     return [report, *(folder / name for name in plots.values())]
 
 
-# --- what the reports and the README say alike
+# --- what the reports and the README share
 
 
 def date(run: Run) -> str:
-    """To the minute."""
+    """Return the run's date and time, to the minute."""
     return run.date[:16].replace("T", " ")
 
 
@@ -68,22 +68,22 @@ def timed(rows: Sequence[Row]) -> list[Row]:
 
 
 def default(rows: Sequence[Row]) -> Row | None:
-    """What users of the package get by default in a case: the first of ours that was timed."""
+    """Return what users get by default in a case: the first of our rows that was timed."""
     return next((row for row in timed(rows) if row.ours), None)
 
 
 def baseline(rows: Sequence[Row]) -> Row | None:
-    """What the others of a case are measured against."""
+    """Return the row that the case's other rows are compared with."""
     return next((row for row in timed(rows) if row.baseline), None)
 
 
 def best_other(rows: Sequence[Row]) -> Row | None:
-    """The fastest contender of a case that is not ours."""
+    """Return the fastest row of a case that is not ours."""
     return min((row for row in timed(rows) if not row.ours), key=lambda row: row.p50, default=None)
 
 
 def roofline_share(run: Run, row: Row) -> float | None:
-    """The part of a row's time that its bytes and arithmetic account for, or None where they were not counted."""
+    """Return the share of a row's time that its bytes and FLOPs account for, or None if they were not counted."""
     return run.bound_s(row) / row.p50 or None
 
 
@@ -149,7 +149,7 @@ def _summary(run: Run) -> str:
 
 
 def _standing(run: Run, cases: Sequence[Sequence[Row]]) -> tuple[str, ...]:
-    """How our default does over the cases of one op and mode."""
+    """Return a summary of our default contender over the cases of one op and mode."""
     over_baseline, over_best, shares = [], [], []
     for rows in cases:
         ours, base, best = default(rows), baseline(rows), best_other(rows)
@@ -176,7 +176,7 @@ _HEADER += ["host", "memory", "error"]
 
 
 def _lines(run: Run, rows: Sequence[Row], repeated: Container[tuple[str, str]]) -> Iterator[tuple[str, ...]]:
-    """The table's lines of one case, less what is said once for many cases."""
+    """Return the table's lines of one case, without skip reasons that many cases share."""
     base = baseline(rows)
     ratios = {} if base is None else {row.contender: row.speedup_over(base) for row in timed(rows)}
     fastest = max(ratios, key=lambda contender: ratios[contender], default=None)
@@ -208,21 +208,21 @@ def _error(row: Row) -> str:
 
 
 def _reached(run: Run, row: Row) -> str:
-    """The rate that the op's bound is about."""
+    """Return the achieved rate of the op's bound: bytes or FLOPs per second."""
     if run.bound_s(row) > row.bytes / run.ceilings.bytes_per_s:
         return _flops(row.flops / row.p50)
     return _bytes(row.bytes / row.p50) if row.bytes else "–"
 
 
 def _entries(rows: Sequence[Row]) -> Sequence[Row]:
-    """The rows of a case, or a single one for all where the case as a whole was skipped."""
+    """Return the rows of a case, or a single row if the whole case was skipped."""
     if len(rows) > 1 and len({(row.status, row.reason) for row in rows}) == 1 and rows[0].status == "skipped":
         return [replace(rows[0], contender="all")]
     return rows
 
 
 def _repeated(run: Run) -> dict[tuple[str, str], list[Row]]:
-    """Skipped rows by contender and reason, those that many cases share; wrong and failed ones are never among them."""
+    """Return the skipped rows by contender and reason, for reasons that many cases share. Wrong and failed rows stay out."""
     found: dict[tuple[str, str], list[Row]] = {}
     for rows in run.cases().values():
         for row in _entries(rows):

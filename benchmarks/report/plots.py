@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
 DPI = 150
 WIDTH = 10.0
-"""Inches. Text of 8 points is still readable when the picture is shown 1000 pixels wide."""
+"""Width of a figure in inches. Text of 8 points is readable when the picture is shown 1000 pixels wide."""
 MOST_CASES = 25
-"""Of one speed-up figure."""
+"""The most cases in one speed-up figure."""
 MOST_PANELS = 12
-"""Of one scaling figure."""
+"""The most panels in one scaling figure."""
 
 OURS = ("#0072B2", "#56B4E9", "#003C5E", "#9AD0F5")
 OTHERS = ("#E69F00", "#009E73", "#D55E00", "#CC79A7", "#F0E442", "#6A3D9A", "#882255", "#999933")
-"""Okabe and Ito's colours, which stay apart for the colour-blind, and a few more: ours are the blue ones."""
+"""Okabe and Ito's colour-blind safe colours and a few more. Ours are blue."""
 BASELINE = "#8C8C8C"
 MARKERS = "osD^vPX*<>hp"
 
 
 def draw(run: Run, folder: Path) -> dict[str, str]:
-    """Draw a run into a folder and give the file names by title; what the run has no rows for is not drawn."""
+    """Draw a run into a folder and return the file names by title. Figures without data are not drawn."""
     figures = {**_speedups(run), **_rooflines(run), **_scalings(run)}
     for name, (_, figure) in figures.items():
         with temporary_sibling(folder / name) as temporary:
@@ -53,7 +53,7 @@ def draw(run: Run, folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Style:
-    """How one contender looks in all figures of a run."""
+    """How a contender is drawn in all figures of a run."""
 
     color: str
     hatch: str
@@ -62,7 +62,7 @@ class Style:
 
 
 def styles(run: Run) -> dict[str, Style]:
-    """A style for each contender of the run, timed or not, so that it is the same in every figure."""
+    """Return a style for each contender of the run, timed or not, so that it is the same in every figure."""
     found: dict[str, Style] = {}
     counts = {True: 0, False: 0}
     for row in run.rows:
@@ -90,7 +90,7 @@ def _figure(height: float) -> Figure:
 
 
 def _plain(ticks: Callable[[float], str], axis: Axis) -> None:
-    """Label an axis's major ticks by a function, its minor ones not at all."""
+    """Label an axis's major ticks by `text`, and its minor ticks not at all."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: ticks(value)))
@@ -106,7 +106,7 @@ def _slug(text: str) -> str:
 
 @dataclass(frozen=True)
 class Bars:
-    """One case: its baseline and who was timed beside it."""
+    """One case: its baseline and the rows timed beside it."""
 
     baseline: Row
     others: tuple[Row, ...]
@@ -128,7 +128,7 @@ def _speedups(run: Run) -> dict[str, tuple[str, Figure]]:
 
 
 def _bars(run: Run) -> list[Bars]:
-    """The cases that have something to show, those of an op together."""
+    """Return the cases with timed rows, grouped by op."""
     found = []
     for rows in run.cases().values():
         baseline = next((row for row in rows if row.baseline and row.status == "timed"), None)
@@ -140,7 +140,7 @@ def _bars(run: Run) -> list[Bars]:
 
 
 BAR, LINE, GAP = 0.17, 0.17, 0.12
-"""Inches: of a bar, of a line of text, and between cases."""
+"""Heights of a bar, of a line of text, and of the gap between cases, in inches."""
 
 
 def _speedup(run: Run, cases: Sequence[Bars], part: str) -> Figure:
@@ -188,7 +188,7 @@ def _case_label(row: Row, with_dtype: bool) -> str:
 
 
 def _bar(axes: Axes, at: float, row: Row, baseline: Row, style: Style) -> tuple[float, float]:
-    """Draw one bar from 1× to its speed-up and give the ends of what was drawn."""
+    """Draw one bar from 1× to its speed-up and return both ends."""
     ratios = np.array([theirs / own for theirs, own in zip(baseline.samples, row.samples)])
     low, middle, high = (float(np.percentile(ratios, share)) for share in (20, 50, 80))
     axes.barh(
@@ -219,7 +219,7 @@ def _ratio_axis(axes: Axes, lowest: float, highest: float) -> None:
     from matplotlib.ticker import FixedLocator
 
     octaves = math.log2(highest / lowest)
-    room = 2 ** (0.12 * octaves)  # for the numbers beside the bars
+    room = 2 ** (0.12 * octaves)  # room for the numbers beside the bars
     axes.set_xscale("log", base=2)
     axes.set_xlim(lowest / room, highest * room)
     step = math.ceil((octaves + 1) / 9)
@@ -232,7 +232,7 @@ def _ratio_axis(axes: Axes, lowest: float, highest: float) -> None:
 
 
 def multiple(ratio: float) -> str:
-    """A power of two as people write it: ½×, 4×, 1/16×."""
+    """Format a power of two the way people write it: ½×, 4×, 1/16×."""
     if ratio >= 1:
         return f"{ratio:g}×"
     return f"{ {2: '½', 4: '¼', 8: '⅛'}.get(round(1 / ratio), f'1/{1 / ratio:g}') }×"
@@ -269,7 +269,7 @@ def _rooflines(run: Run) -> dict[str, tuple[str, Figure]]:
 
 
 def _rates(axes: Axes, run: Run, rows: Sequence[Row]) -> None:
-    """Arithmetic per second against arithmetic per byte, under the machine's ceilings."""
+    """Draw FLOP/s over arithmetic intensity, under the machine's ceilings."""
     ceilings = {name: rate for name, rate in run.ceilings.flops_per_s.items() if rate}
     bandwidth = run.ceilings.bytes_per_s
     reached = [row.flops / row.p50 for row in rows]
@@ -280,7 +280,7 @@ def _rates(axes: Axes, run: Run, rows: Sequence[Row]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(left, right)
-    # The memory's slope goes up to the highest ceiling, or through all points where none is known.
+    # The memory slope ends at the highest ceiling, or at the right edge if no ceiling is known.
     end = max(ceilings.values(), default=right * bandwidth) / bandwidth
     axes.plot([left, end], [left * bandwidth / scale, end * bandwidth / scale], color="black", linewidth=1.2)
     for rate in ceilings.values():
@@ -310,13 +310,13 @@ def _fill(ours: bool) -> dict[str, Any]:
         "markeredgecolor": "#D55E00",
         "markeredgewidth": 1.0,
         "zorder": 4,
-    }  # rings hide no points
+    }  # rings do not hide other points
 
 
 def _label_ceilings(axes: Axes, ceilings: Mapping[str, float], scale: float, unit: str) -> None:
-    """Name the matrix rates beside the axes, from the lowest up, each at its line or as close above as there is room."""
+    """Label the matrix rates beside the axes, from the lowest up, each at its line or as close above as there is room."""
     low, high = (math.log(limit) for limit in axes.get_ylim())
-    room = 0.035  # of the axes' height, for one line of text
+    room = 0.035  # the share of the axes' height for one line of text
     free = 0.0
     for name, rate in sorted(ceilings.items(), key=lambda item: item[1]):
         height = (math.log(rate / scale) - low) / (high - low)
@@ -335,7 +335,7 @@ def _label_ceilings(axes: Axes, ceilings: Mapping[str, float], scale: float, uni
 
 
 def _label_slope(axes: Axes, bandwidth: float, scale: float, left: float, end: float) -> None:
-    """Write the memory's rate along its line."""
+    """Label the memory bandwidth along its line."""
     assert axes.figure is not None
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # the angle is known once the axes have their size
     line = [(x, x * bandwidth / scale) for x in (left, end)]
@@ -352,7 +352,7 @@ def _label_slope(axes: Axes, bandwidth: float, scale: float, left: float, end: f
 
 
 def _marker_legend(axes: Axes, markers: Mapping[str, str]) -> None:
-    """Ops by their marker and contenders by their fill, below the axes."""
+    """Draw a legend below the axes: a marker for each op, a fill for each contender."""
     from matplotlib.lines import Line2D
 
     handles = [
@@ -366,10 +366,10 @@ def _marker_legend(axes: Axes, markers: Mapping[str, str]) -> None:
 
 
 def _bandwidths(axes: Axes, run: Run, rows: Sequence[Row], groups: Sequence[tuple[str, str]]) -> None:
-    """The ops that only move bytes: their rate as a share of the machine's."""
+    """Draw the memory-bound ops: their bandwidth as a share of the machine's."""
     for row in rows:
         share = 100 * row.bytes / row.p50 / run.ceilings.bytes_per_s
-        # Ours a little above the line, others a little below it, so that equal ones are both seen.
+        # Draw ours slightly above the line and others slightly below it, so that equal values stay visible.
         at = groups.index((row.op, row.mode)) + (-0.15 if row.ours else 0.15)
         axes.plot(share, at, linestyle="none", marker="o", markersize=6, **_fill(row.ours))
     axes.axvline(100, color="black", linewidth=1.2)
@@ -412,7 +412,7 @@ def _scalings(run: Run) -> dict[str, tuple[str, Figure]]:
 
 
 def _panels(run: Run) -> list[list[Series]]:
-    """For each axis, op and mode the contenders' series on the same cases, where there are several those of the most points."""
+    """Return, for each axis, op and mode, the contenders' series on the same cases: those with the most points."""
     groups: dict[tuple[str, str, str, str, str], list[Series]] = {}
     for found in series(run):
         key = (found.axis, found.op, found.mode, found.dtype, fixed_sizes(found))
@@ -476,7 +476,7 @@ def _panel(axes: Axes, group: Sequence[Series], look: Mapping[str, Style]) -> No
 
 
 def _apart(values: Sequence[int]) -> list[float]:
-    """Those of the rising values that leave each other's labels room on a logarithmic axis."""
+    """Return the rising values that leave room for each other's labels on a logarithmic axis."""
     width = math.log(values[-1] / values[0])
     kept = [values[-1]]
     for value in reversed(values[:-1]):

@@ -1,4 +1,4 @@
-"""The performance sections of README.md and docs/performance.md, written from stored runs."""
+"""Write the performance tables of README.md and docs/performance.md from stored runs."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ SUMMARY = (
     "linear_cross_entropy",
     "int8_linear",
 )
-"""The ops of README's table, forward; chosen once, whatever their times are."""
+"""The ops of README's table (forward). They were chosen independently of their times."""
 
 
 def update(page: Path, section: str) -> bool:
-    """Replace the text between a page's markers. Return whether it changed; ValueError naming a page without markers."""
+    """Replace the text between a page's markers. Return whether it changed. Raises ValueError naming a page without markers."""
     text = page.read_bytes().decode("utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -56,7 +56,7 @@ def update(page: Path, section: str) -> bool:
 
 
 def summary(run: Run, root: Path) -> str:
-    """Return README's table of one run: the whole model by default and in int8, and one case of each main op."""
+    """Return README's table of one run: the whole model, default and int8, and one case of each main op."""
     lines = []
     for rows in largest_cases(run):
         if rows[0].op in SUMMARY and rows[0].mode == "forward":
@@ -87,9 +87,9 @@ def _source(run: Run, root: Path) -> str:
 
 
 def largest_cases(run: Run) -> list[list[Row]]:
-    """Return, for each op and mode, the case of PaliGemma 3B or of no model with the most bytes and arithmetic.
+    """Return, for each op and mode, the case of PaliGemma 3B (or of no model) with the most bytes and FLOPs.
 
-    Cases in which two or more others were timed go before those with one, which only show growth. Our own times play no part.
+    Cases in which at least two others were timed are preferred; a case with one only shows growth. Our own times play no part.
     """
     chosen: dict[tuple[str, str], list[Row]] = {}
     for rows in run.cases().values():
@@ -105,7 +105,7 @@ def _weight(rows: Sequence[Row]) -> tuple[bool, int]:
 
 
 def _shown(rows: Sequence[Row]) -> Sequence[Row | None]:
-    """Of ours the default, which may be none; of whole models those in int8, too."""
+    """Return our default row, if any. For whole models, also return the int8 rows."""
     return [row for row in timed(rows) if row.ours] if rows[0].op in WHOLE_MODEL_OPS else [default(rows)]
 
 

@@ -1,4 +1,4 @@
-"""Stored runs: pytest-benchmark's JSON, with what it does not know under the key "pg_kernels", read back as plain objects."""
+"""Stored runs: pytest-benchmark's JSON with our fields under the key "pg_kernels", read back as plain objects."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ RUN_FILE = "run.json"
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine was seen to reach in the same run."""
+    """The machine's bandwidth and matrix rates, measured in the same run."""
 
     copy_bytes_per_s: float
-    """Bytes read and bytes written, together, while copying one large tensor to another."""
+    """Bytes read plus bytes written per second, measured by copying a large tensor."""
     read_bytes_per_s: float
-    """Bytes read while summing a large tensor."""
+    """Bytes read per second, measured by summing a large tensor."""
     flops_per_s: Mapping[str, float]
-    """Of a large matrix product, by dtype ("float32", "bfloat16", "float16", "int8"); one multiply-add counts 2."""
+    """FLOP/s of a large matrix product by dtype ("float32", "bfloat16", "float16", "int8"). A multiply-add counts as 2."""
 
     @property
     def bytes_per_s(self) -> float:
         return max(self.copy_bytes_per_s, self.read_bytes_per_s)
 
     def bound_s(self, row: Row) -> float:
-        """The roofline: the least seconds that this machine needs to move the row's bytes and do its arithmetic."""
+        """Return the roofline bound: the least seconds in which this machine can move the row's bytes and do its FLOPs."""
         rate = self.flops_per_s.get(row.arithmetic)
         return max(row.bytes / self.bytes_per_s, row.flops / rate if rate else 0.0)
 
@@ -42,36 +42,36 @@ class Row:
     """One contender on one case, timed or not."""
 
     case: str
-    """Unique in a run and the same in every run."""
+    """Unique in a run, and the same in every run."""
     op: str
     mode: str
     """"forward", "backward" or "both"."""
     shape: str
-    """For people: what `sizes` says."""
+    """A text of `sizes` for people."""
     sizes: Mapping[str, int | str]
-    """"model" where it belongs to one; "batch", "tokens", "vocabulary", "resolution", … whatever the op has."""
+    """"model" if the case belongs to one; "batch", "tokens", "vocabulary", "resolution" and other sizes of the op."""
     dtype: str
     contender: str
     ours: bool
     baseline: bool
-    """The contender of its case that the others, and other runs of it, are measured against."""
+    """Whether this contender is the baseline that the others of its case, and other runs, are compared with."""
     status: str
-    """"timed"; "skipped" (cannot run here), "wrong" (its output is not the op's), "failed" (it raised)."""
+    """"timed", "skipped" (cannot run here), "wrong" (its output is not the op's) or "failed" (it raised)."""
     reason: str = ""
     """Why it was not timed."""
     error: float | None = None
-    """Largest deviation from the op's definition, in units of what is allowed: 1 is the limit."""
+    """Largest deviation from the op's definition, in units of the allowed deviation: 1 is the limit."""
     bytes: int = 0
-    """That the definition has to move: every input read once, every output written once."""
+    """Bytes that the op must move: every input read once, every output written once."""
     flops: int = 0
     arithmetic: str = ""
-    """The dtype whose matrix rate bounds the op; empty where bytes alone do."""
+    """The dtype whose matrix rate bounds the op. Empty if only bytes do."""
     overhead_s: float | None = None
-    """Time the call keeps the host busy: until it returns on a GPU, at the smallest shape on a CPU."""
+    """Seconds that a call keeps the host busy: until it returns on a GPU, at the smallest shape on a CPU."""
     peak_bytes: int | None = None
-    """Most memory that one call held beyond its inputs."""
+    """Peak memory of one call beyond its inputs."""
     samples: tuple[float, ...] = ()
-    """Seconds per call, by round; rounds are shared by the contenders of a case."""
+    """Seconds per call, by round. The contenders of a case share the rounds."""
 
     @property
     def name(self) -> str:
@@ -90,11 +90,11 @@ class Row:
         return float(np.percentile(self.samples, 80))
 
     def speedup_over(self, other: Row) -> float:
-        """How many times faster than a contender of the same case: the median over the rounds they shared."""
+        """Return the speed-up over another contender of the same case: the median over their shared rounds."""
         return median(theirs / own for theirs, own in zip(other.samples, self.samples))
 
     def extra_info(self) -> dict[str, Any]:
-        """All fields but the samples, which pytest-benchmark stores as its own."""
+        """Return all fields but the samples, which pytest-benchmark stores itself."""
         info = asdict(self)
         del info["samples"]
         return info
@@ -117,7 +117,7 @@ class Run:
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
-        """Read a run's folder or its JSON file; OSError or ValueError naming the file when that is not possible."""
+        """Read a run's folder or its JSON file. Raises OSError or ValueError naming the file if that fails."""
         path = Path(path)
         if path.is_dir():
             path /= RUN_FILE
@@ -155,11 +155,11 @@ class Run:
         return table
 
     def baseline(self, case: str) -> Row | None:
-        """The timed baseline of a case, if it has one."""
+        """Return the timed baseline of a case, or None."""
         return next((row for row in self.cases()[case] if row.baseline and row.status == "timed"), None)
 
     def bound_s(self, row: Row) -> float:
-        """The roofline: see `Ceilings.bound_s`."""
+        """Return the roofline bound in seconds: see `Ceilings.bound_s`."""
         return self.ceilings.bound_s(row)
 
 

@@ -1,1 +1,1 @@
-"""Whole runs in processes of their own: from a checkpoint on disk to the last token, and training with transformers."""
+"""End-to-end runs in separate processes: from a checkpoint on disk to the last token, and training with transformers."""

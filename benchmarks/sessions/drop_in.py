@@ -1,4 +1,4 @@
-"""What `patch` changes for who trains with transformers: a LoRA fine-tune by `Trainer`, and a step over the whole vocabulary."""
+"""What `patch` changes when training with transformers: a LoRA fine-tune by `Trainer`, and a step over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ SMALL = {
     "num_key_value_heads": 1,
     "head_dim": 64,
 }
-"""Of the decoder, and beside 224-pixel images of 256 tokens: next to the vocabulary nearly nothing."""
+"""A small decoder. Beside 256 image tokens and the whole vocabulary, its cost is negligible."""
 SUFFIX = 32
 _LENGTH = 256 + SUFFIX
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One run of a task."""
+    """Seconds and losses of one run of a task."""
 
     seconds: float
     losses: list[float]
 
 
 def run(folder: Path, *, rounds: int, command: str) -> dict[str, Any]:
-    """Run both tasks, as they are and patched, in a random order in each round; store `drop-in.json`, `.md` and `.png`."""
+    """Run both tasks, plain and patched, in random order in each round; store `drop-in.json`, `.md` and `.png`."""
     tasks: Mapping[str, Callable[[bool, int], Seen]] = {LORA: _fine_tune, STEP: _step}
     seen: dict[str, dict[str, list[Seen]]] = {task: {PLAIN: [], PATCHED: []} for task in tasks}
     peaks: dict[str, dict[str, int]] = {task: {} for task in tasks}
@@ -92,7 +92,7 @@ def run(folder: Path, *, rounds: int, command: str) -> dict[str, Any]:
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """A table of what was stored: medians, the highest memory, and how far apart the losses are."""
+    """Return a table of the stored runs: median times, peak memory, and how far the losses of both differ."""
     lines = []
     for task, both in content["seen"].items():
         middle = {name: median(one["seconds"] for one in found) for name, found in both.items()}
@@ -189,7 +189,7 @@ def _printer() -> Any:
 
 
 def _examples() -> list[tuple[Image.Image, str]]:
-    """The picture turned and mirrored, and what is to be said of it in four languages."""
+    """Return the sample picture in all orientations, each with its caption in four languages."""
     picture = Image.open(SAMPLE).convert("RGB")
     turns = [None, *Image.Transpose]
     return [(picture if t is None else picture.transpose(t), a) for t in turns for a in ANSWERS]

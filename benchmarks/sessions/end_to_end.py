@@ -1,7 +1,7 @@
-"""A user's session with a whole model, each in a process of its own: load a checkpoint, ask about images, watch the answers.
+"""A user's run of a whole model in a process of its own: load a checkpoint, ask about images, watch the answers.
 
-The suite times stages of models that are in memory; here loading and the most memory that a process ever takes count, too, and
-our sessions say what each part of the model, or each of a GPU's kernels, took, beside the least that this machine could.
+The suite times stages of models in memory. These runs also measure loading and the peak memory of the process. Our
+contenders report how long each part of the model (on a GPU: each kernel) took, beside the machine's lower bound for it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BASELINE = "transformers bfloat16"
 
 
 def contenders(device: torch.device) -> list[str]:
-    """Those that take part on a device: transformers compiles on a GPU only."""
+    """Return the contenders that run on `device`. Compiled transformers runs on GPUs only."""
     return [name for name, contender in CONTENDERS.items() if device.type == "cuda" or not contender.static_cache]
 
 
@@ -50,9 +50,9 @@ def run(
     names: Sequence[str],
     command: str,
 ) -> dict[str, Any]:
-    """Run all contenders' sessions, in a random order in each of some rounds, and store them as `session.json` and `.md`.
+    """Run all contenders in random order in each round, and store the results as `session.json` and `.md`.
 
-    What is there is stored after every process, also that one failed and why; at the end also how good the answers are.
+    The results, also failures and their reasons, are stored after every process. At the end the quality of the answers is added.
     """
     config = PaliGemmaConfig.named(model)
     limits = ceilings(device)
@@ -77,7 +77,7 @@ def run(
                     except RuntimeError as error:
                         content["failed"][name] = str(error)
                     bar.update()
-                    # Memory that others share is faster at some times than at others: the ceiling is the best of them.
+                    # The bandwidth of shared memory varies over time. The ceiling is the best value seen.
                     limits = limits if device.type == "cuda" else _higher(limits, ceilings(device))
                     content["ceilings"] = asdict(limits)
                     content["bounds"] = {
@@ -101,7 +101,7 @@ def _as_json(parts: Mapping[str, Part]) -> dict[str, Any]:
 
 
 def _regrets(sessions: Mapping[str, list[dict[str, Any]]], model: PaliGemma) -> dict[str, float]:
-    """For each contender how far, at worst, a token of its answers to the first prompt lies below the best one."""
+    """Return, for each contender, how far its worst token for the first prompt lies below the best one."""
     device = next(model.parameters()).device
     inputs = {"model": model, **prompts(model.config, 1, device)}
     answers = {
@@ -116,7 +116,7 @@ def _regrets(sessions: Mapping[str, list[dict[str, Any]]], model: PaliGemma) -> 
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """Tables of stored sessions: medians over the rounds, over transformers' where that took part, and where our time goes."""
+    """Return tables of stored runs: medians over the rounds, ratios to transformers, and the time of each part."""
     sessions = {name: found for name, found in content["sessions"].items() if found}
     batches = list(dict.fromkeys(batch for found in sessions.values() for batch in found[0]["answers"]))
 
@@ -219,12 +219,12 @@ def _in_a_process(
 
 
 def bounds(config: PaliGemmaConfig, quantize: str | None, limits: Ceilings, batch: int = 1) -> dict[str, Part]:
-    """The least seconds of each part that multiplies: for a batch of prompts, and for the token after each."""
+    """Return the lower bound in seconds of each part with matrix products: for a batch of prompts, and for one further token."""
     rate = limits.flops_per_s["int8" if quantize == "int8-dynamic" else "bfloat16"]
     itemsize = 1 if quantize else 2
 
     def bound(weights: int, rows: int, flops: int = 0, cached: int = 0) -> float:
-        """Of weights, by so many rows of each example, which also needs other products, and numbers from its cache."""
+        """Return the seconds for `weights` applied to `rows` of each example, plus `flops` and `cached` numbers per example."""
         bytes_ = weights * itemsize + batch * cached * 2
         return max(bytes_ / limits.bytes_per_s, batch * (2 * weights * rows + flops) / rate)
 
@@ -239,7 +239,7 @@ def bounds(config: PaliGemmaConfig, quantize: str | None, limits: Ceilings, batc
         "image encoder, attention": Part(vision.num_hidden_layers * bound(4 * d * d, image, 4 * image * image * d)),
         "image encoder, MLP": Part(vision.num_hidden_layers * bound(2 * d * vision.intermediate_size, image)),
         "projector": Part(bound(d * text.hidden_size, image)),
-        # Of the last layer only keys and values are wanted of all tokens.
+        # The last layer computes only keys and values for all tokens.
         "decoder, attention": Part(
             (layers - 1) * bound(attention, tokens, 4 * q * pairs) + bound(2 * text.hidden_size * kv, tokens),
             layers * bound(attention, 1, 4 * q * tokens, 2 * kv * tokens),

@@ -1,4 +1,4 @@
-"""What one process of a session does: load a checkpoint, ask about images, watch the answers."""
+"""One process of an end-to-end run: load a checkpoint, ask about images, watch the answers."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from pg_kernels.nn import GeGLUMLP, LayerNorm, PrefixLMAttention, RMSNorm
 
 @dataclass(frozen=True)
 class EndToEndContender:
-    """How a package is to run the model."""
+    """The package that runs the model, and its options."""
 
     package: str
     quantize: str | None = None
     static_cache: bool = False
-    """transformers then compiles the step, on a GPU."""
+    """Use a static cache. On a GPU, transformers then compiles the decoding step."""
 
 
 CONTENDERS: dict[str, EndToEndContender] = {
@@ -45,9 +45,9 @@ CONTENDERS: dict[str, EndToEndContender] = {
     "transformers bfloat16, compiled with a static cache": EndToEndContender("transformers", static_cache=True),
 }
 TOKENS = {"cpu": ANSWER, "cuda": 4 * ANSWER}
-"""Of an answer: so few that the caches' capacity, which grows in steps of 128, is that of an answer of one token."""
+"""Tokens per answer. The cache capacity grows in steps of 128 and is the same for an answer of one token."""
 KERNELS = 16
-"""Of a GPU's, those that take the longest are listed."""
+"""The number of GPU kernels that are listed, slowest first."""
 _REPETITIONS = 5
 HEAD = "output head"
 _REST = "embedding, residuals and Python"
@@ -56,41 +56,41 @@ _BETWEEN, _OTHERS = "between kernels", "other kernels"
 
 @dataclass(frozen=True)
 class Part:
-    """Seconds that a part of the model, or a kernel, took, or the least that the machine needs for its bytes and products."""
+    """Seconds that a part of the model or a kernel took, or the machine's lower bound for it."""
 
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    """Of one token."""
+    """Seconds per token."""
     launches: float | None = None
-    """Of a kernel for one token."""
+    """Launches of a kernel per token."""
 
 
 @dataclass(frozen=True)
 class TimedAnswer:
-    """What a process saw of a batch of prompts."""
+    """The measurements of one batch of prompts."""
 
     first_token_s: float
-    """Of another prompt than the first one, which also starts threads, touches memory, compiles and captures."""
+    """Seconds to the first token, after a warm-up that starts threads, touches memory, compiles and captures graphs."""
     tokens_per_s: float
-    """After the first one, of all prompts together."""
+    """Tokens per second of the whole batch, without the first token."""
     peak_bytes: int
-    """Resident at most since the process began; on a GPU what torch took of its memory at most, graphs' included."""
+    """Peak resident memory of the process; on a GPU, the peak of torch's reserved memory, CUDA graphs included."""
     tokens: list[int]
-    """The first prompt's answer."""
+    """Token ids of the first prompt's answer."""
     parts: Mapping[str, Part]
 
 
 @dataclass(frozen=True)
 class EndToEndRun:
-    """What one process saw."""
+    """The measurements of one process."""
 
     load_s: float
     answers: Mapping[int, TimedAnswer | None]
-    """By batch size; None where the GPU's memory was too small."""
+    """Answers by batch size; None if the GPU ran out of memory."""
 
 
 def run(name: str, checkpoint: Path, device: torch.device, batches: Sequence[int], trace: Path | None) -> EndToEndRun:
-    """Load a checkpoint and answer batches of prompts; `trace` is where a GPU's timeline of the first one goes."""
+    """Load a checkpoint and answer batches of prompts. On a GPU, the first batch's timeline is written to `trace`."""
     contender = CONTENDERS[name]
     load = _load_ours if contender.package == "pg_kernels" else _load_theirs
     models: list[Any] = []
@@ -120,7 +120,7 @@ def _load_theirs(checkpoint: Path, contender: EndToEndContender, device: torch.d
 
 
 def prompts(config: Any, batch: int, device: torch.device) -> dict[str, Tensor]:
-    """What `generate` takes, of ours and of transformers' models: each an image and `PROMPT` tokens of text, drawn at random."""
+    """Return inputs of our and transformers' `generate`: random images, each with `PROMPT` random tokens of text."""
     words, colours = (
         torch.Generator().manual_seed(seed) for seed in range(2)
     )  # the first prompt is the same in every batch
@@ -154,7 +154,7 @@ def _answer(
 
 
 def resident_bytes() -> int:
-    """Resident at most since the process became this program: Linux's rusage remembers the one that started it, too."""
+    """Return the peak resident bytes since this program started. Linux's rusage also counts the process that started it."""
     status = Path("/proc/self/status")
     if status.is_file():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
@@ -169,7 +169,7 @@ def _generate(
     tokens: int,
     arrived: Callable[[], None] | None = None,
 ) -> Tensor:
-    """So many new tokens [B, tokens], with a call whenever one has come."""
+    """Generate `tokens` new tokens and return them, [B, tokens]. `arrived` is called after each token."""
     options: dict[str, Any] = {"max_new_tokens": tokens}
     if contender.package == "pg_kernels":
         stream = None if arrived is None else lambda _: arrived()
@@ -180,7 +180,7 @@ def _generate(
 
 
 class _Streamer:
-    """What transformers streams to: the prompt first, then every token."""
+    """A streamer for transformers, which sends the prompt first and then every token."""
 
     def __init__(self, arrived: Callable[[], None]) -> None:
         self.arrived = arrived
@@ -199,7 +199,7 @@ class _Streamer:
 
 
 def _watched(model: Any, contender: EndToEndContender, inputs: Mapping[str, Tensor]) -> tuple[list[float], Tensor]:
-    """When the call began and when each token of an answer came; and the tokens."""
+    """Return the time of the call and of each token of an answer, and the tokens."""
     arrivals = [perf_counter()]
     tokens = _generate(model, contender, inputs, TOKENS["cpu"], lambda: arrivals.append(perf_counter()))
     return arrivals, tokens
@@ -235,7 +235,7 @@ def _breakdown(model: PaliGemma, contender: EndToEndContender, inputs: Mapping[s
 
 @contextmanager
 def _clocks(model: PaliGemma, calls: list[tuple[str, float, float]]) -> Iterator[None]:
-    """Note every call of a part: its name, when it began and when it was over."""
+    """Record the name, start and end of every call of a model part."""
     starts: list[float] = []
     hooks = []
     for module in model.modules():
@@ -262,7 +262,7 @@ def _clocks(model: PaliGemma, calls: list[tuple[str, float, float]]) -> Iterator
             hook.remove()
 
 
-# --- on a GPU: whole answers, as watching a token makes it wait; and kernels by the profiler
+# --- on a GPU: whole answers, because streaming synchronises after every token; kernels come from the profiler
 
 
 def _clocked(
@@ -277,7 +277,7 @@ def _clocked(
     def all_() -> None:
         found[:] = [_generate(model, contender, inputs, 1 + steps)]
 
-    # Twice for graphs, of which each is captured at its second run; the longest first, which decides on transformers' cache.
+    # Run each twice: a CUDA graph is captured in its second run. Run the longest first: it sets transformers' cache size.
     for call in (all_, all_, one, one):
         call()
     times = [(seconds(one, device), seconds(all_, device)) for _ in range(_REPETITIONS)]
@@ -298,7 +298,7 @@ def _kernels(
     wall: Part,
     trace: Path | None,
 ) -> dict[str, Part]:
-    """What each kernel takes of an answer's first token and of a further one: what a long answer takes beyond a short one."""
+    """Return each kernel's time in the first token and in a further one, from the difference of a long and a short answer."""
     short, long = _profiled(one, device), _profiled(all_, device, trace)
     found = {}
     for name, (spent, launches) in long.items():
@@ -310,7 +310,7 @@ def _kernels(
     return {
         **{name: found[name] for name in ordered[:KERNELS]},
         _OTHERS: _sum(found[name] for name in ordered[KERNELS:]),
-        # Kernels that overlap make it less than nothing.
+        # Negative if kernels overlap.
         _BETWEEN: Part(wall.prefill_s - busy.prefill_s, wall.decode_s - busy.decode_s),
     }
 
@@ -324,8 +324,8 @@ def _sum(parts: Iterable[Part]) -> Part:
 def _profiled(
     call: Callable[[], None], device: torch.device, trace: Path | None = None
 ) -> dict[str, tuple[float, int]]:
-    """Seconds and launches of every kernel of a call, by a short name."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it writes to stderr at every start
+    """Return the seconds and launches of every kernel in a call, by short name."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences Kineto's messages on stderr
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -343,7 +343,7 @@ def _profiled(
 
 
 def short_name(kernel: str) -> str:
-    """A kernel's name without namespaces and arguments, and of its template only what it does to each element."""
+    """Return a kernel's name without namespaces and arguments. Of its template it keeps the elementwise functor."""
     name, _, template = kernel.removeprefix("void ").replace("(anonymous namespace)::", "").partition("<")
     name = name.partition("(")[0].rpartition("::")[2].strip()[:60]
     inner = re.findall(r"\w*(?:Functor|Op|Kernel)\w*", template)

@@ -71,7 +71,7 @@ def test_all_launches_fit(target: str, dtype: str, kernels: list[Kernel]) -> Non
         elif kernel.products:
             # wgmma and tcgen05 multiply 64 rows at least.
             assert kernel.products == (TENSOR_CORES[target] if rows_at_once >= 64 else "mma"), kernel
-    loads = {k.loads for k in chosen if (k.op, k.name) == ("prefix_lm_attention", "forward")}
+    loads = {k.loads for k in chosen if (k.op, k.name) == ("prefix_lm_attention", "attn_fwd_kernel")}
     assert ("TMA" in loads) == (dtype == "bfloat16" and target != "sm_80")
     multiplying = {(kernel.op, kernel.name) for kernel in chosen if kernel.products}
     assert multiplying == ROWS.keys() - ({("geglu_mlp", "geglu_gemm_kernel")} if dtype == "float32" else set())
