@@ -24,7 +24,7 @@ QUESTION = "answer en which digit?"
 
 
 def write_lines(path: Path, images: Any, digits: Any) -> None:
-    """Pictures of 8x8 numbers from 0 to 16, enlarged, and a JSON line for each."""
+    """Write enlarged 8x8 pictures and one JSON line for each."""
     path.with_suffix("").mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         for index, (image, digit) in enumerate(zip(images, digits, strict=True)):
@@ -59,7 +59,7 @@ def run_and_report(folder: Path, output: str, *options: object) -> None:
 
 
 def run_and_kill(words: list[str], checkpoint: Path) -> None:
-    """Run it in a process of its own until there is a checkpoint."""
+    """Run the command in a process of its own until it has written a checkpoint, then kill it."""
     process = subprocess.Popen([sys.executable, "-m", "pg_kernels.model.cli", *words])
     while process.poll() is None and not checkpoint.exists():
         time.sleep(0.1)

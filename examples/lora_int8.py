@@ -1,4 +1,4 @@
-"""Teach the built-in model, in int8, to name what it has never seen: LoRA on a few drawings, on a CPU, in seconds.
+"""Teach the int8 built-in model the names of unseen objects: LoRA on a few drawings, on a CPU, in seconds.
 
 python examples/lora_int8.py [--steps N] [--save FOLDER]
 """
@@ -23,7 +23,7 @@ ANSWERS = ["red ball", "red book", "blue ball", "blue book"]
 
 
 def drawing(answer: str, rng: random.Random) -> Image.Image:
-    """A disc for a ball or a square for a book, somewhere on white."""
+    """Draw a disc for a ball or a square for a book, somewhere on white."""
     color, thing = answer.split()
     image = Image.new("RGB", (SIDE, SIDE), "white")
     side = rng.randrange(100, 160)
@@ -43,7 +43,7 @@ def main() -> None:
 
     processor = Processor.from_pretrained(EMBEDDED_CHECKPOINT)
     model = PaliGemma.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32, quantize="int8")
-    # The decoder's layers only; transformers' PaliGemma has the same names.
+    # Only the decoder's layers. transformers' PaliGemma has the same names.
     config = LoraConfig(r=8, lora_alpha=16, target_modules=r".*language_model.*_proj")
     adapted = get_peft_model(model, register(config))
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
@@ -77,7 +77,7 @@ def main() -> None:
         schedule.step()
     report("after")
     if arguments.save is not None:
-        adapted.save_pretrained(arguments.save)  # transformers' PaliGemma loads it, too
+        adapted.save_pretrained(arguments.save)  # transformers' PaliGemma can load it, too
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A robot policy in the shape of pi0, as transformers runs it and patched: time per chunk of actions, and how far they differ.
+"""A robot policy in the shape of pi0, in plain transformers and patched: time per chunk of actions, and their difference.
 
 python examples/robot_policy.py [--size tiny|base] [--dtype float32|bfloat16] [--rounds N] [--seed N]
 
-PaliGemma reads camera images and a prompt; a smaller Gemma, the action expert, has as many layers and attends in each of them to
-PaliGemma's keys and values and its own. It predicts the velocity that turns noise into actions, which ten steps follow (flow
-matching). Weights are random, which changes no time.
+PaliGemma reads camera images and a prompt. A smaller Gemma, the action expert, has as many layers. Each of its layers attends
+to PaliGemma's keys and values and to its own. The expert predicts the velocity that turns noise into actions, and ten steps
+follow it (flow matching). Weights are random, which does not change the time.
 
 Source: Black et al., https://arxiv.org/abs/2410.24164.
 """
@@ -29,13 +29,13 @@ from pg_kernels.integrations.transformers import patch
 
 STEPS = 10
 PLAIN = "transformers"
-# transformers 5.24 gave the argument, and the output's field, another name.
+# transformers 5.24 renamed the argument and the output's field.
 CACHE = "cache" if "cache" in inspect.signature(GemmaModel.forward).parameters else "past_key_values"
 
 
 @dataclass(frozen=True)
 class Size:
-    """The same heads in PaliGemma and expert, as they share keys and values."""
+    """Sizes of the policy. PaliGemma and expert have the same heads because they share keys and values."""
 
     cameras: int
     image_size: int
@@ -98,7 +98,7 @@ SIZES = {
 
 
 class Policy(nn.Module):
-    """Images, a prompt and the robot's state to a chunk of actions [B, actions, action_dim]."""
+    """Map images, a prompt and the robot's state to a chunk of actions [B, actions, action_dim]."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -111,9 +111,9 @@ class Policy(nn.Module):
         self.action_out_proj = nn.Linear(width, size.action_dim)
 
     def prefill(self, images: Tensor, prompt: Tensor, state: Tensor) -> Cache:
-        """Keys and values of all that denoising does not change.
+        """Return the KV cache of everything that denoising does not change.
 
-        The state's are among them: it sees images and prompt, but no action.
+        It includes the state's keys and values. The state attends to images and prompt, but not to actions.
         """
         placeholder = self.paligemma.config.image_token_id
         ids = torch.cat((torch.full((len(prompt), self.size.image_tokens), placeholder), prompt), 1)
@@ -128,7 +128,7 @@ class Policy(nn.Module):
         return seen[CACHE]
 
     def velocity(self, actions: Tensor, moment: float, cache: Cache) -> Tensor:
-        """Where actions [B, actions, action_dim] should move at a moment in [0, 1]."""
+        """Return the velocity of actions [B, actions, action_dim] at a moment in [0, 1]."""
         periods = 4e-3 * 1e3 ** torch.linspace(0, 1, self.size.expert_width // 2)
         angles = 2 * torch.pi * moment / periods
         wave = torch.cat((angles.sin(), angles.cos())).to(actions.dtype).expand(*actions.shape[:2], -1)
@@ -136,7 +136,7 @@ class Policy(nn.Module):
         count, length = actions.shape[1], cache.get_seq_length()
         out = self.expert(
             inputs_embeds=self.time_mlp_out(F.silu(x)),
-            # Actions see each other: pi0's blocks are bidirectional.
+            # Actions attend to each other: pi0's blocks are bidirectional.
             attention_mask=torch.ones(len(actions), 1, count, length + count, dtype=torch.bool),
             **{CACHE: cache},
         )
@@ -144,7 +144,7 @@ class Policy(nn.Module):
         return self.action_out_proj(out.last_hidden_state)
 
     def denoise(self, noise: Tensor, cache: Cache) -> Tensor:
-        """Follow the velocity from noise, at 0, to actions, at 1."""
+        """Follow the velocity from noise at time 0 to actions at time 1."""
         actions = noise
         for step in range(STEPS):
             actions = actions + self.velocity(actions, step / STEPS, cache) / STEPS
@@ -161,7 +161,7 @@ def initialize(policy: nn.Module) -> None:
 
 
 def patched(policy: Policy, int8: str | None = None) -> Policy:
-    """A copy on the kernels; what reads and writes actions stays as it is."""
+    """Return a patched copy. The layers that read and write actions are unchanged."""
     policy = copy.deepcopy(policy)
     for model in (policy.paligemma, policy.expert):
         patch(model, int8=int8)
@@ -201,7 +201,7 @@ def main() -> None:
         actions = {}
         order = list(policies.items())
         for _ in range(arguments.rounds + 1):
-            order.append(order.pop(0))  # whoever comes first may find other caches and clocks
+            order.append(order.pop(0))  # rotate the order: the first policy may find other caches and clocks
             for name, policy in order:
                 begin = time.perf_counter()
                 cache = policy.prefill(floats[0], prompt, floats[1])
@@ -215,7 +215,7 @@ def main() -> None:
     print(f"{cache.get_seq_length()} tokens of images, prompt and state, {size.actions} actions in {STEPS} steps")
     print(f"{'':22}{'prefix':>10}{f'{STEPS} steps':>12}{'chunk':>12}{'plain ÷ it':>12}{'in rounds':>14}", end="")
     print(f"{'largest difference':>20}")
-    chunks = {name: [sum(parts) for parts in taken[1:]] for name, taken in times.items()}  # the first round warms up
+    chunks = {name: [sum(parts) for parts in taken[1:]] for name, taken in times.items()}  # skip the warm-up round
     theirs = chunks[PLAIN]
     for name, chunk in chunks.items():
         before, steps = (median(part) * 1e3 for part in zip(*times[name][1:], strict=True))

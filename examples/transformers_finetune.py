@@ -1,7 +1,7 @@
 """Fine-tune PaliGemma with transformers' own Trainer, on these kernels: teach the built-in model to answer in German.
 
-Everything but `patch` is transformers' code; a released checkpoint's name in the place of CHECKPOINT is the only other change.
-Runs in some seconds on a CPU, from the repository: `python examples/transformers_finetune.py`.
+Only `patch` is not transformers' code. To use a released checkpoint, put its name in the place of CHECKPOINT.
+The example runs in seconds on a CPU, from the repository: `python examples/transformers_finetune.py`.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ PROMPT, ANSWER = "caption de", "eine banane und eine eule"
 
 
 def collate(images, processor):
-    """The processor marks the prompt as prefix (token type 0), the answer as suffix (1), and labels the answer."""
+    """Return a batch. The processor marks prompts as prefix (token type 0), answers as suffix (1), and labels the answers."""
     texts = [f"<image>{PROMPT}"] * len(images)
     return processor(text=texts, images=images, suffix=[ANSWER] * len(images), return_tensors="pt", padding="longest")
 
@@ -49,7 +49,7 @@ def main():
             report_to=[],
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
-            remove_unused_columns=False,  # the data are images, and the collator makes the columns
+            remove_unused_columns=False,  # the collator needs the columns that the model does not take
         )
         Trainer(
             model=model,

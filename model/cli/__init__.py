@@ -13,7 +13,7 @@ from ..training.interruption import Interrupted
 from . import bench, compare, convert, demo, evaluate, finetune, info, run, tune
 
 COMMANDS = (run, demo, finetune, evaluate, compare, bench, tune, info, convert)
-"""In the order of the help."""
+"""The commands in the order of the help."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(words, argparse.Namespace(words=words))
         options.command(options)
-        sys.stdout.flush()  # here, so that a closed pipe raises where it is handled
+        sys.stdout.flush()  # flush here, so that a closed pipe raises inside the try block
     except Interrupted as interruption:
         return 128 + interruption.signum
     except KeyboardInterrupt:

@@ -55,7 +55,7 @@ def default_device() -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of that name, after a round trip of a number. Raises ValueError if it does not work."""
+    """Return the device of that name after a test transfer. Raises ValueError if the device does not work."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -85,7 +85,7 @@ def open_processor(checkpoint: Path, config: PaliGemmaConfig, options: argparse.
 
 
 def check_drawing(path: Path, num_images: int) -> None:
-    """Raise before any work is done if the drawing could not be written."""
+    """Raise early if the drawing cannot be written."""
     if num_images > 1:
         raise ValueError(f"--draw draws on one image, got {num_images}")
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..embedded.evaluation import Score
 
 _COMPARED = (("caption", "en"), ("vqa", "en"), ("detect", ""))
-"""The tasks and languages that the built-in model is scored on, original and quantised."""
+"""The tasks and languages on which the original and the quantised built-in model are scored."""
 
 
 def add(commands: Any) -> None:
@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
 def _fresh_pictures(
     options: argparse.Namespace, processor: Processor
 ) -> tuple[list[tuple[Image.Image, str]], Callable[[PaliGemma], list[Score]]]:
-    """Prompts about them for a comparison, and what scores a model on them."""
+    """Return prompts about the built-in model's pictures, and a function that scores a model on them."""
     from ..embedded import tasks, world
     from ..embedded.evaluation import evaluate, held_out_rng, table_rows
 

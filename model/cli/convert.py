@@ -24,12 +24,12 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     if options.tokenizer is not None:
-        Tokenizer.from_file(options.tokenizer)  # fails before anything is written
+        Tokenizer.from_file(options.tokenizer)  # fail before anything is written
     convert(options.source, options.target, dtype=DTYPES.get(options.dtype), tokenizer=options.tokenizer)
     images = [
         name for name in ("preprocessor_config.json", "processor_config.json") if (options.target / name).is_file()
     ]
-    # The files of a source folder are copied as they are; a processor knows only its own fields.
+    # Copy the files of a source folder unchanged: a processor would only write its own fields.
     if (options.target / "tokenizer.model").is_file() and (options.tokenizer is not None or not images):
         Processor.from_pretrained(options.target).save_pretrained(options.target)
     note(f"wrote {options.target}")

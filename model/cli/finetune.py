@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
     if options.lora is not None:
         lora = Lora(options.lora, options.lora_alpha, options.lora_dropout, options.lora_targets)
     checkpoint = options.checkpoint or EMBEDDED_CHECKPOINT
-    # Masters in fp32 are made of the checkpoint's own numbers.
+    # fp32 master weights keep the checkpoint's own values.
     dtype = torch.float32 if recipe.precision == "float32" else None
 
     def read_lines(path: Path) -> JsonLines:
@@ -145,17 +145,19 @@ def run(options: argparse.Namespace) -> None:
             note(result if trained else f"{options.output} holds the result of this run already; nothing to do")
     except Interrupted as interruption:
         if parallel.rank() == 0:
-            note(f"pg-kernels: {interruption}; go on with: {_again(options)}")
+            note(f"pg-kernels: {interruption}; go on with: {_resume_command(options)}")
         raise
     except UnreadableImage as error:
         if not (options.output / CHECKPOINT).exists():
             raise
-        raise OSError(f"{error}; mend it or give --skip-unreadable, and go on with: {_again(options)}") from error
+        raise OSError(
+            f"{error}; mend it or give --skip-unreadable, and go on with: {_resume_command(options)}"
+        ) from error
     finally:
         parallel.stop()
 
 
-def _again(options: argparse.Namespace) -> str:
-    """The command that goes on with an interrupted run. A short form of --restart is at least --rest."""
+def _resume_command(options: argparse.Namespace) -> str:
+    """Return the command that resumes an interrupted run. The shortest form of --restart that argparse accepts is --rest."""
     words = [word for word in options.words if not word.startswith("--rest")]
     return ("torchrun … " if parallel.world() > 1 else "") + shlex.join(["pg-kernels", *words])

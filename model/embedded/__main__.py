@@ -1,4 +1,4 @@
-"""The command line of the built-in model's making: stages, scores, mask codec."""
+"""The command line that makes the built-in model: stages, scores, mask codec."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bar and line charts, drawn by matplotlib, with the numbers they show."""
+"""Bar and line charts, drawn by matplotlib, with the numbers that they show."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DPI = 100
 
 @dataclass(frozen=True)
 class Chart:
-    """`kind` "bar" or "line"; values are whole numbers, by label from left to right."""
+    """A chart of kind "bar" or "line". Values are whole numbers, by label from left to right."""
 
     image: Image.Image
     kind: str
@@ -34,7 +34,7 @@ class Chart:
 
 
 class Charts:
-    """Draw charts on one canvas, which is reused: making a canvas takes longer than drawing.
+    """Draw charts on one canvas. Creating a canvas takes longer than drawing.
 
     Raises ModuleNotFoundError without matplotlib (this package's `train` extra).
     """

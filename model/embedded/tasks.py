@@ -21,7 +21,7 @@ _AND = {"en": "and", "es": "y", "fr": "et", "de": "und", "pt": "e", "it": "e"}
 
 TASKS = ("caption", "vqa", "count", "detect", "segment", "ocr", "chart", "compare")
 
-# What these emoji are mostly made of, for questions about colours; the others have no one colour.
+# The main colours of emoji that have one, for questions about colours.
 _COLOURED = {
     "red": ("red apple", "strawberry", "lady beetle", "crab", "red heart", "automobile", "balloon", "magnet"),
     "orange": ("fox", "carrot", "basketball"),
@@ -37,9 +37,9 @@ WRITING = 0.3
 CHARACTERS = 0.3
 """The share of images with writing that show a few random letters or digits. Scoring uses none of them."""
 
-_MOST_BOXES = 4  # in an answer; six would be 60 tokens long
-_MARGIN = 24 / 224  # of the picture's side: what is above, or at the top, is so by more than this
-_RATIO = 1.3  # between two sizes, so that which is larger can be seen
+_MOST_BOXES = 4  # boxes per answer; six boxes would be 60 tokens
+_MARGIN = 24 / 224  # share of the picture's side; "above" and "at the top" need at least this distance
+_RATIO = 1.3  # ratio of two sizes from which the larger one is visibly larger
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Exercise:
 
 
 def caption(things: Sequence[str], language: str = "en") -> str:
-    """Return "a dog face, a key and an umbrella" for ["dog face", "key", "umbrella"]; other languages go without articles."""
+    """Return "a dog face, a key and an umbrella" for ["dog face", "key", "umbrella"]. Other languages have no articles."""
     words = [_with_article(thing) for thing in things] if language == "en" else list(things)
     return f" {_AND[language]} ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
@@ -79,7 +79,7 @@ def plural(noun: str) -> str:
 
 
 def _with_article(noun: str) -> str:
-    # "a unicorn": the only name of the world whose first vowel is spoken as a consonant.
+    # "a unicorn": the only name of the world that begins with a vowel but is spoken with a consonant.
     an = noun[0].lower() in "aeiou" and not noun.startswith("uni")
     return f"{'an' if an else 'a'} {noun}"
 
@@ -175,7 +175,7 @@ class Questions:
         return Exercise((image,), "ocr", text, "ocr")
 
     def charts(self, rng: Random, image_size: int, most: int = 1) -> list[Exercise]:
-        """Draw a chart and ask for different things that can be read from it, at most so many."""
+        """Draw a chart and ask for up to `most` different values and facts that can be read from it."""
         chart = self._charts.draw(rng, image_size)
         asked = list(_about_chart(chart))
         chosen = [asked.pop(int(rng.random() * len(asked))) for _ in range(min(most, len(asked)))]
@@ -268,7 +268,7 @@ def _about_chart(chart: Chart) -> Iterator[tuple[str, str]]:
 
 
 def _quarter(found: Detection, size: tuple[int, int]) -> str | None:
-    """Return "top left" and so on, None near a middle line."""
+    """Return "top left" and so on, or None near a middle line."""
     x1, y1, x2, y2 = found.box
     across, down = (x1 + x2) / 2 / size[0] - 0.5, (y1 + y2) / 2 / size[1] - 0.5
     if min(abs(across), abs(down)) < _MARGIN / 2:
@@ -282,7 +282,7 @@ def _extent(found: Detection) -> float:
 
 
 def unique_images(examples: Sequence[Exercise]) -> tuple[list[Image.Image], np.ndarray]:
-    """Return the different images of examples, and for each image in their order its place among them (int64)."""
+    """Return the distinct images of the examples, and for each image its index among them (int64)."""
     places: dict[int, int] = {}
     images: list[Image.Image] = []
     index = []

@@ -1,4 +1,4 @@
-"""Trains the small sentencepiece tokenizer of the shipped model, laid out like the released models' own."""
+"""Train the small sentencepiece tokenizer of the built-in model, with the layout of the released models' tokenizer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..tokenizer import IMAGE_TOKEN, LOC_TOKENS, SEG_TOKENS
 from .tasks import LANGUAGES, caption, plural
 from .world import names
 
-NUM_TEXT_PIECES = 1600  # 4 control, "\n", 256 bytes, the rest characters and word pieces
-# Sentencepiece learns from word counts. Names, which every answer is made of, are to become whole words in every language.
+NUM_TEXT_PIECES = 1600  # 4 control pieces, "\n", 256 bytes; the rest are characters and word pieces
+# Sentencepiece learns from word counts. Every answer contains names, so they are repeated until they become whole words.
 _REPEATS = {language: 20 if language == "en" else 8 for language in LANGUAGES}
 
 _PROMPTS = ("caption", "cap", "describe", "ocr", "answer", "question", "detect", "segment")
@@ -90,14 +90,14 @@ def train_tokenizer(path: str | Path) -> None:
     Raises ModuleNotFoundError without the packages `emoji` and `protobuf` (this package's `train` extra).
     """
     try:
-        # Sentencepiece gives user-defined symbols the first free ids; placing them last takes its protobuf schema.
+        # Sentencepiece gives user-defined symbols the first free ids. Placing them last needs its protobuf schema.
         from sentencepiece import sentencepiece_model_pb2
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "training a tokenizer needs the package `protobuf`: pip install protobuf, "
             "or install this package's `train` extra"
         ) from error
-    proto = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # the module makes it when imported
+    proto = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # protobuf creates the class at import
     model = proto.FromString(_train_text_pieces())
     for piece in (*LOC_TOKENS, *SEG_TOKENS, IMAGE_TOKEN):
         model.pieces.add(piece=piece, score=0.0, type=model.SentencePiece.USER_DEFINED)
@@ -106,12 +106,12 @@ def train_tokenizer(path: str | Path) -> None:
 
 
 def corpus() -> Iterator[str]:
-    """Yield the sentences the tokenizer learns from: names and prompts in six languages, questions and common words."""
+    """Yield the tokenizer's training sentences: names and prompts in six languages, questions and common words."""
     for language in LANGUAGES:
         things = list(names(language).values())
         for _ in range(_REPEATS[language]):
             yield from (f"{prompt} {language}" for prompt in _PROMPTS)
-            # As a caption's first word, and after a space.
+            # as the first word of a caption, and after a space
             yield from (caption([thing, thing], language) for thing in things)
     for name in names("en").values():
         for _ in range(_REPEATS["en"]):

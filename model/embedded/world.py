@@ -1,4 +1,4 @@
-"""A small world to train a small PaliGemma on: pictures of up to seven emoji, with the box and the mask of each."""
+"""A small world to train a small PaliGemma on: pictures of up to seven emoji, with the box and mask of each emoji."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from ..locations import Detection
 
 FONT_PATH = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
-FONT_SIZE = 109  # the only size of Noto Color Emoji's bitmaps
+FONT_SIZE = 109  # the only bitmap size in Noto Color Emoji
 
-# Everyday things that stay distinct at 28 px. All are countable and singular, so "a NAME" is English.
+# Everyday things that remain distinguishable at 28 px. All are countable and singular, so "a NAME" is English.
 EMOJI = (
     "🐶🐱🦊🐻🐼🐷🐸🐵🐧🦁🐘🐢🐍🐙🦀🐠🦋🐞🐝🐌🦉🦄🦒🦓🐬🦩🐰"  # animals
     "🍎🍌🍉🍓🍍🍋🍆🥕🌽🥑🍄🍔🍕🍩"  # food
@@ -27,7 +27,7 @@ EMOJI = (
     "⚽🏀💀👻🤖⚓❤"  # symbols and toys
 )
 
-# What a background of one colour can be called.
+# The names of single-colour backgrounds.
 COLOURS = {
     "red": (214, 48, 49),
     "orange": (242, 145, 40),
@@ -44,23 +44,23 @@ COLOURS = {
 
 Box = tuple[int, int, int, int]
 
-_UNIT = 224  # the lengths below are pixels of a picture this wide; other pictures scale them
+_UNIT = 224  # picture width in pixels that the lengths below refer to; they scale with the picture
 _SMALLEST_PICTURE = 112
-_SIZES = {1: (72.0, 168.0), 2: (68.0, 112.0), 3: (56.0, 84.0)}  # by number of emoji
+_SIZES = {1: (72.0, 168.0), 2: (68.0, 112.0), 3: (56.0, 84.0)}  # pixels, by number of emoji
 _COUNTS = (1, 1, 1, 2, 2, 2, 2, 3, 3, 3)
 _CROWD_SIZES = (44.0, 62.0)
 _LARGEST_CROWD = 6
-UNSEEN_SIZES = (76.0, 82.0)  # drawn only where held-out pictures are asked for
+UNSEEN_SIZES = (76.0, 82.0)  # pixels; drawn only in held-out pictures
 _MAX_ROTATION = 10.0  # degrees
-_MIN_GAP = 4  # rounding to whole pixels takes less away, so that boxes never meet
-_MIN_CENTRE_DISTANCE = 20  # horizontally: which of two is left of the other is never in doubt
-_MIN_COLOUR_DISTANCE = 90.0  # of the background from an emoji's mean colour, in RGB
-_VISIBLE = 64  # a pixel with less alpha (of 255) does not belong to the box: nobody sees it
-_REDUCTIONS = (1, 2, 3, 4, 6)  # emoji are stored at these fractions of their size
+_MIN_GAP = 4  # pixels between boxes; rounding to whole pixels takes less, so boxes never overlap
+_MIN_CENTRE_DISTANCE = 20  # pixels, horizontally: which of two emoji is left of the other is unambiguous
+_MIN_COLOUR_DISTANCE = 90.0  # RGB distance between the background and an emoji's mean colour
+_VISIBLE = 64  # alpha (of 255) below which a pixel is invisible and does not count for the box
+_REDUCTIONS = (1, 2, 3, 4, 6)  # emoji are stored divided by these factors
 
 
 class Random(Protocol):
-    """What the world needs of a random source: `random.Random` and `numpy.random.Generator` both have it."""
+    """A random source: `random.Random` and `numpy.random.Generator` both satisfy it."""
 
     def random(self) -> float:
         """Return a number in [0, 1)."""
@@ -69,10 +69,10 @@ class Random(Protocol):
 
 @dataclass(frozen=True)
 class Picture:
-    """A square RGB image and what is in it.
+    """A square RGB image and its contents.
 
-    `objects`: name, box in whole pixels and mask of each, from left to right by box centre.
-    `background`: a key of `COLOURS` where it is of that one colour, otherwise None.
+    `objects`: name, box in whole pixels and mask of each emoji, from left to right by box centre.
+    `background`: a key of `COLOURS` if the background has one colour, else None.
     """
 
     image: Image.Image
@@ -83,19 +83,19 @@ class Picture:
 @dataclass(frozen=True)
 class _Glyph:
     name: str
-    levels: dict[int, Image.Image]  # by reduction; RGBa: premultiplied, so that resampling leaves no dark fringe
+    levels: dict[int, Image.Image]  # by reduction; premultiplied alpha (RGBa), so that resampling leaves no dark fringe
     outline: np.ndarray  # [2,n] corners of the visible part, in full-size pixels from the centre
     colour: np.ndarray  # [3] mean RGB
 
 
 @dataclass(frozen=True)
 class _Pose:
-    """Turns by an angle and scales an outline whose turned bounding box then is `extent` large."""
+    """Rotation and scale of an outline, and the size of its rotated bounding box."""
 
     cos: float
     sin: float
     scale: float  # units per full-size pixel
-    corner: tuple[float, float]  # top left of the turned outline, in units from the centre
+    corner: tuple[float, float]  # top left of the rotated outline, in units from the centre
     extent: tuple[float, float]  # width and height in units
 
 
@@ -153,7 +153,7 @@ class World:
     def __init__(self, font_path: str | Path = FONT_PATH, glyphs: Mapping[str, Image.Image] | None = None) -> None:
         if glyphs is None:
             glyphs = render_glyphs(font_path)
-        if len(glyphs) < 5:  # of fewer, no three would meet
+        if len(glyphs) < 5:  # with fewer emoji, no three could meet
             raise ValueError(f"glyphs must hold at least 5 images, got {len(glyphs)}")
         self._glyphs = [_prepare(name, image) for name, image in glyphs.items()]
         self.names = [glyph.name for glyph in self._glyphs]
@@ -186,11 +186,11 @@ class World:
         return self._draw(rng, image_size, chosen, _SIZES[len(wanted)], held_out=False, ordered=True)
 
     def choose(self, rng: Random, count: int) -> list[str]:
-        """Draw the names of different emoji that may meet in a picture."""
+        """Draw the names of different emoji that may appear in one picture."""
         return [glyph.name for glyph in self._choose(rng, count, held_out=False)]
 
     def crowd(self, rng: Random, image_size: int) -> Picture:
-        """Draw one emoji one to six times, and now and then another one once or twice."""
+        """Draw one emoji one to six times, and sometimes another one once or twice."""
         several, other = self._choose(rng, 2, held_out=False)
         others = int(rng.random() * 3) if rng.random() < 0.5 else 0
         chosen = [several] * (1 + int(rng.random() * _LARGEST_CROWD)) + [other] * others
@@ -216,7 +216,7 @@ class World:
         return Picture(picture, objects, name)
 
     def _choose(self, rng: Random, count: int, held_out: bool) -> list[_Glyph]:
-        """Draw different emoji of which any two meet in training, or in held-out pictures only."""
+        """Draw different emoji. Any two of them meet in training, or, with `held_out`, in held-out pictures only."""
         while True:
             chosen: list[int] = []
             while len(chosen) < count:
@@ -229,7 +229,7 @@ class World:
 
 
 def _never_meet(a: int, b: int) -> bool:
-    """Whether two emoji are kept apart in training, so that a picture of both is new: each is from a tenth of the others."""
+    """Return whether two emoji never share a training picture. Each emoji is kept apart from a tenth of the others."""
     return (a + b) % 10 == 3
 
 
@@ -285,7 +285,7 @@ def _pose(glyph: _Glyph, degrees: float, larger_side: float) -> _Pose:
 
 
 def _place(rng: Random, extents: list[tuple[float, float]], centre_distance: float) -> list[tuple[float, float]] | None:
-    """Return top left corners, in units, one after the other where there is room; None where none was found."""
+    """Place the emoji one by one. Return their top left corners in units, or None if there was no room."""
     places: list[tuple[float, float]] = []
     for index, (width, height) in enumerate(extents):
         for _ in range(40):
@@ -312,18 +312,18 @@ def _apart(
 
 
 def _paste(picture: Image.Image, glyph: _Glyph, pose: _Pose, place: tuple[float, float]) -> Detection:
-    """Draw an emoji with its turned top left corner at `place`, in units; give box and mask of its visible pixels."""
+    """Draw an emoji with its rotated top left corner at `place` (units). Return box and mask of its visible pixels."""
     pixels_per_unit = picture.width / _UNIT
-    step = 1 / (pose.scale * pixels_per_unit)  # full-size pixels from one pixel of the picture to the next
+    step = 1 / (pose.scale * pixels_per_unit)  # full-size pixels per pixel of the picture
     reduction = min(_REDUCTIONS, key=lambda reduction: abs(reduction - step))
     level = glyph.levels[reduction]
-    # One pixel more on every side takes in the antialiased edge.
+    # One extra pixel on every side for the antialiased edge.
     left, top = (max(0, math.floor(start * pixels_per_unit) - 1) for start in place)
     right, bottom = (
         min(picture.width, math.ceil((start + length) * pixels_per_unit) + 1)
         for start, length in zip(place, pose.extent, strict=True)
     )
-    # From pixels of the patch back to pixels of the level, turning about the emoji's centre.
+    # Map pixels of the patch to pixels of the level, rotating about the emoji's centre.
     centre_x, centre_y = (
         (start - corner) * pixels_per_unit - offset
         for start, corner, offset in zip(place, pose.corner, (left, top), strict=True)
@@ -348,7 +348,7 @@ def _paste(picture: Image.Image, glyph: _Glyph, pose: _Pose, place: tuple[float,
 
 
 def background(rng: Random, size: int, avoid: list[np.ndarray]) -> tuple[Image.Image, str | None]:
-    """Paint a background that hides no emoji of the mean colours `avoid`, and name its colour where it has one."""
+    """Paint a background that contrasts with the mean colours `avoid`. Return its colour's name, too, or None."""
     kind = rng.random()
     if kind < 0.4 and (named := _named_colour(rng, avoid)):
         name, (red, green, blue) = named
@@ -365,7 +365,7 @@ def background(rng: Random, size: int, avoid: list[np.ndarray]) -> tuple[Image.I
 
 
 def _named_colour(rng: Random, avoid: list[np.ndarray]) -> tuple[str, tuple[int, int, int]] | None:
-    """Return a colour that can be named, slightly varied, or None when every one drawn would hide an emoji."""
+    """Return a slightly varied named colour, or None if every candidate would hide an emoji."""
     for _ in range(8):
         name = list(COLOURS)[int(rng.random() * len(COLOURS))]
         red, green, blue = (round(min(max(part + _uniform(rng, -10, 10), 0), 255)) for part in COLOURS[name])
@@ -375,7 +375,7 @@ def _named_colour(rng: Random, avoid: list[np.ndarray]) -> tuple[str, tuple[int,
 
 
 def _colours(rng: Random, avoid: list[np.ndarray], contrast: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return two RGB colours, at most `contrast` apart per channel, that do not hide an emoji of the colours `avoid`."""
+    """Return two RGB colours, at most `contrast` apart per channel, that contrast with the colours `avoid`."""
     while True:
         whiteness = rng.random()
         start = np.array([255 - (255 * rng.random()) * whiteness for _ in range(3)])
@@ -395,7 +395,7 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 def _gradient(rng: Random, size: int) -> np.ndarray:
     x, y = _grid(size)
     angle = _uniform(rng, 0, 2 * math.pi)
-    along = (x - 0.5) * math.cos(angle) + (y - 0.5) * math.sin(angle)  # within ±sqrt(1/2)
+    along = (x - 0.5) * math.cos(angle) + (y - 0.5) * math.sin(angle)  # in ±sqrt(1/2)
     return (127.5 + 127.5 * math.sqrt(2) * along).astype(np.uint8)
 
 

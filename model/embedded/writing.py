@@ -1,4 +1,4 @@
-"""Pictures with writing on them: words and numbers in the fonts that matplotlib brings, dark on light."""
+"""Pictures with writing on them: words and numbers in matplotlib's fonts, dark on light."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _WORDS = (
 WORDS = tuple(_WORDS.split())
 _ALPHABETS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
 
-_UNIT = 224  # the lengths below are pixels of a picture this wide
-_HEIGHTS = (44, 112)  # of the font, where there is room: from one and a half patches, below which letters share patches
+_UNIT = 224  # picture width in pixels that the lengths below refer to
+_HEIGHTS = (44, 112)  # font sizes, if there is room. From 1.5 patches on; below, letters share patches
 _MARGIN = 8
-_PAPER, _INK = (200, 256), (0, 120)  # levels of red, green and blue
+_PAPER, _INK = (200, 256), (0, 120)  # ranges of red, green and blue levels
 
 
 def written(rng: Random, image_size: int, characters: float = 0.0) -> tuple[Image.Image, str]:
-    """Draw one line of writing, or two; give the picture and its text, lines joined by a line break.
+    """Draw one or two lines of writing. Return the picture and its text, lines joined by a line break.
 
-    A line is a word in lower case, capitals or both, or a number of one to four digits; a share `characters` of
-    the pictures shows one to four random letters or digits.
+    A line is a word in lower case, capitals or both, or a number of one to four digits. A share `characters` of the pictures
+    shows one to four random letters or digits instead.
     Raises ModuleNotFoundError without matplotlib (this package's `train` extra).
     """
     if characters and rng.random() < characters:
@@ -51,7 +51,7 @@ def written(rng: Random, image_size: int, characters: float = 0.0) -> tuple[Imag
     scale = image_size / _UNIT
     height = _HEIGHTS[0] + (_HEIGHTS[1] - _HEIGHTS[0]) * rng.random()
     room = (_UNIT - 2 * _MARGIN) * scale
-    while True:  # a long word gets smaller letters
+    while True:  # long words get smaller letters
         font = _font(name, round(height * scale))
         boxes = [font.getbbox(line) for line in lines]
         tall = sum(bottom - top for _, top, _, bottom in boxes) + _MARGIN * scale * (len(lines) - 1)
