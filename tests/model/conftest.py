@@ -1,4 +1,4 @@
-"""With --import-mode=importlib pytest leaves sys.path alone, and the tests here share `tiny`."""
+"""With --import-mode=importlib, pytest does not extend sys.path. The tests of this folder share `tiny`."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class Fixture:
     def __init__(self, version: int) -> None:
         path = FIXTURES / f"bigvision_v{version}.params.npz"
         config = BigVisionReader(path).read_config()
-        if version == 2:  # the released 27B's scale, which this small model has at another head dimension
+        if version == 2:  # the released 27B's scale, which this small model uses with another head dimension
             config = replace(config, text_config=replace(config.text_config, query_pre_attn_scalar=96 / 4))
         self.version = version
         self.model: PaliGemma = PaliGemma.from_pretrained(path, config=config)
@@ -35,7 +35,7 @@ class Fixture:
         return torch.from_numpy(self.arrays[name])
 
     def with_image(self, image: int, text: Tensor) -> Tensor:
-        """Put the image tokens' value before those of the text [B, T]."""
+        """Prepend the image tokens' value to those of the text [B, T]."""
         return torch.cat([torch.full((len(text), self.image_tokens), image), text.long()], 1)
 
     def prompts(self) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ def test_unpadded_logits(jax: Fixture) -> None:
         :, jax.image_tokens :
     ]
     expected = jax["logits_unpadded"]
-    if jax.version == 2:  # that code path leaves the final softcap out
+    if jax.version == 2:  # that code path omits the final softcap
         expected = 30 * torch.tanh(expected / 30)
     assert (logits - expected).abs().max() < 1e-3
 
@@ -85,7 +85,7 @@ def test_cached_greedy_decoding(jax: Fixture) -> None:
 
 @torch.no_grad()
 def test_decoding_logits_without_a_cache(jax: Fixture) -> None:
-    """Each prefix with its decoded tokens as a suffix gives the logits that the original code had while decoding."""
+    """Each prefix with its decoded tokens as suffix gives the logits that the original code computed while decoding."""
     tokens = jax["decode_tokens"].long()
     for row, prefix_len in enumerate(jax["prefix_lens"].tolist()):
         prefix = jax.input_ids[row : row + 1, : jax.image_tokens + prefix_len]
@@ -93,7 +93,7 @@ def test_decoding_logits_without_a_cache(jax: Fixture) -> None:
         types = torch.cat([torch.zeros_like(prefix), torch.ones_like(tokens[:1])], 1)
         logits = jax.model(ids, jax.pixel_values[row : row + 1], token_type_ids=types, logits_to_keep=7).logits[0]
         expected = jax["decode_logits"][row]
-        if jax.version == 2:  # the first row lacks the final softcap
+        if jax.version == 2:  # the first row has no final softcap
             expected = torch.cat([30 * torch.tanh(expected[:1] / 30), expected[1:]])
         assert (logits - expected).abs().max() < 1e-3
 

@@ -60,7 +60,8 @@ def hf_model(family: str, *, tied: bool = True, dtype: torch.dtype = torch.float
         tie_word_embeddings=tied,
     )
     model = HFPaliGemma(config).to(dtype).eval()
-    for parameter in model.parameters():  # norms and biases start as constants, which would hide mixed-up names
+    # Norms and biases are initialised as constants, which would hide mixed-up names.
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
 
@@ -80,7 +81,7 @@ def assert_same_state(model: PaliGemma, expected: dict[str, torch.Tensor]) -> No
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
-    """Rewrites a folder's weights in place."""
+    """Rewrite a folder's weights in place."""
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     tensors = {key: tensor.clone() for key, tensor in tensors.items()}
     safetensors.torch.save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
@@ -128,7 +129,7 @@ def test_loads_what_transformers_writes(saved: dict[str, HFPaliGemma], family: s
 
 
 LAYOUTS: dict[str, list[tuple[str, str]]] = {
-    # What transformers 5.23 writes is `language_model.model.` and `vision_tower.` without `vision_model.`.
+    # transformers 5.23 writes `language_model.model.` and `vision_tower.` without `vision_model.`.
     "4.48": [(r"^vision_tower\.", "vision_tower.vision_model.")],
     "4.52": [
         (r"^language_model\.model\.", "model.language_model."),
@@ -259,7 +260,7 @@ def test_a_given_config_replaces_config_json(folder: Path) -> None:
     assert PaliGemma.from_pretrained(folder, config=config).config == config
 
 
-# The peak of resident memory, mapped pages included: a second copy anywhere would show as another 128 MB.
+# Peak resident memory, mapped pages included: a second copy would add 128 MB.
 _MEASURE = """
 import re, sys
 import torch
@@ -401,7 +402,7 @@ def test_transformers_loads_what_is_written(family: str, tied: bool, max_shard_b
     model.save_pretrained(tmp_path / "out", max_shard_bytes=max_shard_bytes)
     sizes = [file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")]
     assert (len(sizes) == 1) == (max_shard_bytes == 5e9)
-    assert max(sizes) < max_shard_bytes + 5000  # the header comes on top
+    assert max(sizes) < max_shard_bytes + 5000  # the header adds to it
 
     reloaded, info = HFPaliGemma.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
@@ -515,7 +516,7 @@ def version(request: pytest.FixtureRequest) -> int:
 
 
 def torch_state(arrays: Arrays) -> dict[str, torch.Tensor]:
-    """The table of tensors, written down a second time: explicit einsums and reshapes on whole numpy arrays."""
+    """Return the tensors converted by a second, independent implementation: einsums and reshapes of whole numpy arrays."""
     a = {key.removeprefix("params/"): value for key, value in arrays.items()}
     state: dict[str, np.ndarray] = {}
     tower, decoder = "model.vision_tower", "model.language_model"
@@ -593,7 +594,7 @@ def test_infers_the_configuration_from_the_shapes() -> None:
 
 
 def hollow(path: Path, config: PaliGemmaConfig) -> Path:
-    """A file with a released model's headers and no data: what inferring the configuration reads."""
+    """Write a file with a released model's headers and no data. Inferring the configuration reads only headers."""
     text, vision = config.text_config, config.vision_config
     depth, width = text.num_hidden_layers, text.hidden_size
     image, hd = vision.hidden_size, vision.hidden_size // vision.num_attention_heads
@@ -666,7 +667,7 @@ def test_reads_every_variant(version: int, change: Callable[[Arrays], Arrays], t
 
 
 def multi_head(arrays: Arrays) -> tuple[Arrays, Arrays]:
-    """The same weights with as many key as query heads, as q_einsum + kv_einsum and as qkv_einsum."""
+    """Return the same weights with as many key as query heads, once as q_einsum + kv_einsum and once as qkv_einsum."""
     separate = dict(arrays)
     q, kv = arrays["params/llm/layers/attn/q_einsum/w"], arrays["params/llm/layers/attn/kv_einsum/w"]
     kv = (

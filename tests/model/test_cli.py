@@ -1,4 +1,4 @@
-"""The command line, on tiny checkpoints made here: one with random weights, one that always gives the same answer."""
+"""The command line on tiny checkpoints: one with random weights, and one that always gives the same answer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pg_kernels.ops._common.extension import instruction_sets
 
 POSITIONS = 128
 SIZE = (80, 60)  # of the picture, in pixels
-# The label ends in a letter that the tokenizer spells in two bytes.
+# the label ends in a letter that the tokenizer encodes as two bytes
 ANSWER = "<loc0100><loc0200><loc0600><loc0700> fox ж"
 BOX = [200 / 1023 * 80, 100 / 1023 * 60, 700 / 1023 * 80, 600 / 1023 * 60]
 
@@ -99,7 +99,7 @@ def random_checkpoint(random_model: PaliGemma, tokenizer: Path, tmp_path_factory
 
 
 def save_answering(answer: str, tokenizer: Path, folder: Path) -> Path:
-    """A checkpoint that always gives the same answer."""
+    """Write a checkpoint that always gives the same answer."""
     text = Tokenizer.from_file(tokenizer)
     torch.manual_seed(0)
     model = PaliGemma(tiny_config(text, tied=False))
@@ -114,7 +114,7 @@ def answering(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def checkpoint(random_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of the random checkpoint to damage."""
+    """Return a copy of the random checkpoint that a test can damage."""
     return Path(shutil.copytree(random_checkpoint, tmp_path / "checkpoint"))
 
 
@@ -127,7 +127,7 @@ def picture(tmp_path: Path) -> Path:
 
 
 def error_of(result: Result) -> str:
-    """The one line that says why a command failed."""
+    """Return the one line that says why a command failed."""
     assert (result.code, result.out) == (1, ""), result.err
     lines = [line for line in result.err.splitlines() if not re.match(r"loaded .+ in [0-9.]+ s$", line)]
     assert len(lines) == 1, result.err
@@ -179,7 +179,7 @@ def test_streaming_prints_pieces_as_they_come(answering: Path, picture: Path, mo
     pieces = []
     monkeypatch.setattr("builtins.print", lambda text="", *, file=None, **_: pieces.append(text) if not file else None)
     assert cli.main(["run", str(picture), "detect fox", "--checkpoint", str(answering), "--stream"]) == 0
-    arrived = pieces[:-2]  # without the rest of the text and the object
+    arrived = pieces[:-2]  # without the text after it and without the object
     assert "".join(arrived) == ANSWER and len(list(filter(None, arrived))) > 4
 
 
@@ -211,7 +211,7 @@ def test_draws_depend_on_the_seed_alone(run: Run, random_checkpoint: Path, pictu
 
 
 def test_several_images(run: Run, answering: Path, random_checkpoint: Path, picture: Path, tmp_path: Path) -> None:
-    """One prompt about all of them; boxes are in pixels of the last."""
+    """All images belong to one prompt. Boxes are in pixels of the last image."""
     large = tmp_path / "large.png"
     Image.new("RGB", (1023, 1023)).save(large)
     done = run("run", picture, large, "detect fox", "--checkpoint", answering)
@@ -384,7 +384,7 @@ def test_prompts_that_do_not_fit(run: Run, random_checkpoint: Path, picture: Pat
 
 
 def test_an_empty_prompt_is_allowed(run: Run, answering: Path, picture: Path) -> None:
-    """As in transformers: it is a newline to the model."""
+    """A line break in a prompt is a newline for the model, as in transformers."""
     assert run("run", picture, "", "--checkpoint", answering).out.startswith(ANSWER)
 
 
@@ -395,11 +395,11 @@ def test_an_empty_prompt_is_allowed(run: Run, answering: Path, picture: Path) ->
         ("folder.png", "cannot be written; it must be a file in an existing, writable folder"),
         ("boxes.xyz", "Pillow writes no format with the ending '.xyz'; .png is a good one"),
         ("boxes", "Pillow writes no format with the ending ''; .png is a good one"),
-        ("boxes.psd", "Pillow writes no format with the ending '.psd'; .png is a good one"),  # only reads it
+        ("boxes.psd", "Pillow writes no format with the ending '.psd'; .png is a good one"),  # Pillow only reads it
     ],
 )
 def test_drawings_that_cannot_be_written(run: Run, picture: Path, tmp_path: Path, name: str, message: str) -> None:
-    """Refused before the checkpoint, which is not even there, is looked at."""
+    """Bad options are refused before the (missing) checkpoint is read."""
     (tmp_path / "folder.png").mkdir()
     target = tmp_path / name
     done = run("run", picture, "detect fox", "--checkpoint", tmp_path / "missing", "--draw", target)
@@ -477,7 +477,7 @@ def test_conversions_that_fail(run: Run, random_checkpoint: Path, answering: Pat
     assert os.listdir(tmp_path) == ["file"]
 
 
-# As a program
+# As a separate process
 
 
 @pytest.mark.parametrize(
@@ -521,7 +521,7 @@ def test_version() -> None:
 
 
 def test_a_reader_that_goes_away() -> None:
-    """As `pg-kernels info | head -0`: no traceback, also when the text is written at the end, from a buffer."""
+    """A closed pipe gives no traceback, also if buffered text is flushed at exit (`pg-kernels info | head -0`)."""
     reader, writer = os.pipe()
     os.close(reader)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}

@@ -1,4 +1,4 @@
-"""A folder's files beside weights and tokenizer go along: mask decoder, generation_config.json, chat template, licence."""
+"""Files beside weights and tokenizer are kept: mask decoder, generation_config.json, chat template, licence."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_masks(path: Path) -> None:
-    """The folder's processor gives the masks of the one that it was made from, to the bit."""
+    """A saved folder's processor decodes masks bit-equally to the processor that it was made from."""
     found, expected = (
         Processor.from_pretrained(folder).parse(SEGMENTED, size=(64, 48))[0].mask
         for folder in (path, EMBEDDED_CHECKPOINT)
@@ -98,7 +98,7 @@ def test_a_generation_config_stays_with_the_model(folder: Path, tmp_path: Path) 
     assert generation(tmp_path / "int8") == GENERATION
     PaliGemma.from_pretrained(tmp_path / "int8").save_pretrained(tmp_path / "int8")
     assert generation(tmp_path / "int8") == GENERATION
-    # A model that came without one leaves a folder's alone, and brings its ids where there is none.
+    # A model loaded without a generation config keeps the folder's file, and writes its own ids if there is none.
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
     model = PaliGemma(replace(PaliGemma.from_pretrained(folder).config, eos_token_id=1))

@@ -1,4 +1,4 @@
-"""config.json: any value that is none of a PaliGemma's is refused, naming the file and the field."""
+"""config.json: invalid values are refused in one line that names the file and the field."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_rope_theta_of_either_form(folder: Path) -> None:
 @pytest.mark.parametrize("value", [2**31, 2**62 + 2])
 def test_absurd_sizes_are_refused_from_the_headers(folder: Path, field: str, value: int) -> None:
     path = changed(folder, field, value)
-    if field == "text_config.max_position_embeddings":  # no tensor's
+    if field == "text_config.max_position_embeddings":  # not the shape of any tensor
         assert PaliGemma.from_pretrained(folder).config.text_config.max_position_embeddings == value
         return
     started = time.process_time()

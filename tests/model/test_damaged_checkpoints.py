@@ -1,4 +1,4 @@
-"""Weights that are damaged or stand under other names: read rightly, or refused in one line naming file and tensor."""
+"""Damaged weights and unusual names are either read correctly or refused in one line that names file and tensor."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ PREFIXES = (
     "base_model.model.",
     "module._orig_mod.base_model.model.",
 )
-LAYOUTS = ("files", "memory")  # `language_model.model.…`, and `model.language_model.…` of transformers from 4.52 on
+LAYOUTS = ("files", "memory")  # `language_model.model.…`, and `model.language_model.…` since transformers 4.52
 
 
 def prefixed(folder: Path, model: PaliGemma, prefix: str, layout: str, **others: Tensor) -> None:
@@ -103,7 +103,7 @@ def load_copy(model: PaliGemma) -> PaliGemma:
 
 
 def test_tensors_beside_the_prefixed_ones_are_another_models(folder: Path, model: PaliGemma) -> None:
-    """A robot policy's file: PaliGemma, and an action expert beside it."""
+    """Write a robot policy's file: PaliGemma and an action expert."""
     prefix = "model.paligemma_with_expert.paligemma."
     expert = {
         "model.paligemma_with_expert.gemma_expert.model.layers.0.mlp.up_proj.weight": torch.zeros(3, 3),
@@ -118,7 +118,7 @@ def test_tensors_beside_the_prefixed_ones_are_another_models(folder: Path, model
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        # Another model's copy of all, or a tensor that could be the model's own.
+        # A copy of another model's tensors, or one tensor that could belong to the model.
         ({"ema.": None}, r"under several prefixes: 'ema\.', 'module\.'"),
         ({"lm_head.weight": torch.zeros(64, 32)}, r"1 unexpected tensor\(s\): model\.safetensors: lm_head\.weight"),
         ({"module.lora_A": torch.zeros(1)}, r"1 unexpected tensor\(s\): .*module\.lora_A"),
@@ -205,7 +205,7 @@ def test_an_index_of_other_types_or_places(folder: Path, weight_map: object) -> 
 
 
 def rewritten(path: Path, **changes: bytes | None) -> Path:
-    """Members of an .npz replaced, added or, with None, removed; dots stand for slashes in their names."""
+    """Replace or add members of an .npz, or remove them (None). Dots stand for slashes in names."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     members |= {f"params/{name.replace('.', '/')}.npy": content or b"" for name, content in changes.items()}
@@ -233,7 +233,7 @@ FINAL_NORM, LINEAR = "llm.final_norm.scale", "llm.layers.mlp.linear"
 ARRAYS: list[tuple[str, bytes]] = [
     (FINAL_NORM, b""),
     (FINAL_NORM, b"no array"),
-    (FINAL_NORM, array((32,))),  # no data
+    (FINAL_NORM, array((32,))),  # without data
     (FINAL_NORM, array((32,), data=b"\0" * 127)),
     (FINAL_NORM, array((32,), data=b"\0" * 129)),
     (FINAL_NORM, array((2**40,), data=b"\0" * 128)),
@@ -249,7 +249,7 @@ ARRAYS: list[tuple[str, bytes]] = [
     (FINAL_NORM, array((32,), "nothing")),
     (FINAL_NORM, array((32,), version=2, length=2**32 - 1)),
     (FINAL_NORM, array((32,), version=9)),
-    (FINAL_NORM, array((32,), length=20)),  # cut in the middle of the header's Python
+    (FINAL_NORM, array((32,), length=20)),  # cut inside the header's Python literal
     (FINAL_NORM, pickled([{}])),
     (LINEAR, array((10**9, 48, 32), data=b"\0" * 64)),
     (LINEAR, array((10**12, 0))),
@@ -275,7 +275,7 @@ def test_an_array_stored_twice(model: PaliGemma, tmp_path: Path) -> None:
         PaliGemma.from_pretrained(tmp_path / "p.npz")
 
 
-@pytest.mark.parametrize("offset", [4, 6, 8, 10, 20, 24, 28, 42])  # version, flags, compression, sizes, lengths, place
+@pytest.mark.parametrize("offset", [4, 6, 8, 10, 20, 24, 28, 42])  # version, flags, compression, sizes, lengths, offset
 def test_damaged_directory_of_a_zip(model: PaliGemma, tmp_path: Path, offset: int) -> None:
     path = tmp_path / "p.npz"
     model.save_big_vision(path)
@@ -290,7 +290,7 @@ def test_damaged_directory_of_a_zip(model: PaliGemma, tmp_path: Path, offset: in
 
 
 def test_an_array_that_claims_more_than_the_file_holds(model: PaliGemma, tmp_path: Path) -> None:
-    """Sizes in the zip's directory, the array's header and the configuration agree; memory is not taken for them."""
+    """Sizes in the zip directory, the array header and the configuration must agree before memory is allocated for them."""
     path = tmp_path / "p.npz"
     model.save_big_vision(path)
     table = array((2**38, 32))
@@ -320,12 +320,12 @@ def test_float64_becomes_float32(model: PaliGemma, folder: Path, tmp_path: Path)
         assert_equal(found, model)
 
 
-# A disk that is full
+# A full disk
 
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """No file above 20 kB, as on a disk that is full."""
+    """Limit files to 20 kB, like a full disk."""
     resource = pytest.importorskip("resource", reason="file sizes are limited by POSIX")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

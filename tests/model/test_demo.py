@@ -26,7 +26,7 @@ def test_there_is_a_sample_for_each_task() -> None:
 
 
 def test_the_demo_answers_every_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What the shipped samples' lines call right is what the shipped model says."""
+    """The built-in model gives the answers that the samples' lines record."""
     assert cli.main(["demo", "--draw", str(tmp_path / "sheet.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
     for line, example in zip(lines, samples(), strict=True):
@@ -60,4 +60,4 @@ def test_the_sheet_shows_pictures_and_boxes(tmp_path: Path) -> None:
     green_pixels = (drawn == (0, 160, 0)).all(-1)
     left, right = np.split(red_pixels, [drawn.shape[1] // 4], axis=1)
     assert left.sum() > 2 * right.sum() > 0 and green_pixels.sum() > 5_000
-    assert 0.2 < left.sum() / 280**2 < 0.98  # an outline and a label cover some of it
+    assert 0.2 < left.sum() / 280**2 < 0.98  # an outline and a label cover a part of it

@@ -1,4 +1,4 @@
-"""The small trained model that ships in the package, on its samples and on pictures it has not seen."""
+"""The built-in model on its samples and on unseen pictures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def processor() -> Processor:
 
 @pytest.fixture(scope="module")
 def questions(processor: Processor) -> Questions:
-    """About the world that the model was trained on, where the emoji font is not installed, too."""
+    """Return questions about the model's world. Its stored pictures need no emoji font."""
     stored = np.load(EMOJI)
     return Questions(World(glyphs={name: Image.fromarray(stored[name]) for name in stored}), processor.mask_decoder)
 
@@ -76,7 +76,7 @@ def intersection_over_union(a: tuple[float, ...], b: tuple[float, ...]) -> float
 def test_fresh_pictures(
     model: PaliGemma, processor: Processor, questions: Questions, task: str, language: str, floor: float
 ) -> None:
-    """The floors are about three standard deviations of so few questions below the card's scores."""
+    """The floors lie about three standard deviations (of this few questions) below the model card's scores."""
     (score,) = evaluate(model, processor, questions, count=40, seed=2, rows=[(task, language)])
     assert score.value >= floor
 

@@ -1,4 +1,4 @@
-"""`pg-kernels evaluate` on tiny files in every data set's format, with tiny models made here that always give one answer."""
+"""`pg-kernels evaluate` on tiny files of every format, with tiny models that always give one answer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIZE = (100, 50)
 MASK_DECODER = Path(__file__).parents[1] / "fixtures" / "seg_vae.params.npz"
 SEGMENT = "<loc0000><loc0001><loc1022><loc1023>" + "".join(f"<seg{code:03d}>" for code in range(0, 128, 8)) + " fox"
 DETECT = "<loc0100><loc0200><loc0600><loc0700> fox"
-# What it is in COCO's format, in an image of that size.
+# The same box in COCO's format, for an image of that size.
 BOX = [200 / 1023 * 100, 100 / 1023 * 50, 500 / 1023 * 100, 500 / 1023 * 50]
 
 
@@ -45,7 +45,7 @@ class Result:
 
     @property
     def error(self) -> str:
-        """The one line that says why a command failed."""
+        """Return the one line that says why a command failed."""
         assert (self.code, self.out) == (1, ""), self.err
         (line,) = [line for line in self.err.splitlines() if "error" in line]
         return line.removeprefix("pg-kernels: error: ")
@@ -64,7 +64,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def build(answer: str | None, folder: Path) -> Path:
-    """A tiny checkpoint: of random weights, or one whose every token is followed by one other, so that it gives one answer."""
+    """Write a tiny checkpoint: random, or one that always gives one answer because each token determines the next."""
     text = Tokenizer.from_pretrained(EMBEDDED_CHECKPOINT)
     config = PaliGemmaConfig(
         vision_config=VisionConfig(32, 48, 1, 2, image_size=28),
@@ -93,7 +93,7 @@ def build(answer: str | None, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], Path]:
-    """The checkpoint that gives an answer; None: the random one."""
+    """Return the checkpoint that gives an answer; the random one for None."""
     made: dict[str | None, Path] = {}
 
     def get(answer: str | None) -> Path:
@@ -105,7 +105,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | Non
 
 
 def write(path: Path, content: Any) -> Path:
-    """JSON, or JSON lines of a list, or text as it is."""
+    """Write JSON, JSON lines for a list, or text unchanged."""
     if path.suffix == ".jsonl" and not isinstance(content, str):
         content = "".join(json.dumps(line) + "\n" for line in content)
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
@@ -118,7 +118,7 @@ def picture(path: Path, size: tuple[int, int] = SIZE) -> None:
 
 
 def instances(*annotations: dict[str, Any]) -> dict[str, Any]:
-    """COCO's JSON of two images, of which the second has no `file_name`, and two categories."""
+    """Return COCO's JSON of two images (the second without `file_name`) and two categories."""
     return {
         "images": [
             {"id": 7, "file_name": "val2014/seven.jpg", "width": SIZE[0], "height": SIZE[1], "caption": "the fox"},
@@ -140,7 +140,7 @@ def coco(tmp_path: Path) -> Path:
 
 
 def asked(task: str, *data: Path, **options: Any) -> list[tuple[str, list[str], Any]]:
-    """Each question's prompt, its images' names and its reference."""
+    """Return each question's prompt, image names and reference."""
     evaluation = prepare(task, data, **options)
     return [(evaluation.prompt(q), [path.name for path in q.images], q.reference) for q in evaluation.questions]
 
@@ -160,7 +160,7 @@ def test_coco_captions(run: Run, checkpoints: Callable[[str], Path], coco: Path)
         ("caption en", ["COCO_val2014_000000000008.jpg"], ("a red fox ",)),
     ]
     done = run("--task", "caption", "--data", coco, "--checkpoint", checkpoints("a red fox"), "--json")
-    # Right for one of two images, whose words and pairs of words (no four in a row) are in no other's.
+    # Correct for one of two images. No word, and no pair of words, of its caption occurs in the other's.
     assert done.scores == {"coco.json": {"cider": pytest.approx(10 * 3 / 4 / 2), "bleu4": pytest.approx(0, abs=0.05)}}
 
 
@@ -353,7 +353,7 @@ def test_detection(run: Run, checkpoints: Callable[[str], Path], coco: Path, tmp
 def test_the_surer_of_two_boxes_counts_first(coco: Path, checkpoints: Callable[[str], Path]) -> None:
     write(coco, instances({"image_id": 7, "category_id": 3, "bbox": BOX}))
     evaluation, processor = prepare("detect", [coco]), Processor.from_pretrained(checkpoints(None))
-    # The first is malformed, and its five probabilities belong to no box.
+    # The first answer is malformed. Its five probabilities belong to no box.
     text = f"<loc0001><loc0002><loc0003><loc0004><loc0005> fox ; <loc0000><loc0000><loc0050><loc0050> fox ; {DETECT}"
     for probabilities, ap in (((0.9,) * 5 + (0.4,) * 4 + (0.6,) * 4, 1.0), ((0.9,) * 5 + (0.6,) * 4 + (0.4,) * 4, 0.5)):
         for separated in (text, text.replace(" ; ", "\n"), f"detect fox\n{text.replace(' ; ', ', ')}"):
@@ -369,7 +369,7 @@ def test_referring_expressions(run: Run, checkpoints: Callable[[str], Path], coc
     arguments = ("--task", "refer", "--data", coco, "--checkpoint", checkpoints(SEGMENT), "--json")
     scores = run(*arguments, "--mask-decoder", MASK_DECODER).scores["coco.json"]
     assert scores["precision@0.5"] == 0.5 and scores["missing"] == 0.0
-    assert 0 < scores["mean_iou"] < 0.6  # what the decoder makes of those codes covers a part of the image
+    assert 0 < scores["mean_iou"] < 0.6  # the decoder turns those codes into a mask of a part of the image
     assert run(*arguments).error == "refer compares masks: give the mask decoder's weights with --mask-decoder"
 
     boxes = ({"image_id": 7, "bbox": BOX}, {"image_id": 8, "bbox": [0, 0, 10, 10]})
@@ -391,7 +391,7 @@ def test_segmentation(run: Run, checkpoints: Callable[[str], Path], coco: Path) 
     (thing,) = processor.parse(SEGMENT, SIZE)
     assert thing.mask is not None and thing.mask[:, :50].any()
     scores = evaluation.score([Answer(SEGMENT), Answer(SEGMENT)], processor)["coco.json"]
-    # The fox is everywhere; of the owl, right of the middle nothing counts.
+    # The fox counts everywhere. No owl right of the middle counts.
     of_fox, of_owl = thing.mask.mean(), thing.mask[:, :50].mean()
     expected = {"mean_iou": (of_fox + of_owl) / 2, "mean_iou of categories": (of_fox + of_owl) / 2, "missing": 0.0}
     assert scores == pytest.approx(expected)
@@ -417,7 +417,7 @@ def test_compressed_run_lengths(coco: Path) -> None:
 
 @pytest.mark.parametrize("task", ["detect", "segment", "refer"])
 def test_entries_of_the_stored_pixels_of_a_turned_photo(run: Run, coco: Path, tmp_path: Path, task: str) -> None:
-    """EXIF turns the picture upright: what was measured in the file's rows and columns is of another image."""
+    """EXIF rotates the picture, so boxes measured in the file's rows and columns do not fit it."""
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
     Image.new("RGB", SIZE, "green").save(tmp_path / "seven.jpg", exif=exif)
@@ -440,7 +440,7 @@ def test_entries_of_the_stored_pixels_of_a_turned_photo(run: Run, coco: Path, tm
         content["annotations"][0]["bbox"] = [60, 0, 30, 40]
         assert "annotations[0]: 'bbox': expected [x, y, width, height] within 50×100 pixels, got [60, " in error()
         content["annotations"][0].update(bbox=[0, 60, 50.4, 40], segmentation=[[0, 60, 50.4, 60, 50, 100]])
-    assert error().startswith(f"{tmp_path / 'missing'} does not exist")  # all is well but the checkpoint
+    assert error().startswith(f"{tmp_path / 'missing'} does not exist")  # everything is valid but the checkpoint
     content["images"][0].update(width=49)
     assert error().endswith("is of 50×100 pixels") or "'segmentation'" in error()
     (tmp_path / "seven.jpg").write_bytes(b"no picture")
@@ -453,7 +453,7 @@ def test_entries_of_the_stored_pixels_of_a_turned_photo(run: Run, coco: Path, tm
 
 @pytest.fixture
 def lines(tmp_path: Path) -> Path:
-    """Eleven questions about three pictures."""
+    """Write eleven questions about three pictures."""
     for i in range(3):
         Image.effect_noise(SIZE, 100).convert("RGB").save(tmp_path / f"{i}.png")
     questions = [{"image": f"{i % 3}.png", "prefix": f"what {'is ' * i}{i}", "suffix": "x"} for i in range(11)]
@@ -465,7 +465,7 @@ def load(checkpoint: Path) -> tuple[PaliGemma, Processor]:
 
 
 def test_answers_are_those_to_each_question_alone(lines: Path, checkpoints: Callable[[None], Path]) -> None:
-    """In batches, each picture encoded once in a batch."""
+    """In a batch, each picture is encoded once."""
     evaluation = prepare("jsonl", [lines])
     model, processor = load(checkpoints(None))
     encoded = []
@@ -480,13 +480,13 @@ def test_answers_are_those_to_each_question_alone(lines: Path, checkpoints: Call
 
 
 def test_location_probabilities(coco: Path, checkpoints: Callable[[str], Path]) -> None:
-    """Those of the model's own next tokens, prompt by prompt, in a padded batch."""
+    """Probabilities equal those of the model's own next tokens, prompt by prompt, in a padded batch."""
     boxes = ({"image_id": 7, "category_id": 3, "bbox": BOX}, {"image_id": 8, "category_id": 4, "bbox": BOX})
     write(coco, instances(*boxes, {"image_id": 8, "category_id": 3, "bbox": BOX}))
     evaluation = prepare("detect", [coco])
     model, processor = load(checkpoints(DETECT))
     with torch.no_grad():
-        model.lm_head.weight *= 0.3  # less sure
+        model.lm_head.weight *= 0.3  # less certain
     answers = ask(evaluation, model, processor, batch_size=2)
     for question, answer in zip(evaluation.questions, answers, strict=True):
         assert answer.text == DETECT
@@ -521,7 +521,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_file(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert 4 < cut.read_bytes().count(b"\n") < 12
-    with cut.open("ab") as file:  # one line of the next batch, and a part of another
+    with cut.open("ab") as file:  # one line of the next batch and a part of another
         file.write(whole.read_bytes().splitlines(keepends=True)[cut.read_bytes().count(b"\n")] + b'{"id": ')
     assert run(*arguments, "--output", cut).scores == done.scores
     assert cut.read_bytes() == whole.read_bytes()
@@ -536,7 +536,7 @@ def test_a_finished_file_is_only_scored(
     before = output.read_bytes()
     monkeypatch.setattr(PaliGemma, "generate", None)
     write(lines, [json.loads(line) | {"suffix": "fox"} for line in lines.read_text().splitlines()])
-    assert run(*arguments, "--json").scores == {"lines.jsonl": {"exact_match": 1.0}}  # references may get better
+    assert run(*arguments, "--json").scores == {"lines.jsonl": {"exact_match": 1.0}}  # improved references
     assert output.read_bytes() == before
 
 
@@ -608,7 +608,7 @@ def test_nothing_is_written_when_the_model_cannot_be_loaded(run: Run, lines: Pat
     assert done.error.startswith(f"{tmp_path / 'missing'} does not exist") and not output.exists()
 
 
-# Bad files and options, refused before a model, which is not even there, is looked at
+# Bad files and options are refused before the (missing) model is read
 
 
 POLYGON = [[0, 0, 10, 0, 10, 10]]

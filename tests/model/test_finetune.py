@@ -1,4 +1,4 @@
-"""`pg-kernels finetune` on a tiny random model: pictures of one colour, and questions about it."""
+"""`pg-kernels finetune` on a tiny random model: pictures of one colour, with questions about them."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_another_image_size(checkpoint: Path, data: Path, tmp_path: Path) -> Non
 
 
 def test_patience(checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    """A learning rate that can only do harm: the first weights are the best, and stay."""
+    """With a harmful learning rate the first weights are the best and are kept."""
     common = ("--checkpoint", checkpoint, "--data", data, "--eval-data", data, "--output", tmp_path / "out")
     options = ("--learning-rate", 10, "--warmup", 0, "--workers", 0, "--eval-every", 1, "--patience", 2, "--steps", 9)
     assert finetune(*common, *options) == 0

@@ -1,4 +1,4 @@
-"""Decoding with the cache, against the model's own forward without one."""
+"""Decoding with the cache, compared with the model's forward without a cache."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def row(inputs: dict[str, Tensor], index: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def without_cache(model: PaliGemma, inputs: dict[str, Tensor], steps: int) -> Tensor:
-    """Greedy decoding of one prompt by running everything anew at each step."""
+    """Decode one prompt greedily by recomputing everything at each step."""
     ids = inputs["input_ids"]
     for _ in range(steps):
         types = (torch.arange(ids.shape[1]) >= inputs["input_ids"].shape[1]).long()[None]
@@ -113,7 +113,7 @@ def test_draws_follow_the_seed(model: PaliGemma) -> None:
 
 
 def test_draws_follow_the_distribution(model: PaliGemma) -> None:
-    """20,000 first tokens against softmax(logits / temperature) restricted to the nucleus and the k likeliest."""
+    """20,000 first tokens follow softmax(logits / temperature), restricted to the nucleus and the top k."""
     from pg_kernels.model.decoding import SamplingConfig, choose_tokens
 
     model = PaliGemma(PaliGemmaConfig(VISION, TextConfig(vocab_size=12, hidden_size=4, num_hidden_layers=1)))
@@ -136,7 +136,7 @@ def test_draws_follow_the_distribution(model: PaliGemma) -> None:
 
 
 def test_one_beam_more_never_scores_less(model: PaliGemma) -> None:
-    """With beams for every sequence, beam search finds the likeliest answer of all; greedy is not better."""
+    """With a beam for every sequence, beam search finds the most likely answer of all. Greedy decoding is not better."""
     inputs, end = row(prompts(), 1), 5
 
     def score(tokens: Tensor) -> float:
@@ -237,7 +237,7 @@ def test_a_beam_cannot_end_outside_the_vocabulary(model: PaliGemma) -> None:
 
 
 def test_answers_end_where_generation_config_says(model: PaliGemma, tmp_path: Path) -> None:
-    """As in transformers, also after saving again; where the file names no token, the one of config.json ends an answer."""
+    """generation_config.json ends answers as in transformers, also after saving. config.json's token is the fallback."""
     from transformers import PaliGemmaForConditionalGeneration
 
     torch.manual_seed(3)

@@ -1,6 +1,6 @@
-"""Generation as CUDA graphs replay it: state in tensors that stay where they are, no look at a number on the device.
+"""Generation with CUDA graphs: tensors keep their addresses, and nothing reads a value on the device.
 
-Where there is no GPU, a stand-in for a captured graph runs the function again at each replay.
+Without a GPU, a stand-in for a captured graph runs the function at each replay.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def model() -> PaliGemma:
 
 
 def prompts(model: PaliGemma, batch: int = 2, text: int = 5, seed: int = 0, images: int = 1) -> dict[str, Tensor]:
-    """Images and random tokens, the first row with two tokens less: padding before or after them by the seed."""
+    """Return images and random tokens. The first row has two padding tokens, before or after the tokens by the seed."""
     generator = torch.Generator().manual_seed(seed)
     placeholders = torch.full((batch, 4 * images), model.config.image_token_id)
     ids = torch.cat((placeholders, torch.randint(4, 64, (batch, text), generator=generator)), 1)
@@ -69,7 +69,7 @@ def prompts(model: PaliGemma, batch: int = 2, text: int = 5, seed: int = 0, imag
 
 
 class Recorded:
-    """In the place of a CUDA graph: what was captured runs at each replay, and nothing ran at the capture."""
+    """A stand-in for a CUDA graph: it runs the function at each replay and not at the capture."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self.replay = function
@@ -81,7 +81,7 @@ class Recorded:
 
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]:
-    """Let everything be captured, by stand-ins, which are listed."""
+    """Replace all captures by stand-ins, which are listed."""
     found: list[Recorded] = []
 
     def capture(function: Callable[[], None], generator: torch.Generator | None, pool: object) -> Recorded:
@@ -100,13 +100,13 @@ def seeded(seed: int | None) -> dict[str, Any]:
 
 @pytest.mark.parametrize("seed", [None, 3])
 def test_replays_answer_as_eager_steps_do(model: PaliGemma, captured: list[Recorded], seed: int | None) -> None:
-    """Prompts of several lengths, padded on either side, one after the other in the same session."""
+    """Prompts of several lengths and padding sides run in one session, one after the other."""
     options, eager = seeded(seed), seeded(seed)
     for text, number, new in ((5, 0, 9), (7, 1, 4), (5, 2, 12), (5, 4, 1), (7, 3, 9), (5, 6, 20)):
         given = prompts(model, text=text, seed=number)
         expected = model.generate(**given, max_new_tokens=new, cuda_graph=False, **eager)
         assert torch.equal(model.generate(**given, max_new_tokens=new, **options), expected)
-    # One step, and each prefill that came twice.
+    # One graph for the step, and one for each prefill shape seen twice.
     assert len(model.graph_cache) == 1 and len(captured) == 3
 
 
@@ -124,10 +124,11 @@ def test_what_a_session_is_kept_for(model: PaliGemma, captured: list[Recorded]) 
     generator = torch.Generator()
     assert captures(temperature=1.0, generator=generator) == 1
     assert captures(temperature=1.0, generator=generator) == 1
-    assert captures(temperature=1.0, generator=torch.Generator()) == 0  # a session has its own, which takes its state
+    # A session has its own generator, which copies the state of this one.
+    assert captures(temperature=1.0, generator=torch.Generator()) == 0
     assert captures(temperature=1.0, top_k=3) == 1
     assert len(model.graph_cache) == graphs.KEPT
-    assert captures() == 1  # the first one went when the fifth one came
+    assert captures() == 1  # the fifth session evicted the first
     with pg_kernels.backend("reference"):
         assert captures() == 1
     model.graph_cache.clear()
@@ -138,7 +139,7 @@ def test_a_session_ends_with_the_model_it_was_captured_from(model: PaliGemma, ca
     given = prompts(model)
 
     def answers_alike() -> int:
-        """How many captures it takes to answer twice."""
+        """Return the number of captures for two answers."""
         before = len(captured)
         for _ in range(2):
             answer = model.generate(**given, max_new_tokens=6)
@@ -147,7 +148,7 @@ def test_a_session_ends_with_the_model_it_was_captured_from(model: PaliGemma, ca
 
     assert answers_alike() == 2
     with torch.no_grad():
-        model.model.language_model.norm.weight.mul_(1.5)  # where it was: graphs read it
+        model.model.language_model.norm.weight.mul_(1.5)  # the address is unchanged, because graphs read it
     assert answers_alike() == 0
     layer = model.model.language_model.layers[0].mlp
     layer.down_proj.weight = nn.Parameter(layer.down_proj.weight.detach().clone())
@@ -173,7 +174,7 @@ def test_after_an_error_a_session_is_not_used_again(model: PaliGemma, captured: 
 
 
 def test_a_stream_may_generate(model: PaliGemma, captured: list[Recorded]) -> None:
-    """Whoever is called back in the middle of an answer gets a session of his own."""
+    """A callback in the middle of an answer that generates again uses a session of its own."""
     given, other, inner = prompts(model), prompts(model, seed=1), []
     expected = [model.generate(**p, max_new_tokens=6, cuda_graph=False) for p in (given, other)]
     streamed: list[Tensor] = []
@@ -198,8 +199,9 @@ def test_graphs_of_a_session_share_memory(model: PaliGemma, captured: list[Recor
 def test_memory_goes_with_whoever_held_it(
     keeps: bool, captured: list[Recorded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once, not when the garbage collector comes: it counts objects, not gigabytes."""
-    graph = SimpleNamespace(replay=lambda: None, pool=lambda: None)  # like a real one it holds nothing of what it ran
+    """Graphs are freed at once. The garbage collector would run late: it counts objects, not gigabytes."""
+    # Like a real graph, it keeps no reference to what it ran.
+    graph = SimpleNamespace(replay=lambda: None, pool=lambda: None)
     monkeypatch.setattr(graphs, "capture", lambda *_: graph)
     gc.collect()
     gc.disable()
@@ -225,7 +227,7 @@ def test_memory_goes_with_whoever_held_it(
 
 
 def test_a_generator_goes_on_where_it_was(model: PaliGemma, captured: list[Recorded]) -> None:
-    """As if the session drew from it itself, whoever drew before and after."""
+    """The session's random numbers do not depend on other draws before or after."""
     ours, theirs = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     for number in range(3):
         given = prompts(model, seed=number)
@@ -262,7 +264,7 @@ def test_features_of_an_image_serve_several_prompts(model: PaliGemma, captured: 
 def test_answers_end_where_the_last_one_does(
     model: PaliGemma, captured: list[Recorded], monkeypatch: pytest.MonkeyPatch, ends_at: int
 ) -> None:
-    """Also when the host looks only now and then; a step beyond the end leaves no trace."""
+    """End tokens are found although the host looks only now and then. A step beyond the end leaves no trace."""
     given = prompts(model)
     free = model.generate(**given, max_new_tokens=12, eos_token_id=-1, cuda_graph=False)
     ends = sorted(set(free[:, ends_at - 1].tolist()))
@@ -277,7 +279,7 @@ def test_answers_end_where_the_last_one_does(
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("options", [{}, SAMPLED, {"temperature": 0.7}], ids=["greedy", "nucleus", "drawn"])
 def test_a_step_looks_at_no_number(options: dict[str, Any], quantised: bool) -> None:
-    """With tensors that have none: asking for one raises, here as it would make the host wait for a GPU."""
+    """Tensors without data raise when a value is read. On a GPU, reading a value would synchronise."""
     with FakeTensorMode(), torch.inference_mode():
         model = make(vocab_size=300)
         if quantised:
@@ -291,7 +293,7 @@ def test_a_step_looks_at_no_number(options: dict[str, Any], quantised: bool) -> 
         state = {**vars(session), **vars(session.decoder), **vars(session.decoder.lengths)}
         session.prefill(model, prompts(model))
         session.step(model)
-        # The same tensors as before hold everything.
+        # All results are in the same tensors as before.
         after = {**vars(session), **vars(session.decoder), **vars(session.decoder.lengths)}
         assert all(after[name] is value for name, value in state.items())
         assert session._answers.shape == (2, 128) and session._answers.dtype == torch.int64
@@ -352,13 +354,13 @@ def _rotated_then_written(
 
 @pytest.mark.parametrize("model_type", ["gemma", "gemma2"])
 def test_merged_projections(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One product for three, in both towers, of the same parameters: saved, copied, moved, trained and quantised as before."""
+    """Both towers compute q, k and v by one product of the same parameters. Saving, copying, training, … are unchanged."""
     model = make(model_type=model_type)
     given, before = prompts(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected, parameters = model.generate(**given, max_new_tokens=8, eos_token_id=-1), list(model.parameters())
     pg_nn.fuse_qkv_(model)
     assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
-    for _ in range(2):  # the second time there is nothing to do
+    for _ in range(2):  # the second call changes nothing
         addresses = [parameter.data_ptr() for parameter in parameters]
         pg_nn.fuse_qkv_(model)
         assert addresses == [parameter.data_ptr() for parameter in parameters]
@@ -372,7 +374,7 @@ def test_merged_projections(model_type: str, tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(nn_fusion.F, "linear", counted)
         assert torch.equal(model.generate(**given, max_new_tokens=8, eos_token_id=-1), expected)
-    # Heads, and key-value heads twice, of 16 columns; the image encoder's three times 32.
+    # Query heads and twice the key-value heads of 16 columns; three times 32 columns in the image encoder.
     assert products.count(4 * 16 + 2 * 2 * 16) == 8 * TEXT.num_hidden_layers
     assert products.count(3 * 32) == VISION.num_hidden_layers
 
@@ -426,13 +428,13 @@ def test_tokens_are_the_same_without_each_fusion(
 
 
 def test_tokens_are_the_same_with_all_kernels() -> None:
-    """Triton's, in its interpreter, against the definitions."""
+    """Triton kernels, in the interpreter, agree with the definitions."""
     pytest.importorskip("triton")
     model = make(num_hidden_layers=1)
     given = prompts(model)
     with pg_kernels.backend("reference"):
         expected = model.generate(**given, max_new_tokens=3, eos_token_id=-1)
-    # Ops without a kernel of Triton's have none to be compared.
+    # Ops without a Triton kernel have nothing to compare.
     assert torch.equal(model.generate(**given, max_new_tokens=3, eos_token_id=-1), expected)
     with pg_kernels.backend("triton"):
         assert torch.equal(model.generate(**given, max_new_tokens=3, eos_token_id=-1), expected)

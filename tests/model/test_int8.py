@@ -1,4 +1,4 @@
-"""The model in int8: loading, saving, generating, and how far it is from its original."""
+"""The model in int8: loading, saving, generating, and its distance from the original."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_what_was_saved_comes_back(
     assert torch.equal(logits(loaded), logits(quantised))
     assert loaded.lm_head.activations == quantised.lm_head.activations
     assert loaded.state_dict().keys() == quantised.state_dict().keys()
-    # Saved again it is the same to the byte.
+    # saving again gives the same bytes
     loaded.save_pretrained(tmp_path / "again", max_shard_bytes=shard)
     for file in (tmp_path / "int8").iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name

@@ -1,4 +1,4 @@
-"""What is left of a run of `pg-kernels finetune` that a signal, a damaged file or a full disk stops: all of it, to the bit."""
+"""A run of `pg-kernels finetune` stopped by a signal, a damaged file or a full disk resumes bit-equally."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def finetune(*arguments: object) -> int:
 
 
 def in_a_process(function: Callable[[], object]) -> multiprocessing.Process:
-    """Start a forked process that ends with the function's result, for what would end this one."""
+    """Run a function that would end this process in a forked process, which exits with the function's result."""
     process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(int(function() or 0)))  # type: ignore[call-overload]
     process.start()
     return process  # type: ignore[return-value]
@@ -53,7 +53,7 @@ def in_a_process(function: Callable[[], object]) -> multiprocessing.Process:
 def kill_in_call(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, *signals: int, pause: float = 0.3
 ) -> list[int]:
-    """Send this process signals as a method's call of this number (from 1) begins; the list gets the calls that end."""
+    """Send signals to this process at the start of a method's n-th call (from 1). The list receives the calls that return."""
     original, began, ended = getattr(owner, name), [], []
 
     def method(self: Any, *arguments: Any) -> Any:
@@ -72,7 +72,7 @@ def kill_in_call(
 
 @pytest.fixture(autouse=True)
 def usual_handlers() -> Iterator[None]:
-    """Those of a program that a shell starts; in the background SIGINT and SIGHUP may be ignored."""
+    """Reset the signal handlers to a shell's. In the background, SIGINT and SIGHUP may be ignored."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
     before = {signum: signal.signal(signum, handler) for signum, handler in usual.items()}
     yield
@@ -85,7 +85,7 @@ def weights(folder: Path) -> bytes:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """The log without times."""
+    """Return the log without times."""
     found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{key: line[key] for key in line if "second" not in key} for line in found]
 
@@ -97,7 +97,7 @@ def step_of(folder: Path) -> int:
 
 @pytest.fixture(scope="module")
 def whole(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run of 4 steps of an adapter, evaluated after every second one."""
+    """Run 4 steps of an adapter without interruption, evaluating after every second step."""
     folder = tmp_path_factory.mktemp("whole") / "out"
     common = ("--checkpoint", checkpoint, "--data", data, "--eval-data", data, "--output", folder)
     assert finetune(*common, *LORA, "--steps", 4, "--eval-every", 2) == 0
@@ -191,7 +191,7 @@ def test_a_run_in_another_thread(whole: Path, checkpoint: Path, data: Path, tmp_
 
 
 def run_two(monkeypatch: pytest.MonkeyPatch, signalled: int | None, *arguments: object) -> list[int | None]:
-    """Run two processes, of which one gets SIGTERM while it makes its third batch, and give their exit codes."""
+    """Run two processes, of which one receives SIGTERM while it makes its third batch, and return their exit codes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -252,7 +252,7 @@ def truncate(path: Path) -> None:
 
 @pytest.fixture
 def copied(data: Path, tmp_path: Path) -> Path:
-    """The data in a folder of their own, to be changed."""
+    """Return a copy of the data that a test can change."""
     shutil.copytree(data.parent, tmp_path / "data")
     return tmp_path / "data/data.jsonl"
 
@@ -293,7 +293,7 @@ def test_an_unreadable_image_stops_the_run_after_a_checkpoint(
 def test_skipped_examples_count_for_nothing(
     checkpoint: Path, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run that skips is the run of the others, also where a step or an evaluation has nothing else."""
+    """Skipping gives the run of the remaining examples, also where a step or an evaluation has only skipped ones."""
     common = ("--checkpoint", checkpoint, "--images", copied.parent, *FAST, "--batch-size", 3, "--steps", 2)
     rows = copied.read_text().splitlines()
     few = tmp_path / "few.jsonl"
@@ -317,7 +317,7 @@ def test_skipped_examples_count_for_nothing(
 def test_a_folder_has_one_run(
     checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The second is refused before any work; a lock ends with its process, however that ends, and not with its children."""
+    """A second run is refused before any work. The lock ends with its process, however that ends, despite living children."""
     folder = tmp_path / "out"
     children = tmp_path / "children"
 
@@ -518,7 +518,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     save = State.save
 
     def save_on_a_full_disk(state: State) -> None:
-        if state.step == 3:  # larger files than this cannot be written, and log.jsonl can
+        if state.step == 3:  # log.jsonl fits below this file size limit, larger files do not
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         save(state)
 
@@ -535,7 +535,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     def full(*_: object) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
 
-    with pytest.MonkeyPatch.context() as patch:  # now the result, of an adapter, which PEFT writes
+    with pytest.MonkeyPatch.context() as patch:  # now the result of an adapter, which PEFT writes
         kill_in_call(patch, State, "save", 1)
         patch.setattr(State, "save", lambda state: (save(state), full()))
         adapter = in_a_process(lambda: finetune(*common[:4], "--output", tmp_path / "lora", *LORA, "--steps", 1))
@@ -556,7 +556,8 @@ def test_steps_are_lines_in_a_pipe_and_a_bar_on_a_terminal(
             progress.write("done")
         return capsys.readouterr().err
 
-    first, last, done = show().splitlines()  # nothing of the step between, 10 seconds have not gone by
+    # The step in between leaves no checkpoint: less than 10 seconds have passed.
+    first, last, done = show().splitlines()
     assert first.startswith("step 3/5: loss 1.5000, learning rate 1.00e-03, ") and first.endswith(" left")
     assert last.startswith("step 5/5: loss 1.5000") and last.endswith("00:00 left") and done == "done"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

@@ -1,4 +1,4 @@
-"""Objects in text: read, written, drawn."""
+"""Reading, writing and drawing objects in text."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ CAT, DOG, OWL = ("".join(f"<loc{n:04d}>" for n in box) for box in ((0, 0, 9, 9),
 @pytest.mark.parametrize("separator", [" ; ", ";", "\n", ", ", ",", "", " ", " ,\n", ";\n\n"])
 @pytest.mark.parametrize("codes", ["", SEG, f" {SEG}"])
 def test_every_object_is_found(before: str, separator: str, codes: str) -> None:
-    """Where big_vision's demo or the supervision package finds it, too."""
+    """Objects are found wherever big_vision's demo or the supervision package finds them."""
     text = before + separator.join((f"{CAT}{codes} cat", f"{DOG} brown dog", f"{OWL}{codes} t-shirt"))
     found = [(thing.label, thing.box) for thing in parse(text, (1023, 1023))]
     assert found == [("cat", (0, 0, 9, 9)), ("brown dog", (2, 1, 40, 30)), ("t-shirt", (6, 5, 1023, 7))]
@@ -172,7 +172,7 @@ def test_tags_do_not_cover_each_other() -> None:
     upper, lower = Detection("cat", (20, 0, 120, 60)), Detection("dog", (20, 76, 120, 140))
     both = np.asarray(draw(Image.new("RGB", (200, 200)), [lower, upper]))
     alone = np.asarray(draw(Image.new("RGB", (200, 200)), [lower]))
-    assert np.array_equal(both[62:], alone[62:])  # there is no room for the upper one's tag above or below its box
+    assert np.array_equal(both[62:], alone[62:])  # neither above nor below its box is room for the upper one's tag
 
 
 def test_draw_tells_labels_apart() -> None:

@@ -1,4 +1,4 @@
-"""The shipped mask VQ-VAE, and the training that made it."""
+"""The shipped mask VQ-VAE and its training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ needs_font = pytest.mark.skipif(not Path(FONT_PATH).is_file(), reason="needs Deb
 
 
 def silhouettes() -> list[Image.Image]:
-    """A ring and a bar."""
+    """Return a ring and a bar."""
     ring, bar = Image.new("L", (100, 80)), Image.new("L", (90, 90))
     ImageDraw.Draw(ring).ellipse((10, 5, 89, 74), outline=255, width=12)
     ImageDraw.Draw(bar).line((15, 80, 75, 10), fill=255, width=20)
@@ -41,7 +41,7 @@ def test_shipped_codec_restores_the_masks_of_emoji() -> None:
 
 
 def test_shipped_codec_restores_other_shapes() -> None:
-    rng = random.Random(123)  # not the seed of its training
+    rng = random.Random(123)  # differs from the training's seed
     scores = score_mask_vae(MaskVQVAE.from_file(SHIPPED), [random_shape(rng) for _ in range(40)], poses=2, seed=123)
     assert scores.iou > 0.94
 
@@ -70,7 +70,7 @@ def test_training_again_gives_the_same_tensors(tmp_path: Path, monkeypatch: pyte
     for size in ("_POSES", "_SHAPES", "_PAIRS"):
         monkeypatch.setattr(mask_vae, size, 4)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more add up in another order
+    torch.set_num_threads(1)  # longer sums add up in another order
     try:
         runs = [
             train_mask_vae(tmp_path / f"{name}.npz", silhouettes(), steps=20, seed=seed)
@@ -100,7 +100,7 @@ def test_codebook_finds_clusters_and_revives_the_rare() -> None:
     features = centres.repeat(100, 1) + torch.randn(300, 16, generator=generator) * 0.01
     codebook = mask_vae._Codebook(features, generator)
     assert torch.cdist(features, codebook.codes).amin(1).max() < 0.2
-    for _ in range(500):  # features move, and take the codes that are chosen with them
+    for _ in range(500):  # the features move, and the chosen codes follow
         features = features + 0.02
         nearest = codebook.update(features)
     assert (nearest - features).norm(dim=1).max() < 8

@@ -1,4 +1,4 @@
-"""The metrics, beside values worked out by hand from their definitions."""
+"""The metrics, compared with values worked out by hand from their definitions."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def test_character_error_rate_is_over_all_characters_and_may_exceed_one() -> Non
     [
         ("Coca Cola", ["coca cola"], 1.0),
         ("abcx", ["abcd"], 0.75),
-        ("abcx", ["zzzz", "abcd"], 0.75),  # the best of several
+        ("abcx", ["zzzz", "abcd"], 0.75),  # the best of several references
         ("abxy", ["abcd"], 0.0),  # half is wrong: not below the threshold
         ("abxyz", ["abcde"], 0.0),
         ("abcyz", ["abcde"], 0.6),
-        ("abcd efgh", ["abcd"], 0.0),  # over the longer of the two
+        ("abcd efgh", ["abcd"], 0.0),  # divided by the length of the longer one
         ("", ["abc"], 0.0),
         ("", [""], 1.0),
     ],
@@ -75,11 +75,11 @@ def test_anls(answer: str, accepted: list[str], score: float) -> None:
         ("0.102", "10%", True),  # a percentage is a fraction
         ("10", "10%", False),
         ("0", "0", True),
-        ("0.0", "0", False),  # a reference of 0 has no 5 %
+        ("0.0", "0", False),  # 5 % of a reference of 0 is 0
         ("0.01", "0", False),
         ("Yes", "yes", True),
         ("blue", "light blue", False),
-        ("1,000", "1000", False),  # no number, as the original has it
+        ("1,000", "1000", False),  # not a number, as in the original
         ("2014", "[2013, 2014]", False),
         ("", "3", False),
         ("nan", "5", False),
@@ -100,10 +100,10 @@ def test_relaxed_accuracy(answer: str, reference: str, right: bool) -> None:
         ("couldntve", "couldntve"),
         ("couldn'tve", "couldn't've"),
         ("an apple, a pear", "apple pear"),
-        ("black/white", "black white"),  # punctuation between letters parts them
+        ("black/white", "black white"),  # punctuation between letters separates them
         ("black /white", "black white"),
         ("t-shirt", "t shirt"),
-        ("t-shirt, 1,000", "tshirt 1000"),  # but not beside a number with a comma
+        ("t-shirt, 1,000", "tshirt 1000"),  # punctuation beside a number with a comma does not
         ("3.5", "3.5"),
         ("mr. smith.", "mr smith"),
         ("it's", "it's"),
@@ -118,7 +118,7 @@ def test_vqa_normalisation(text: str, normal: str) -> None:
     ("answer", "people", "score"),
     [
         ("yes", ["yes"] * 10, 1.0),
-        ("Yes", ["yes"] * 10, 0.0),  # nothing is normalised where all agree
+        ("Yes", ["yes"] * 10, 0.0),  # nothing is normalised if all agree
         ("Yes", ["yes"] * 9 + ["no"], 1.0),
         ("yes", ["yes"] * 4 + ["no"] * 6, 1.0),
         ("yes", ["yes"] * 3 + ["no"] * 7, (3 * 2 / 3 + 7 * 1) / 10),
@@ -144,7 +144,7 @@ def test_perfect_captions_score_ten() -> None:
 
 
 def test_cider_by_hand() -> None:
-    """One wrong caption of two words each: vectors of their n-grams' tf-idf, whose cosines are averaged over n = 1 to 4."""
+    """One wrong caption of two words: tf-idf vectors of n-grams, whose cosines are averaged over n = 1 to 4."""
     # "red cat" for "red dog"; no word of it is in the other caption, so idf = log 2 wherever the reference has the word.
     # n = 1: "red" is in one image's references, "cat" in none, which counts as one: (1·1)/(√2·√2) = 1/2. n = 2: 0. n > 2: 0.
     scores = caption_scores(["red cat", "blue bird"], [["red dog"], ["blue bird"]])
@@ -154,7 +154,7 @@ def test_cider_by_hand() -> None:
 
 
 def test_bleu_by_hand() -> None:
-    # Of the answer's 6, 5, 4 and 3 n-grams 5, 3, 2 and 1 are in a reference; it is as long as the nearest reference.
+    # 5, 3, 2 and 1 of the answer's 6, 5, 4 and 3 n-grams are in a reference. It is as long as the nearest reference.
     answer, references = "a b c d x f", ["a b c d e f", "g h"]
     assert caption_scores([answer, answer], [references, references])["bleu4"] == pytest.approx(
         (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25, rel=1e-5
@@ -168,7 +168,7 @@ def test_bleu_by_hand() -> None:
         ("The dog’s bowl isn't 'full' -- it's 2,000.5 grams!", "the dog 's bowl is n't full it 's 2,000.5 grams"),
         ("black/white (new)", "black white new"),
         ("两只猫。", "两 只 猫"),
-        ("हिन्दी में लिखा।", "हिन्दी में लिखा"),  # vowel signs are parts of words
+        ("हिन्दी में लिखा।", "हिन्दी में लिखा"),  # vowel signs belong to words
         ("...", ""),
     ],
 )
@@ -198,7 +198,8 @@ def test_a_wrong_box_costs_more_the_surer_it_is() -> None:
     wanted = [[CAT]]
     assert average_precision([[CAT, ELSEWHERE]], wanted, scores=[[0.9, 0.5]])["ap50"] == pytest.approx(1.0)
     assert average_precision([[CAT, ELSEWHERE]], wanted, scores=[[0.5, 0.9]])["ap50"] == pytest.approx(0.5)
-    assert average_precision([[ELSEWHERE, CAT]], wanted)["ap50"] == pytest.approx(0.5)  # the order, where all are alike
+    # The order decides between equal answers.
+    assert average_precision([[ELSEWHERE, CAT]], wanted)["ap50"] == pytest.approx(0.5)
     assert average_precision([[CAT, CAT]], [[CAT], [CAT]][:1], scores=[[0.9, 0.8]])["ap50"] == pytest.approx(1.0)
 
 
@@ -262,7 +263,7 @@ def test_pair_accuracy() -> None:
         ("closed", 1),
         ("Closed.", 1),
         ("the snow", 2),
-        ("on", None),  # "On the snow" and "On a surface" share it
+        ("on", None),  # "On the snow" and "On a surface" share the word
         ("zebra", None),
         ("z", None),
         ("", None),
@@ -275,7 +276,7 @@ def test_chosen_option(answer: str, option: int | None) -> None:
 def test_yes_no_scores() -> None:
     answers = ["yes", "Yes, there is.", "no", "There is not. Yes", "", "not sure, yes"]
     labels = ["yes", "no", "no", "yes", "no", "yes"]
-    # Said yes: 0, 1, 4. Of these one is right; of three that are yes one is found.
+    # Answered yes: 0, 1, 4. One of them is right. One of the three positives is found.
     assert yes_no_scores(answers, labels) == {
         "accuracy": 2 / 6,
         "precision": 1 / 3,
@@ -312,7 +313,7 @@ def test_a_missing_package_is_named_with_the_extra(monkeypatch: pytest.MonkeyPat
 
 
 def test_scores_are_plain_numbers() -> None:
-    """What JSON writes."""
+    """Scores survive a round trip through JSON."""
     scores = caption_scores(["red cat", "blue bird"], [["red dog"], ["blue bird"]]) | average_precision(
         [[CAT]], [[CAT]]
     )

@@ -1,4 +1,4 @@
-"""Whether the output head is the embedding: the tensors decide, in files, in copies and in int8."""
+"""Whether the output head is tied to the embedding: the tensors decide, in files, in copies and in int8."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def doubled() -> PaliGemma:
 
 
 def trained_embedding() -> PaliGemma:
-    """A model whose embedding alone PEFT has trained."""
+    """Return a model of which PEFT has trained only the embedding."""
     adapted = get_peft_model(tied(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
     table = adapted.get_submodule("base_model.model.model.language_model.embed_tokens.modules_to_save.default")
     with torch.no_grad():
@@ -78,7 +78,7 @@ def logits(model: PaliGemma | HFPaliGemma) -> Tensor:
 
 
 def declared(folder: Path) -> set[bool]:
-    """What config.json says, in both places that transformers has looked at."""
+    """Return `tie_word_embeddings` at both places of config.json that transformers has used."""
     content = json.loads((folder / "config.json").read_text())
     return {content["tie_word_embeddings"], content["text_config"]["tie_word_embeddings"]}
 
@@ -116,7 +116,7 @@ def test_another_head_is_written(make: Callable[[], PaliGemma], tmp_path: Path) 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_an_int8_head_beside_an_int8_embedding(scale: float, tmp_path: Path) -> None:
-    """Twice the head has the same levels: the scales decide, in whatever config.json says."""
+    """A doubled head has the same int8 levels. The scales decide, whatever config.json says."""
     model = quantize_(tied())
     head = nn.Linear(32, 64, bias=False)
     head.weight = nn.Parameter(model.lm_head.weight.dequantize(torch.float32) * scale)
@@ -139,7 +139,7 @@ def test_an_int8_embedding_under_a_float_head(tmp_path: Path) -> None:
 
 
 def test_loading_a_state_dict_with_another_int8_head_unties_it() -> None:
-    # int8 levels of the doubled head are the embedding's, its scales are not.
+    # The doubled head has the embedding's int8 levels but other scales.
     model = quantize_(tied())
     state = model.state_dict()
     state["lm_head.weight_scale"] = state["lm_head.weight_scale"] * 2
@@ -153,7 +153,7 @@ def test_loading_a_state_dict_with_another_int8_head_unties_it() -> None:
 @pytest.mark.parametrize("same", ["memory", "values"])
 @pytest.mark.parametrize("configured", [True, False])
 def test_an_equal_head(same: str, configured: bool, tmp_path: Path) -> None:
-    """Equal values in memory of their own stay so where the configuration unties them, for training; else there is one tensor."""
+    """If the configuration unties head and embedding, equal values stay separate, for training. Else they become one tensor."""
     model = tied(replace(CONFIG, tie_word_embeddings=configured))
     weight = model.get_parameter(EMBEDDING)
     model.lm_head.weight = weight if same == "memory" else nn.Parameter(weight.detach().clone())
@@ -166,7 +166,7 @@ def test_an_equal_head(same: str, configured: bool, tmp_path: Path) -> None:
     again = PaliGemma.from_pretrained(tmp_path / "hf")
     assert torch.equal(logits(again), expected)
     assert (again.lm_head.weight is again.get_parameter(EMBEDDING)) == one
-    # .npz has no head: equal values are all that counts.
+    # An .npz has no head, so only equal values count.
     model.save_big_vision(tmp_path / "p.npz")
     convert(tmp_path / "hf", tmp_path / "q.npz")
     for name in ("p.npz", "q.npz"):

@@ -1,4 +1,4 @@
-"""The model against transformers' eager implementation on random small checkpoints, and what only ours promises."""
+"""The model against transformers' eager implementation on small random checkpoints, and our own additions."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ VISION = {
 
 @pytest.fixture(scope="module", params=["gemma", "gemma2"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    """The same random weights in transformers and here, through a folder that transformers wrote."""
+    """Return the same random weights in transformers and here, through a folder that transformers wrote."""
     torch.manual_seed(0)
     config = HFConfig(
         text_config={"model_type": request.param, "query_pre_attn_scalar": 24, **TEXT},
@@ -54,9 +54,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     )
     config._attn_implementation = "eager"
     theirs = PaliGemmaForConditionalGeneration(config).eval()
-    with (
-        torch.no_grad()
-    ):  # transformers' own initialisation hides most mistakes: all norms 1, all biases 0, tiny weights
+    with torch.no_grad():  # transformers' initialisation hides most mistakes: all norms 1, all biases 0, tiny weights
         for parameter in theirs.parameters():
             parameter.copy_(
                 torch.randn_like(parameter) * (0.2 if parameter.dim() == 1 else parameter[0].numel() ** -0.5)
@@ -67,7 +65,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def batch(padding_side: str, images: int = 1, suffix: bool = True) -> dict[str, Tensor]:
-    """Three examples of different lengths: image tokens, a prefix of 3 to 5 tokens, a suffix of 2 to 4, padding."""
+    """Return three examples of different lengths: image tokens, a prefix of 3 to 5 tokens, a suffix of 2 to 4, padding."""
     generator = torch.Generator().manual_seed(1)
     rows = []
     for prefix_len, suffix_len in ((5, 4), (3, 2), (4, 4)):
@@ -210,7 +208,7 @@ def test_example_loss_averages_examples_and_logits_come_only_when_asked(model: P
 @pytest.mark.parametrize("quantised", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize("change", ["hook", "own forward", "bias"])
 def test_a_head_that_is_more_than_a_product(model: PaliGemma, change: str, quantised: bool) -> None:
-    """It is called, for the loss and for the next token."""
+    """Such a head is called, for the loss and for the next token."""
     model = copy.deepcopy(model)
     if quantised:
         quantize_(model)
@@ -259,7 +257,7 @@ def test_image_features_stand_in_for_pixels(model: PaliGemma) -> None:
 
 
 def test_placeholder_beyond_the_vocabulary() -> None:
-    """big_vision's checkpoints have no embedding row for it."""
+    """big_vision's checkpoints have no embedding row for <image>."""
     torch.manual_seed(0)
     config = small()
     model = PaliGemma(PaliGemmaConfig(config.vision_config, config.text_config, image_token_id=VOCABULARY))
@@ -296,7 +294,7 @@ def test_autocast_and_compile_train(model: PaliGemma) -> None:
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_program(strict: bool) -> None:
-    """It gives the same logits and loss, for batches and lengths other than the ones it was traced with, and can be saved."""
+    """The exported model gives the same logits and loss for other batches and lengths than traced, and can be saved."""
     torch.manual_seed(0)
     config = small("gemma2", num_hidden_layers=1, final_logit_softcapping=9.0)
     model = PaliGemma(replace(config, vision_config=replace(config.vision_config, num_hidden_layers=1)))
@@ -329,7 +327,7 @@ def test_output_is_a_tree_of_tensors_and_can_be_copied() -> None:
 
 
 def test_lora_trains_and_generates() -> None:
-    """Adapters replace projections by modules whose `.weight` is only a part of them."""
+    """Adapters replace projections by modules whose `.weight` is only a part of the weight."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)

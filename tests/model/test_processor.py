@@ -1,4 +1,4 @@
-"""The processor against transformers' PaliGemmaProcessor on the same files."""
+"""The processor, compared with transformers' PaliGemmaProcessor on the same files."""
 
 from __future__ import annotations
 
@@ -122,13 +122,13 @@ def train_tokenizer(extra_symbols: list[str]) -> bytes:
 
 @pytest.fixture(scope="session", params=["released", "appended"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder whose tokenizer has the loc and seg pieces, or lacks them, so that they are appended."""
+    """Write a checkpoint folder whose tokenizer has the loc and seg pieces, or lacks them, so that they are appended."""
     path = tmp_path_factory.mktemp(request.param)
     released = request.param == "released"
     proto = train_tokenizer([*LOC_TOKENS, *SEG_TOKENS] if released else [])
     (path / "tokenizer.model").write_bytes(proto)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=proto).get_piece_size()
-    # transformers adds <image> before the others, so in both folders it comes right after the last piece.
+    # transformers adds <image> first, so in both folders it follows the last piece.
     write_folder(path, image_token_id=pieces)
     return path
 
@@ -310,7 +310,7 @@ def test_decode_equals_transformers(ours: Processor, theirs: PaliGemmaProcessor)
     rng = random.Random(2)
     vocabulary = [i for i in range(len(ours.tokenizer)) if i != ours.tokenizer.eos_id]
     rows += [rng.choices(vocabulary, k=30) for _ in range(50)]
-    # Mostly byte pieces: runs that are not valid UTF-8.
+    # Mostly byte pieces, including runs that are not valid UTF-8.
     rows += [rng.choices(range(30, 350), k=30) for _ in range(100)]
     expected = theirs.batch_decode(rows, skip_special_tokens=True)
     assert ours.decode(rows) == expected
@@ -386,7 +386,7 @@ ADDED = [
 
 
 def add_tokens(folder: Path, target: Path, **attributes: str) -> PaliGemmaProcessor:
-    """Adds tokens with transformers, saves them as it does, and puts `tokenizer.model` beside."""
+    """Add tokens with transformers, save its files, and put `tokenizer.model` beside them."""
     processor = PaliGemmaProcessor.from_pretrained(folder)
     processor.tokenizer.add_tokens(ADDED)
     for name, value in attributes.items():
@@ -457,7 +457,7 @@ def test_tokens_of_other_files(folder: Path, tmp_path: Path, changes: dict, adde
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with added tokens as transformers saves it, and its `tokenizer.model`."""
+    """Return a folder with added tokens as transformers saves it, and its `tokenizer.model`."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("saved")
     (source / "tokenizer.model").write_bytes(train_tokenizer([]))
     write_folder(source, sentencepiece.SentencePieceProcessor(str(source / "tokenizer.model")).get_piece_size())
@@ -834,7 +834,7 @@ def test_large_images(ours: Processor, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def bilinear_weights(size: int, out: int, antialias: bool) -> np.ndarray:
-    """The rows of tf.image.resize(method="bilinear") as a matrix, from its definition."""
+    """Return tf.image.resize(method="bilinear") of rows as a matrix, computed from its definition."""
     scale = size / out
     support = max(scale, 1.0) if antialias else 1.0
     centres = (np.arange(out)[:, None] + 0.5) * scale - 0.5

@@ -1,4 +1,4 @@
-"""The mask VQ-VAE against the original code's outputs and against a computation written out here."""
+"""The mask VQ-VAE, compared with the original code's outputs and with an independent computation."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def build(tensors: dict[str, np.ndarray]) -> MaskVQVAE:
 
 
 def correlate(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, stride: int, padding: int) -> np.ndarray:
-    """A convolution as a sum over the kernel's taps, in fp64."""
+    """Compute a convolution as a sum over the kernel's taps, in fp64."""
     kernel = weight.shape[2]
     x = np.pad(x, ((0, 0), (padding, padding), (padding, padding)))
     size = (x.shape[1] - kernel) // stride + 1
@@ -71,7 +71,7 @@ def correlate(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, stride: int, 
 
 
 def reference_features(tensors: dict[str, np.ndarray], mask64: np.ndarray) -> np.ndarray:
-    """The encoder before the codebook, [16, E], from the published layer list."""
+    """Compute the encoder's features before the codebook, [16, E], from the published layer list."""
 
     def conv(x: np.ndarray, key: str, stride: int, padding: int) -> np.ndarray:
         return correlate(x, tensors[f"{key}.weight"], tensors[f"{key}.bias"], stride, padding)

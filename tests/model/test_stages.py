@@ -1,4 +1,4 @@
-"""The stages that make the built-in model, cut down to a few steps on plain shapes, and how its scores are counted."""
+"""The stages that make the built-in model, reduced to a few steps on plain shapes, and how its scores are counted."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(
     reason="the tokenizer needs emoji and protobuf (extra: train)",
 )
 
-# CPUs without bf16 instructions take ten times as long for it, in which Muon computes, too.
+# CPUs without bf16 instructions take ten times as long in bf16, which Muon also uses.
 FAST = {"steps": 2, "batch_size": 12, "micro_batch": 6, "precision": "float32", "optimizer": "adamw"}
 SHORT = tuple(replace(stage, recipe=replace(stage.recipe, **FAST)) for stage in STAGES)
 NAMES = ("fox", "owl", "key", "bus", "star", "house")
@@ -57,7 +57,7 @@ def codec() -> MaskVQVAE:
 
 @pytest.fixture(scope="module", autouse=True)
 def names_of_shapes() -> object:
-    """Questions about the world of shapes, whose names are the same in every language."""
+    """Return questions about the world of shapes, whose names are the same in every language."""
     with pytest.MonkeyPatch.context() as patch:
         same = {language: {name: name for name in NAMES} for language in LANGUAGES}
         patch.setattr(stages, "Questions", lambda world, codec: Questions(world, codec, same))
@@ -100,7 +100,7 @@ def test_stages_are_reproducible_and_done_ones_are_kept(
 
 
 def test_a_higher_resolution_starts_from_what_was_seen() -> None:
-    """Patches of twice the size see the same in a picture of twice the size; more patches get positions in between."""
+    """Patches of twice the size give the same features for a picture of twice the size. More patches interpolate positions."""
     text = TextConfig(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     vision = VisionConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=112, patch_size=14
@@ -135,7 +135,7 @@ def test_examples_depend_on_stage_seed_and_index_alone(trained: Path, world: Wor
 
 
 def test_a_picture_is_encoded_once_for_all_its_questions(trained: Path, world: World, codec: MaskVQVAE) -> None:
-    """The loss is that of the same questions, each with its own pictures."""
+    """The loss equals that of the same questions with one picture each."""
     processor = Processor.from_pretrained(trained / "stage1")
     model = PaliGemma.from_pretrained(trained / "stage1", dtype=torch.float32)
     data = Generated(stages.Questions(world, codec), processor, SHORT[1])
@@ -154,7 +154,7 @@ def test_a_picture_is_encoded_once_for_all_its_questions(trained: Path, world: W
 
 
 def test_scores_of_answers(trained: Path, world: World, codec: MaskVQVAE) -> None:
-    """Right answers score 1, and as near to it as codes of masks allow; no answer scores 0."""
+    """Right answers score 1, or as close as mask codes allow. Empty answers score 0."""
     processor = Processor.from_pretrained(trained / "stage3")
     processor.mask_decoder = codec
     rows = table_rows(stages.Questions(world, codec), processor.image_size)
@@ -180,7 +180,7 @@ def test_evaluation_asks_each_row(trained: Path, world: World, codec: MaskVQVAE)
 def test_loss_curves(trained: Path, tmp_path: Path) -> None:
     draw_losses([trained / stage.name for stage in SHORT], tmp_path / "losses.png")
     with Image.open(tmp_path / "losses.png") as picture:
-        assert picture.width > 3 * picture.height  # a panel for each stage, side by side
+        assert picture.width > 3 * picture.height  # one panel for each stage, side by side
     with pytest.raises(FileNotFoundError, match="log.jsonl: no such file; a training run leaves it"):
         draw_losses([tmp_path], tmp_path / "none.png")
     assert [path.name for path in tmp_path.iterdir()] == ["losses.png"]

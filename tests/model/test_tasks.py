@@ -1,4 +1,4 @@
-"""Questions about pictures of a world of plain shapes: what they ask, and that their answers are true."""
+"""Questions about pictures of a world of plain shapes: their wording and their answers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_captions_name_what_is_there_in_every_language(questions: Questions, sce
 
 
 def test_vqa_answers_are_true(questions: Questions, scenes: list[Picture]) -> None:
-    """Each kind of question is answered once more, from the boxes."""
+    """Each kind of question is answered a second time, from the boxes."""
     kinds: Counter[str] = Counter()
     for number, picture in enumerate(scenes * 3):
         example = questions.vqa(random.Random(number), picture)
@@ -112,7 +112,7 @@ def test_vqa_answers_are_true(questions: Questions, scenes: list[Picture]) -> No
             order = sorted(boxes, key=lambda name: middle[name][axis])
             if "left" not in kind and "top" not in kind and "above" not in kind:
                 order.reverse()
-            if named:  # nothing else lies beyond it
+            if named:  # nothing else lies further out
                 assert order.index(named[0]) == 1
             assert answer == order[0]
     assert len(kinds) >= 14 and min(kinds.values()) >= 2, kinds

@@ -1,4 +1,4 @@
-"""The training loop on a tiny random model and on data that are tensors already."""
+"""The training loop on a tiny random model, with data that are tensors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def new_model(seed: int = 0) -> PaliGemma:
 
 
 class Sums(Dataset[dict[str, Tensor]]):
-    """An image of one brightness, a random prompt, and one to three tokens that tell the brightness."""
+    """Return an image of one brightness, a random prompt, and one to three tokens that name the brightness."""
 
     def __init__(self, length: int = 24) -> None:
         self.length = length
@@ -82,7 +82,7 @@ class InOrder(Sums):
 
 
 class Batches(InOrder):
-    """Whole micro batches of 4 of the same examples."""
+    """Return whole micro batches of 4 of the same examples."""
 
     def __len__(self) -> int:
         return self.length // 4
@@ -99,7 +99,7 @@ RECIPE = Recipe(steps=6, batch_size=8, learning_rate=1e-2, save_every=2, workers
 
 
 def run(folder: Path, recipe: Recipe = RECIPE, data: Dataset[Any] | None = None, **options: Any) -> dict[str, Tensor]:
-    """Train a new model and give its weights."""
+    """Train a new model and return its weights."""
     model = options.pop("model", None) or new_model()
     saved = []
     options.setdefault("collate", collate)
@@ -123,7 +123,7 @@ class Stop(Exception):
 
 
 def stop_at(step: int) -> Callable[..., Tensor]:
-    """A loss that raises in a step (from 1) instead of giving a value."""
+    """Return a loss that raises in a step (from 1)."""
     calls = []
 
     def loss(model: torch.nn.Module, batch: dict[str, Tensor], recipe: Recipe) -> Tensor:
@@ -163,7 +163,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, redu
     whole = run(tmp_path / "whole", recipe)
     parts = run(tmp_path / "parts", replace(recipe, micro_batch=2))
     for name in whole:
-        if not name.endswith("k_proj.bias"):  # its gradient is 0 up to rounding, which Adam makes steps of
+        if not name.endswith("k_proj.bias"):  # its gradient is zero up to rounding, which Adam turns into steps
             torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-4)
     for one, other in zip(log(tmp_path / "whole"), log(tmp_path / "parts"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -193,7 +193,7 @@ def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path: Path, options
     with pytest.raises(Stop):
         run(tmp_path / "cut", recipe, loss=stop_at(4 * parts))
     assert [line["step"] for line in log(tmp_path / "cut")] == [1, 2, 3]
-    resumed = run(tmp_path / "cut", recipe, model=new_model(seed=1))  # what is loaded replaces these weights
+    resumed = run(tmp_path / "cut", recipe, model=new_model(seed=1))  # loading replaces these weights
     assert_equal(whole, resumed)
     same = ("step", "loss", "gradient_norm", "learning_rate")
     for one, other in zip(log(tmp_path / "whole"), log(tmp_path / "cut"), strict=True):
@@ -201,7 +201,7 @@ def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path: Path, options
 
 
 def test_a_killed_process_goes_on(tmp_path: Path) -> None:
-    """SIGKILL in the middle of a step, workers alive."""
+    """Kill the process in the middle of a step while workers are alive."""
     recipe = replace(RECIPE, workers=2, precision="bfloat16")
 
     def killing(model: torch.nn.Module, batch: dict[str, Tensor], recipe: Recipe) -> Tensor:
@@ -232,7 +232,7 @@ def evaluation(model: PaliGemma) -> Callable[[], dict[str, float]]:
 
 
 def train_as_a_rank(rank: int, port: int, folder: Path, recipe: Recipe, cut: int) -> None:
-    """What one of two processes does; the first writes the weights. `cut`: call of the loss that it dies in, or 0."""
+    """Run one of two processes; the first writes the weights. `cut`: the loss call in which it dies, or 0."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port)
     )
@@ -268,7 +268,7 @@ def run_two_processes(folder: Path, recipe: Recipe, cut: int = 0) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_two_processes_do_what_one_does(tmp_path: Path, precision: str) -> None:
-    """Cut off and gone on with in between, tied embedding, one part frozen, answers generated while training."""
+    """Two processes train like one: resumed, with a tied embedding, a frozen part, and answers generated during training."""
     recipe = replace(
         RECIPE,
         steps=4,
@@ -342,7 +342,7 @@ def test_every_epoch_has_each_example_once_in_another_order() -> None:
 
 
 def test_bfloat16_moves_fp32_masters(tmp_path: Path) -> None:
-    """Steps far below bf16's resolution add up, as they would not in the weights themselves."""
+    """Steps below bf16's resolution add up in the master weights. In bf16 weights they would be lost."""
     recipe = replace(RECIPE, learning_rate=1e-5, steps=12, schedule="linear", warmup=0.0)
     before = new_model().state_dict()
     exact = run(tmp_path / "fp32", recipe)
@@ -370,7 +370,7 @@ def test_muon_moves_matrices_by_orthogonal_steps(tmp_path: Path) -> None:
     }
     step = before["model.multi_modal_projector.linear.weight"] - after["model.multi_modal_projector.linear.weight"]
     values = torch.linalg.svdvals(step / (RECIPE.learning_rate * 0.2 * math.sqrt(16)))
-    assert values.median() > 0.5 and values.max() < 1.3  # five iterations leave the small ones small
+    assert values.median() > 0.5 and values.max() < 1.3  # five iterations leave small singular values small
     run(tmp_path / "learns", replace(RECIPE, optimizer="muon", steps=20))
     lines = log(tmp_path / "learns")
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
@@ -467,7 +467,7 @@ def test_tensorboard(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_on_a_gpu(tmp_path: Path, precision: str) -> None:
-    """Answers by CUDA graphs in between; cut off, and gone on with."""
+    """A run that generates answers by CUDA graphs can be stopped and resumed."""
     recipe = replace(RECIPE, steps=40, eval_every=10, save_every=10, micro_batch=4, precision=precision, workers=1)
     for loss in (stop_at(2 * 35), suffix_loss):
         model = new_model().to("cuda")

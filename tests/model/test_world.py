@@ -1,4 +1,4 @@
-"""The world of emoji pictures and the tokenizer trained on it."""
+"""The world of emoji pictures, and the tokenizer trained on its names."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _shape(*rectangles: tuple[int, int, int, int], colour: tuple[int, int, int],
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    """A world of plain shapes, each off the centre of its image and of one colour, so that pixels tell them apart."""
+    """Return a world of plain shapes. Each is off its image's centre and of one colour, so that pixels tell them apart."""
     slash = Image.new("RGBA", (128, 128))
     ImageDraw.Draw(slash).line((110, 20, 30, 100), fill=(*COLOURS["umber slash"], 255), width=20)
     return World(
@@ -235,7 +235,7 @@ def test_tokenizer(tmp_path: Path) -> None:
     assert [tokenizer.encode(piece) for piece in pieces] == [[0], [1], [2], [3], [4]]
     assert [tokenizer.encode(piece) for piece in added] == [[NUM_TEXT_PIECES + index] for index in range(len(added))]
 
-    # English names are whole words wherever a task writes them; anything else still comes back unchanged.
+    # English names are whole words wherever a task writes them. Everything else still round-trips.
     for name in names().values():
         words = 1 + name.count(" ")
         assert len(tokenizer.encode(f"detect {name}\n")) == words + 2

@@ -1,4 +1,4 @@
-"""A tiny random checkpoint, and pictures of one colour with questions about them, to fine-tune it on."""
+"""A tiny random checkpoint to fine-tune, and pictures of one colour with questions about them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_checkpoint(folder: Path) -> Path:
 
 
 def make_answer(model: PaliGemma, tokenizer: Tokenizer, answer: str) -> None:
-    """Set an untied model's weights so that each token is followed by one other: after a prompt come the answer and the end."""
+    """Set an untied model's weights so that each token determines the next: after a prompt come the answer and the end."""
     chain = [*tokenizer.encode("\n"), *tokenizer.encode(answer), tokenizer.eos_id]
     assert len(set(chain)) == len(chain)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def make_answer(model: PaliGemma, tokenizer: Tokenizer, answer: str) -> None:
 
 
 def write_data(folder: Path) -> Path:
-    """Two lines for each colour's picture."""
+    """Write two lines for each colour's picture."""
     for colour in COLOURS:
         Image.new("RGB", (10, 10), colour).save(folder / f"{colour}.png")
     lines = [
