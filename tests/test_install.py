@@ -51,14 +51,14 @@ def copy_tracked(folder: Path) -> Path:
 
 
 def build(folder: Path, **environment: str) -> Wheel:
-    """Build where `import torch` fails, as on a fresh machine: no part of the build may need it."""
+    """Build without torch, as on a fresh machine. No part of the build may need it."""
     source, blocked = copy_tracked(folder / "source"), folder / "blocked"
     blocked.mkdir()
     (blocked / "torch.py").write_text("raise ImportError('the build asked for torch')")
     done = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", folder / "out", source],
         cwd=folder,
-        # Optimised, the extension compiles for half a minute, as it did for what is installed.
+        # With optimisation the extension compiles for half a minute, as it did for the installed package.
         env={
             **os.environ,
             "CFLAGS": "-O0",
@@ -85,7 +85,7 @@ while [ "$1" != -o ]; do shift; done
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Wheel:
-    """With a CUDA compiler that writes empty files: the real one takes most of a minute, and has built what is installed."""
+    """Build with a CUDA compiler that writes empty files. The real one takes most of a minute."""
     folder = tmp_path_factory.mktemp("wheel")
     return build(folder, PG_KERNELS_CUDA="1", NVCC=str(program(folder / "nvcc", NVCC)))
 
@@ -112,9 +112,9 @@ def _is_benchmark_module(path: str) -> bool:
 
 
 def test_a_wheel_holds_the_whole_package(wheel: Wheel) -> None:
-    """Every tracked file, the shipped checkpoint's too, where it is imported from; and the extensions.
+    """The wheel holds every tracked file of the package, also the built-in checkpoint, and the extensions.
 
-    Of the benchmarks that is their modules, without the stored runs and without what only pytest reads.
+    Of the benchmarks it holds the modules, without stored runs and without pytest's files.
     """
     wanted = [path for path in TRACKED if path.startswith(("pg_kernels/", "model/")) or _is_benchmark_module(path)]
     assert {"pg_kernels/py.typed", "model/cli/run.py", "model/checkpoints/huggingface.py"} <= set(wanted)
@@ -221,7 +221,7 @@ assert cli.main(["info"]) == 0
 
 
 def use(wheel: Wheel, folder: Path) -> str:
-    """Install a wheel beside everything else, multiply with it, and give its account of the backend it took."""
+    """Install a wheel on its own, multiply with it, and return the backend that it reports."""
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, wheel.path]
     subprocess.run(pip, check=True, env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
     done = subprocess.run(
@@ -246,7 +246,7 @@ def test_without_the_extension_the_reference_multiplies(without_compiler: Wheel,
 
 
 def test_an_editable_install_survives_a_missing_compiler(tmp_path: Path) -> None:
-    """Its build copies the extension into the source folder, if there is one."""
+    """The sdist's build copies the extension into the source folder, if there is one."""
     copy_tracked(tmp_path)
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Each line's comment is the error that mypy must find in it.
+# Each line's comment is the error that mypy must find.
 WRONG_CALLS = """
 from torch import Tensor
 from pg_kernels import quantize_, rms_norm
@@ -24,7 +24,7 @@ def wrong(model: PaliGemma, processor: Processor, x: Tensor) -> None:
 
 
 def test_a_wrong_call_fails(tmp_path: Path) -> None:
-    """mypy reads two files as if they ended with wrong calls, one of the benchmarks and one of the tests."""
+    """Run mypy as if a benchmarks file and a tests file ended with wrong calls."""
     subprocess.run(["make", "-s", "types"], cwd=ROOT, check=True)
     expected, arguments = set(), []
     for file in ("build/types/pg_kernels/benchmarks/__main__.py", "tests/test_lint.py"):

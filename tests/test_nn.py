@@ -1,4 +1,4 @@
-"""The ops as modules, against those of transformers and PyTorch that they replace, with their parameters."""
+"""The modules, compared with the modules of transformers and PyTorch that they replace, on the same parameters."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def config(family: str, **changes: Any) -> Any:
 
 
 def theirs(family: str, name: str, *arguments: Any) -> nn.Module:
-    """A module of transformers, with weights as large as trained ones, evaluating."""
+    """Return a transformers module in eval mode, with weights as large as trained ones."""
     torch.manual_seed(0)
     module = getattr(MODELING[family], CLASSES[family] + name)(*arguments).eval()
     return randomized(module)
@@ -53,7 +53,7 @@ def randomized(module: nn.Module) -> nn.Module:
 def assert_same(
     ours: nn.Module, other: nn.Module, x: Tensor, call: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
 ) -> None:
-    """With the other's parameters, results and gradients are the other's."""
+    """Require equal results and gradients after loading the other module's parameters."""
     ours.load_state_dict(other.state_dict(), strict=True)
     results: list[Mapping[str, Tensor]] = []
     for module in (ours, other):
@@ -97,7 +97,7 @@ def test_mlp(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_decoder_layer_of_our_modules(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put in the place of transformers' classes, they are made and called as those are."""
+    """Assigned to transformers' class names, our modules are constructed and called like the originals."""
     other = theirs(family, "DecoderLayer", config(family), 0)
     monkeypatch.setattr(MODELING[family], f"{CLASSES[family]}RMSNorm", RMSNorm)
     monkeypatch.setattr(MODELING[family], f"{CLASSES[family]}MLP", GeGLUMLP.from_config)
@@ -113,7 +113,7 @@ def test_a_decoder_layer_of_our_modules(family: str, monkeypatch: pytest.MonkeyP
 
 
 def visible(family: str, length: int, prefix_lens: Tensor, kv_starts: Tensor, window: int | None) -> Tensor:
-    """The mask [B, 1, S, S] that transformers adds: 0 where a key is seen."""
+    """Return the mask [B, 1, S, S] that transformers adds: 0 where a key is visible."""
     query, key = torch.arange(length)[:, None], torch.arange(length)
     seen = key <= query
     if window is not None:
@@ -141,7 +141,7 @@ def test_attention(family: str, layer: int, bias: bool) -> None:
             out = ours(inputs, positions, prefix_lens=prefix_lens, kv_starts=kv_starts)
         else:
             out = other(inputs, position_embeddings=angles, attention_mask=mask)[0]
-        # What padding sees is a matter of taste.
+        # The output of padding queries is unspecified.
         return torch.where(torch.arange(length)[:, None] < kv_starts[:, None, None], 0.0, out)
 
     assert_same(ours, other, x, call)
@@ -149,7 +149,7 @@ def test_attention(family: str, layer: int, bias: bool) -> None:
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["float", "int8"])
 def test_attention_with_a_cache(quantised: bool) -> None:
-    """Step by step, or the last query alone, it gives what it gives at once."""
+    """Decoding step by step, or only the last query, gives the result of one call."""
     torch.manual_seed(0)
     module = PrefixLMAttention(48, 4, 2, 16, softcap=5.0)
     if quantised:

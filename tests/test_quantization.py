@@ -1,4 +1,4 @@
-"""Int8Linear, Int8Embedding, and quantize_, which puts them into a model."""
+"""Int8Linear, Int8Embedding, and quantize_, which replaces a model's layers by them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def linear(inputs: int = 70, outputs: int = 33, bias: bool = True, dtype: torch.
 
 
 class Tied(nn.Module):
-    """An embedding that is the output head, too, beside a layer under two names and one of a subclass."""
+    """Return a model whose embedding is also its head, with a layer under two names and one of a subclass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def test_state(bias: bool, group_size: int | None) -> None:
     assert torch.equal(other(x), module(x)) and other.group_size == group_size
     sequence = nn.Sequential(nn.Identity(), Int8Linear(70, 33, bias, group_size=group_size))
     sequence.load_state_dict({f"1.{name}": tensor for name, tensor in linear(bias=bias).state_dict().items()})
-    assert torch.equal(sequence(x), module(x))  # floats are quantised as they come
+    assert torch.equal(sequence(x), module(x))  # floats are quantised on assignment
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_only_a_move_changes_the_weight() -> None:
 
 
 def test_a_weight_has_the_dtype_of_its_layer() -> None:
-    """Models cast what they hand to a layer to its weight's dtype."""
+    """Models cast a layer's input to the dtype of its weight."""
     module = Int8Linear.from_linear(linear(dtype=torch.bfloat16))
     x = torch.randn(3, 70, dtype=torch.float64)
     assert module(x.to(module.weight.dtype)).dtype == torch.bfloat16
@@ -194,7 +194,7 @@ def test_from_torchao(mode: str) -> None:
     torchao.quantize_(theirs, config)
     ours, x = Int8Linear.from_torchao(theirs[0]), torch.randn(5, 64, dtype=torch.bfloat16)
     assert ours.activations == MODES[mode] and ours.bias is theirs[0].bias
-    # Two roundings to bf16, theirs and ours.
+    # torchao and our layer each round to bf16.
     torch.testing.assert_close(ours(x), theirs(x), rtol=2**-6, atol=2**-6)
     with pytest.raises(TypeError, match="^linear: expected a weight of torchao's Int8Tensor, got Tensor"):
         Int8Linear.from_torchao(linear())
@@ -268,7 +268,7 @@ WATCHED: dict[str, Callable[[nn.Module], object]] = {
 def test_watched_layers_are_called(
     quantised: bool, watch: Callable[[nn.Module], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where one product of several layers would else read their weights."""
+    """Layers with hooks are called, although one product of several layers would read their weights."""
     layers = nn.ModuleDict({name: nn.Linear(64, 64, bias=False) for name in ("q_proj", "k_proj", "v_proj")})
     fuse_qkv_(layers)
     if quantised:

@@ -1,4 +1,4 @@
-"""README's Python examples run as they stand, on small models, an image made here and the CPU."""
+"""README's Python examples run unchanged, on small models, a generated image and the CPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(example: str, **names: Any) -> dict[str, Any]:
 def test_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (80, 60), "white").save(tmp_path / "cat.jpg")
     monkeypatch.chdir(tmp_path)
-    # On a CPU an example would run, too, that does not move the inputs.
+    # On a CPU, an example that forgets to move the inputs would also run.
     assert BACKEND.count("processor(image") == BACKEND.count('").to("cuda")') == 2
     names = run(BACKEND)
     assert names["model"].lm_head.weight.dtype == torch.bfloat16

@@ -16,7 +16,7 @@ FOLDERS = {
     "pg_kernels.benchmarks": ROOT / "benchmarks",
     "pg_kernels": ROOT / "pg_kernels",
 }
-# From the bottom to the top; a module belongs to the last part whose name it begins with.
+# From the bottom to the top. A module belongs to the last part that its name begins with.
 PARTS = (
     ("pg_kernels._C", "pg_kernels._cuda"),
     ("pg_kernels.ops", "pg_kernels.backends"),
@@ -31,7 +31,7 @@ LEVELS = {name: level for level, names in enumerate(PARTS) for name in names}
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its installed name."""
+    """Return every module of the package by its installed name."""
     found = {}
     for package, folder in FOLDERS.items():
         for path in [*folder.rglob("*.py"), *folder.rglob("*.pyi")]:
@@ -41,7 +41,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(name: str, source: str, is_package: bool, known: set[str]) -> Iterator[str]:
-    """Yield the package's modules that a module imports, anywhere in it: at the top, in functions, under TYPE_CHECKING."""
+    """Yield the package's modules that a module imports anywhere: at the top, in functions, under TYPE_CHECKING."""
     package = name.split(".") if is_package else name.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -94,7 +94,7 @@ def test_there_is_no_circle() -> None:
 
 
 def test_only_ops_import_their_definitions() -> None:
-    """A backend that used the definition would be compared with itself."""
+    """A backend that used the definition would be compared with itself in tests."""
     backends = ("launch", "kernels", "tiles", "cpu", "cuda", "sdpa")
     for name, uses in IMPORTS.items():
         if name.rpartition(".")[2] in backends:
@@ -122,7 +122,7 @@ def test_no_two_classes_have_one_name() -> None:
             for node in ast.parse(path.read_text(encoding="utf-8")).body:
                 if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                     owners.setdefault(node.name, []).append(name)
-    # Every op has its own Tiles, which code calls tiles.Tiles.
+    # Every op has its own Tiles class, used as `tiles.Tiles`.
     assert {name: found for name, found in owners.items() if len(found) > 1 and name != "Tiles"} == {}
 
 

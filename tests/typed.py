@@ -1,4 +1,4 @@
-"""Calls whose results a type checker must know: mypy reads this file, and nobody runs it."""
+"""Calls whose result types a type checker must know. mypy reads this file; nothing runs it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pg_kernels import layer_norm, rms_norm
 
 
 def norms(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
-    """A tensor alone, and with a residual a pair."""
+    """rms_norm returns a tensor, and with a residual a pair."""
     return [rms_norm(x, weight, 1e-5), layer_norm(x, weight, bias), rms_norm(x, weight, residual=None)]
 
 

@@ -1,4 +1,4 @@
-"""With --import-mode=importlib pytest leaves sys.path alone, and the tests here share `synthetic`."""
+"""With --import-mode=importlib, pytest does not extend sys.path. The tests of this folder share `synthetic`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that nobody measured: ops, modes, sweeps and statuses, with times from a simple model of a machine and seeded noise."""
+"""A synthetic run: ops, modes, sweeps and statuses, with times from a simple machine model and seeded noise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPEEDS = {
     "Liger-Kernel": 0.75,
     "bitsandbytes LLM.int8": 0.5,
 }
-"""Shares of the roofline."""
+"""Shares of the roofline that each contender reaches."""
 PEERS = {
     "rms_norm": ("Liger-Kernel",),
     "geglu_mlp": ("Liger-Kernel",),
@@ -35,7 +35,7 @@ PEERS = {
 
 
 def synthetic_run(**overrides: Any) -> Run:
-    """A stored run in memory; `overrides` are fields of `Run`."""
+    """Return a stored run in memory. `overrides` are fields of `Run`."""
     random = np.random.default_rng(0)
     rows = [row for case in _cases() for row in _rows(case, random)]
     run = Run(
@@ -54,7 +54,7 @@ def synthetic_run(**overrides: Any) -> Run:
 
 
 def timed_row(case: str, contender: str, samples: tuple[float, ...], **fields: Any) -> Row:
-    """One timed row of a case, a forward rms_norm unless said otherwise; names tell whose it is, as in the suite."""
+    """Return a timed row of a case (default: forward rms_norm). As in the suite, names tell whose contender it is."""
     row = Row(
         case=case,
         op="rms_norm",
@@ -72,7 +72,7 @@ def timed_row(case: str, contender: str, samples: tuple[float, ...], **fields: A
 
 
 def _cases() -> Iterator[Row]:
-    """A pattern of each case's rows, without contender or times."""
+    """Return a pattern of each case's rows, without contender or times."""
     for mode in ("forward", "both"):
         for batch in (1, 4, 8):
             yield _case("rms_norm", mode, {"batch": batch, "tokens": 272, "width": 2048})
@@ -111,7 +111,7 @@ def _case(op: str, mode: str, sizes: Mapping[str, int], dtype: str = "bfloat16")
 
 
 def _work(op: str, sizes: Mapping[str, int]) -> tuple[int, int]:
-    """Bytes and arithmetic of one forward pass."""
+    """Return bytes and FLOPs of one forward pass."""
     tokens, batch, width = sizes.get("tokens", 1), sizes.get("batch", 1), sizes.get("width", 2048)
     if op == "rms_norm":
         return 4 * batch * tokens * width, 0
@@ -138,7 +138,7 @@ def _rows(case: Row, random: np.random.Generator) -> Iterator[Row]:
         elif name == "FlexAttention" and case.mode == "both":
             yield replace(row, status="wrong", reason="its output is 7 times as far off as allowed", error=7.0)
         else:
-            # Nothing is faster than the overhead of its launches, and ours loses where there is next to nothing to do.
+            # Nothing is faster than its launch overhead, and ours loses on tiny cases.
             speed = SPEEDS[name] * (0.2 if row.ours and case.sizes.get("tokens") == 1 else 1.0)
             seconds = OVERHEAD_S + CEILINGS.bound_s(case) / speed
             samples = seconds * drift * random.normal(1.0, 0.04, size=20).clip(0.8)

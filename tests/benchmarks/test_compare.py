@@ -1,4 +1,4 @@
-"""Comparing runs: noise is not a change, a change is found, and the machine's drift is neither."""
+"""Comparing runs: changes are found; noise and the machine's drift are not changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONTENDERS = {"pg_kernels native": 0.5, "pg_kernels reference": 1.2, "eager": 1.
 
 
 def run(seed: int, *, drift: float = 1.0, slowed: dict[str, float] | None = None, cases: int = 12) -> Run:
-    """Twelve cases whose times drift together by up to 2x from round to round, and scatter by 3 % each."""
+    """Return twelve cases whose times drift together by up to 2x between rounds and scatter by 3 % each."""
     random = np.random.default_rng(seed)
     rows = []
     for case in range(cases):

@@ -1,4 +1,4 @@
-"""Training with transformers, patched and not, as it is measured and stored."""
+"""Training with transformers, patched and plain: measuring and storing it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_both_tasks_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (plain,), (patched,) = (content["seen"][task][name] for name in (PLAIN, PATCHED))
         assert plain["seconds"] > 0 and len(plain["losses"]) == len(patched["losses"]) == 2
         assert patched["losses"] == pytest.approx(plain["losses"], rel=1e-4)
-    # Not a byte of the logits is there, nor of their gradients.
+    # The patched model holds neither logits nor their gradients.
     peaks = content["peaks"][STEP]
     assert peaks[PLAIN] - peaks[PATCHED] > content["logits_bytes"] == 4 * 2 * (256 + 32) * 20_000
     assert (folder / "drop-in.md").read_text() == drop_in.markdown(content) + "\n"

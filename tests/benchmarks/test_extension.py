@@ -1,4 +1,4 @@
-"""The tables of the installed CUDA extension; what is in its machine code is tested in the manifest of all kernels."""
+"""Reading the machine code of the installed CUDA extension. The kernels themselves are tested with the manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llama.cpp on the files written for it, against our decoder on the same rounded weights."""
+"""llama.cpp on files written for it, compared with our decoder on the same rounded weights."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from pg_kernels.model import PaliGemma, PaliGemmaConfig, TextConfig, VisionConfi
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 
-# No value is llama.cpp's default, and each changes the logits by more than the bound.
+# No value is llama.cpp's default. Each changes the logits by more than the bound.
 GEMMA = TextConfig("gemma", 512, 256, 320, 3, 4, 2, 64, rope_theta=100.0, rms_norm_eps=0.1, max_position_embeddings=128)
 GEMMA2 = replace(GEMMA, model_type="gemma2", attn_logit_softcapping=2.0, final_logit_softcapping=1.5)
 CONFIGS = {
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma2 with a window": replace(GEMMA2, sliding_window=16),
-    # llama.cpp knows 27B by its depth and scales its queries by hidden_size / num_attention_heads.
+    # llama.cpp recognises 27B by its depth and scales its queries by hidden_size / num_attention_heads.
     "gemma2 27B": replace(GEMMA2, num_hidden_layers=46, num_attention_heads=16, query_pre_attn_scalar=16.0),
 }
 PROMPT, STEPS = 40, 2
 BOUND = 0.05
-"""llama.cpp rounds activations to 8 bits too, which makes 0.012 to 0.028; with fp32 weights it would be 0.001."""
+"""llama.cpp also rounds activations to 8 bits, an error of 0.012 to 0.028. With fp32 weights it would be 0.001."""
 
 
 def random_model(text: TextConfig) -> PaliGemma:
@@ -131,7 +131,7 @@ def test_file_holds_the_decoder_and_nothing_else(tmp_path: Path) -> None:
     decoder = model.model.language_model
     parameters = list(decoder.parameters())
     assert sorted(t.n_elements for t in reader.tensors) == sorted(p.numel() for p in parameters)
-    # All sizes are multiples of the alignment here, so there is no padding.
+    # All sizes are multiples of the alignment, so there is no padding.
     size = sum(p.numel() * 4 if p.dim() == 1 else p.numel() // 32 * 34 for p in parameters)
     assert path.stat().st_size == reader.data_offset + size
     norm = next(t.data for t in reader.tensors if t.name == "output_norm.weight")

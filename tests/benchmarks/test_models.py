@@ -1,4 +1,4 @@
-"""The whole model's stages in the suite, on a PaliGemma so small that they take no time."""
+"""The stages of whole models in the suite, on a PaliGemma so small that they take no time."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def run(wanted: Case, device: str) -> dict[str, Row]:
 def test_transformers_does_the_same_on_the_same_weights(device: str, op: str, model: str) -> None:
     rows = run(case(op, model, batch=2), device)
     for name in ("pg_kernels", "transformers sdpa", "transformers eager"):
-        # transformers' SDPA has no softcap, and its Gemma 2 leaves it out where attention is not eager.
+        # transformers' SDPA has no softcap. Its Gemma 2 ignores the softcap unless attention is eager.
         if name == "transformers sdpa" and model == "paligemma2-3b" and rows[name].status != "timed":
             continue
         assert rows[name].status == "timed", rows[name]
@@ -115,7 +115,7 @@ def test_a_decode_step_can_be_repeated() -> None:
 
 @pytest.mark.parametrize("op", ["prefill", "decode_step"])
 def test_stages_are_replayed_where_there_are_graphs(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `generate` does, and captured before a clock runs; a stand-in runs the stage at each replay."""
+    """A stage is captured before it is timed, as in `generate`. A stand-in for the graph runs the stage at each replay."""
     trial = ModelTrial(case(op, batch=2), CPU)
     trial.draw()
     captured = []
@@ -142,13 +142,13 @@ def test_flops_are_those_of_the_matrix_products(op: str, model: str) -> None:
     trial.draw()
     task = trial.build(trial.contenders()[0])[0].task
     state = task.prepare()
-    # The counter knows matrix products, which scaled_dot_product_attention hides on a CPU.
+    # The counter counts matrix products. On a CPU, scaled_dot_product_attention hides its own.
     with backend("reference"), FlopCounterMode(display=False) as counter:
         task.run(state)
     counted, expected = counter.get_total_flops(), trial.work(trial.contenders()[0])[1]
     if op == "finetune_step":  # the counter does not see into linear_cross_entropy
         counted += 3 * 2 * 2 * ANSWER * GEMMA.hidden_size * GEMMA.vocab_size
-    # What is invisible is computed too where attention builds its scores, and the cache is longer than what is in it.
+    # Attention that builds its scores also computes masked ones, and the cache is longer than its content.
     assert expected <= 1.001 * counted and counted <= 1.25 * expected
 
 

@@ -1,4 +1,4 @@
-"""Reports, plots, growth and the README's section: exact on runs made by hand, complete and drawable on a synthetic one."""
+"""Reports, plots, growth and README's tables: exact on small runs, complete on a synthetic one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run_of(*rows: Row, **overrides: Any) -> Run:
 
 
 def case(name: str, times: dict[str, float], **fields: Any) -> list[Row]:
-    """One case; each contender took the same milliseconds in all of three rounds."""
+    """Return one case in which each contender took the given milliseconds in all of three rounds."""
     return [timed_row(name, contender, (ms / 1e3,) * 3, **fields) for contender, ms in times.items()]
 
 
@@ -40,12 +40,12 @@ def lines_with(text: str, part: str) -> list[str]:
 
 
 def cells(line: str) -> list[str]:
-    """The cells of a table's line, split as Markdown does."""
+    """Return the cells of a table's line, split as Markdown does."""
     return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 
 def section(text: str, heading: str) -> str:
-    """What stands under a heading of the report."""
+    """Return the text under a heading of the report."""
     _, _, rest = text.partition(f"### {heading}\n")
     return rest.partition("\n### ")[0]
 
@@ -107,16 +107,16 @@ def test_every_number_of_a_row() -> None:
 
 
 def test_what_arithmetic_bounds_is_measured_in_arithmetic() -> None:
-    # 10 GFLOP take 10 ms at the least, the bytes half a millisecond.
+    # 10 GFLOP take at least 10 ms, the bytes half a millisecond.
     fields = {"bytes": 1_000_000, "flops": 10**10, "arithmetic": "bfloat16"}
     run = run_of(*case("c", {"eager": 20}, **fields))
     (line,) = lines_with(section(report.markdown([run]), "rms_norm"), "| c |")
     assert cells(line)[7:9] == ["50%", "500 GFLOP/s"]
-    # A dtype whose rate is not known is bounded by its bytes.
+    # A dtype of unknown rate is bounded by its bytes.
     run = run_of(*case("c", {"eager": 20}, **{**fields, "arithmetic": "int8"}))
     (line,) = lines_with(section(report.markdown([run]), "rms_norm"), "| c |")
     assert cells(line)[7:9] == ["2.5%", "0.0500 GB/s"]
-    # Nothing counted, nothing claimed.
+    # Without counts there is no bound.
     (line,) = lines_with(section(report.markdown([run_of(*case("c", {"eager": 20}))]), "rms_norm"), "| c |")
     assert cells(line)[7:9] == ["–", "–"]
 
@@ -124,7 +124,7 @@ def test_what_arithmetic_bounds_is_measured_in_arithmetic() -> None:
 def test_speed_ups_are_medians_over_shared_rounds_and_the_fastest_is_bold() -> None:
     run = run_of(
         timed_row("c", "pg_kernels native", (1.0, 2.0, 4.0)),
-        timed_row("c", "eager", (4.0, 6.0, 4.0)),  # 4, 3 and 1 times as slow; by medians it would be 2
+        timed_row("c", "eager", (4.0, 6.0, 4.0)),  # 4, 3 and 1 times as slow; the ratio of medians would be 2
         timed_row("c", "SDPA", (0.5, 1.0, 4.0)),
     )
     table = section(report.markdown([run]), "rms_norm")
@@ -146,7 +146,7 @@ def test_the_summary_is_of_what_runs_by_default() -> None:
         *case("d", {"eager": 1}),
     )
     (line,) = lines_with(section(report.markdown([run]), "Summary"), "| rms_norm |")
-    # Over the baseline 2 and 8, over the best other 0.5 and 8; of the roofline 50 % and 10 %.
+    # Speed-ups over the baseline are 2 and 8, over the best other 0.5 and 8. The roofline shares are 50 % and 10 %.
     assert cells(line) == ["rms_norm", "forward", "2 of 3", "4.00×", "2.00×", "1", "1", "30%"]
 
 
@@ -274,7 +274,7 @@ def test_the_plots_module_needs_matplotlib_only_to_draw(monkeypatch: pytest.Monk
 
 
 def sweep(power: float, values: Sequence[int], axis: str = "tokens", **fields: Any) -> list[Row]:
-    """Times in proportion to a power of one size, bytes in proportion to the size itself."""
+    """Return rows whose times follow a power of one size and whose bytes are proportional to it."""
     sizes = fields.pop("sizes", {"width": 64})
     return [
         timed_row(
@@ -302,7 +302,8 @@ def test_exponents_are_recovered(axis: str, power: int) -> None:
 def test_the_last_exponent_is_that_of_the_largest_values() -> None:
     rows = [
         timed_row(f"{value}", "eager", (seconds,), sizes={"tokens": value})
-        for value, seconds in ((400, 16.0), (100, 1.0), (200, 4.0 / 2**0.5))  # not in order; exponents 1.5, then 2.5
+        # Unordered; the exponents are 1.5, then 2.5.
+        for value, seconds in ((400, 16.0), (100, 1.0), (200, 4.0 / 2**0.5))
     ]
     (found,) = growth.series(run_of(*rows))
     assert found.last_exponent == pytest.approx(2.5)
@@ -335,7 +336,7 @@ def test_sizes_that_grow_with_the_axis_belong_to_it() -> None:
         sizes = {"queries": tokens, "tokens": tokens, "prefix": prefix}
         return timed_row(f"{tokens} {prefix}", "eager", (tokens**2 / 1e9,), sizes=sizes)
 
-    # The shortest of the causal ones has nothing but its prefix, so it is the first of the bidirectional ones too.
+    # The shortest causal case consists of its prefix only, so it is also the first bidirectional one.
     rows = [attention(tokens, 256) for tokens in (256, 512, 1024)] + [
         attention(tokens, tokens) for tokens in (272, 1040)
     ]
@@ -455,7 +456,7 @@ def test_contenders_look_different_and_the_same_in_every_figure() -> None:
     assert list(look) == names
     assert len({(style.color, style.hatch) for style in look.values()}) == len(names)
     assert look["eager"].color == plots.BASELINE
-    # Those that were not timed keep their colour from going to others.
+    # Contenders that were not timed keep their colours.
     failed = replace(rows[7], status="failed", samples=())
     assert plots.styles(run_of(*rows[:7], failed, *rows[8:])) == look
 

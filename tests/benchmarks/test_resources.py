@@ -1,4 +1,4 @@
-"""Every launch that the Triton kernels can choose compiles for GPUs that are not here, and fits them."""
+"""Every launch that the Triton kernels can choose compiles for GPUs that are absent, and fits their limits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROWS = {
 
 
 def benchmarks(*arguments: str, interpret: str = "0") -> subprocess.CompletedProcess[str]:
-    """In a process of its own: here the kernels are the interpreter's."""
+    """Run the command in a process of its own. In this process, kernels belong to the interpreter."""
     command = [sys.executable, "-m", "pg_kernels.benchmarks", *arguments]
     environment = {**os.environ, "TRITON_INTERPRET": interpret}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -44,7 +44,7 @@ def kernels() -> list[Kernel]:
 
 
 def test_the_manifest_is_up_to_date(kernels: list[Kernel], tmp_path: Path) -> None:
-    """Every launch that can be chosen is in it, nothing else is, and compiling a few of them again gives the same."""
+    """The manifest holds exactly the launches that can be chosen. Compiling a few of them again gives the same rows."""
     again = tmp_path / "kernels.csv"
     triton_kernels = [kernel for kernel in kernels if not kernel.name.endswith("(C++)")]
     left_out = {kernel.id for kernel in triton_kernels[:: len(triton_kernels) // 8]}
@@ -69,7 +69,7 @@ def test_all_launches_fit(target: str, dtype: str, kernels: list[Kernel]) -> Non
         if kernel.products and (dtype == "float32" or per_column_scales):
             assert kernel.products == "fma", kernel
         elif kernel.products:
-            # wgmma and tcgen05 multiply 64 rows at least.
+            # wgmma and tcgen05 multiply at least 64 rows.
             assert kernel.products == (TENSOR_CORES[target] if rows_at_once >= 64 else "mma"), kernel
     loads = {k.loads for k in chosen if (k.op, k.name) == ("prefix_lm_attention", "attn_fwd_kernel")}
     assert ("TMA" in loads) == (dtype == "bfloat16" and target != "sm_80")

@@ -1,4 +1,4 @@
-"""The suite's engine: who is timed, who is not and why, and what is counted."""
+"""The suite's engine: which contenders are timed, which are not and why, and what is counted."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def run(wanted: Case, plan: Plan = PLAN, device: str = "cpu") -> dict[str, Row]:
 
 @pytest.fixture
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes seconds; one test does it."""
+    """Compiling takes seconds, so only one test does it."""
     monkeypatch.setattr(contenders, "_compile", lambda function: function)
 
 
@@ -92,7 +92,7 @@ def test_every_contender_of_every_op_is_right_or_says_why_not(device: str, op: s
 
 @pytest.mark.parametrize("op, mode", OPS_AND_MODES)
 def test_plain_pytorch_is_the_definition(op: str, mode: str) -> None:
-    """Contenders are allowed twice what it loses, so it must lose rounding only."""
+    """Contenders may lose twice what the baseline loses, so the baseline must lose only rounding."""
     trial = OpTrial(case(op, mode, "float32"), CPU)
     trial.draw()
     results = trial.build(Contender("eager", DEFINED[op].eager))[0].results()
@@ -206,9 +206,9 @@ def test_contenders_take_turns_and_rotate_their_inputs() -> None:
 
     tasks = {name: [task(f"{name}{i}") for i in range(2)] for name in "ab"}
     samples = interleave(tasks, CPU, Effort(0.0, 4, 9))
-    rounds = [calls[i : i + 2] for i in range(0, len(calls), 2)]  # the first one is not timed
+    rounds = [calls[i : i + 2] for i in range(0, len(calls), 2)]  # the first call is not timed
     assert [sorted(one) for one in rounds] == [["a0", "b0"], ["a1", "b1"]] * 2 + [["a0", "b0"]]
-    assert {one[0][0] for one in rounds} == {"a", "b"}  # neither is always after the other
+    assert {one[0][0] for one in rounds} == {"a", "b"}  # no contender always follows the other
     assert {name: len(found.device_s) for name, found in samples.items()} == {"a": 4, "b": 4}
 
 
@@ -233,7 +233,7 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
         del first
         return second + 1  # 2 MiB again
 
-    assert 0 <= peak_bytes(call, CPU) - (2 << 20) < 1000  # the numbers added are tensors too
+    assert 0 <= peak_bytes(call, CPU) - (2 << 20) < 1000  # the added numbers are tensors, too
     assert peak_bytes(lambda: x.add_(1), CPU) < 1000
 
 
@@ -263,7 +263,8 @@ def test_ceilings_are_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("op, mode", [(op, mode) for op, mode in OPS_AND_MODES if DEFINED[op].flops])
 def test_flops_are_those_of_the_matrix_products(op: str, mode: str) -> None:
-    full = {**SMALL[op], "prefix": 24} if op == "prefix_lm_attention" else SMALL[op]  # a mask saves no eager product
+    # Masks do not reduce an eager product.
+    full = {**SMALL[op], "prefix": 24} if op == "prefix_lm_attention" else SMALL[op]
     trial = OpTrial(case(op, mode, "float32", full), CPU)
     trial.draw()
     task = trial.build(Contender("eager", DEFINED[op].eager))[0].task

@@ -1,4 +1,4 @@
-"""Sessions of whole models, on a tiny checkpoint."""
+"""End-to-end runs of whole models, on a tiny checkpoint."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_tables_of_parts() -> None:
 
 
 def test_tables_of_kernels() -> None:
-    """A GPU's, which have no bound of their own; its memory may be too small for a batch, and a process may fail."""
+    """Runs on a GPU have no bounds. A batch may not fit its memory, and a process may fail."""
     parts = {"forward": Part(2.0, 0.25, 18.0), "between kernels": Part(0.5, 0.25)}
     content = stored({"8": answer(3.0, 2.0, parts), "32": None})
     content["bounds"] = {"pg_kernels int8": {"8": {"decoder, MLP": asdict(Part(1.0, 0.1))}}}
@@ -98,7 +98,7 @@ def test_tables_of_kernels() -> None:
 
 @pytest.mark.parametrize("name", ["pg_kernels int8", "transformers bfloat16"])
 def test_how_a_gpu_is_clocked(checkpoint: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole answers, and what the profiler saw: here of a CPU's operators instead of kernels."""
+    """Whole answers and the profiler's kernels. Here, operators of a CPU stand for kernels."""
     monkeypatch.setitem(end_to_end_process.TOKENS, "cpu", 7)
     monkeypatch.setattr(end_to_end_process, "KERNELS", 1000)
     contender = CONTENDERS[name]
@@ -110,13 +110,13 @@ def test_how_a_gpu_is_clocked(checkpoint: Path, tmp_path: Path, name: str, monke
     if contender.package == "transformers":
         assert not found.parts and not trace.exists()
         return
-    # Every layer has one, for each of the six tokens after the first.
+    # Each layer launches one for each of the six tokens after the first.
     assert found.parts["int8_geglu"].launches == TEXT.num_hidden_layers and found.parts["int8_geglu"].decode_s > 0
     assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
 
 
 def test_kernels_of_a_further_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a long answer takes beyond a short one; the longest are listed, and what no kernel takes lies between them."""
+    """A further token takes the difference of a long and a short answer. The slowest kernels are listed, then the gaps."""
     seen = {
         "one": {"gemm": (1.0, 10), "norm": (0.5, 4), "encoder": (2.0, 5)},
         "all": {"gemm": (2.0, 30), "norm": (0.9, 8), "encoder": (2.1, 5), "head": (0.2, 4)},
@@ -177,7 +177,7 @@ def test_bounds_are_those_of_bytes_or_products() -> None:
 
 
 def test_a_run_is_stored(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also that a contender failed, and how good the answers are."""
+    """The tables name failed contenders and wrong tokens."""
     monkeypatch.setattr(sessions, "ceilings", lambda device: Ceilings(1e9, 1e9, {"bfloat16": 1e12}))
     monkeypatch.setattr(PaliGemmaConfig, "named", lambda name: CONFIG)
     in_a_process = sessions._in_a_process

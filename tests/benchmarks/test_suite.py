@@ -1,4 +1,4 @@
-"""The suite as it is run: pytest-benchmark stores it, the report and the comparison read it back."""
+"""The suite as users run it: pytest-benchmark stores it, the report and the comparison read it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_run_is_stored_reported_and_compared(tmp_path: Path, capsys) -> None:
     command += ["--benchmark-quiet", f"--benchmark-json={folder / 'run.json'}", "-p", "small_ceilings"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     environment["PYTHONPATH"] = str(tmp_path)
-    # Some processors take most of a minute for a large product in 16 bits.
+    # Some processors take most of a minute for a large 16-bit product.
     (tmp_path / "small_ceilings.py").write_text(
         "from pg_kernels.benchmarks.measure.machine import _SIDES\n_SIDES['cpu'] = 256\n"
     )

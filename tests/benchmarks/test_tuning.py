@@ -1,4 +1,4 @@
-"""Tuning with made-up times: what it keeps, what it drops, and that launches then use it."""
+"""Tuning with made-up times: what is kept, what is dropped, and that launches use it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEY = tiles.key("forward", 64, 2)
 
 @pytest.fixture
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The interpreter's tuned tiles, in a folder of the test's own."""
+    """Return the interpreter's tuning file, in a folder of the test's own."""
     monkeypatch.setattr(devices, "TUNED_DIR", tmp_path)
     monkeypatch.setattr(tuning, "_unavailable_reason", lambda device: None)
     devices._tuned_file.cache_clear()
@@ -37,7 +37,7 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def one_site(monkeypatch: pytest.MonkeyPatch) -> list[Tiles]:
-    """RMSNorm's forward kernel with rows of 64 is all there is to tune; the list holds the tiles of every launch."""
+    """Restrict tuning to RMSNorm's forward kernel with rows of 64. The list receives the tiles of every launch."""
     launched = []
     weight = torch.ones(64, dtype=torch.bfloat16)
 
@@ -51,7 +51,7 @@ def one_site(monkeypatch: pytest.MonkeyPatch) -> list[Tiles]:
 
 
 def timer(times: Mapping[str, float]) -> Callable[..., dict[str, Samples]]:
-    """Calls every contender once, and gives each the time that stands for it."""
+    """Call every contender once, and give each the time that stands for it."""
 
     def interleave(contenders: Mapping[str, Any], *options: object) -> dict[str, Samples]:
         for (task,) in contenders.values():
@@ -79,7 +79,7 @@ def test_winners_are_kept_and_used(stored: Path, one_site: list[Tiles], monkeypa
         tuned = pg_kernels.rms_norm(x, weight)
     torch.testing.assert_close(tuned, pg_kernels.rms_norm(x, weight), rtol=1e-2, atol=0)
 
-    # Tuned again, the usual tiles are still the usual ones, and win: nothing is kept.
+    # Tuning again compares with the default tiles. They win now, and nothing is kept.
     one_site.clear()
     monkeypatch.setattr(tuning, "interleave", timer({str(FASTER): 0.99}))
     tune(["rms_norm"], CPU, "again")
@@ -118,7 +118,7 @@ def test_an_interruption_keeps_what_was_found(
 
 
 def test_every_site_launches_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A candidate tried under a site's key reaches its call."""
+    """A candidate reaches the call of its own site."""
     asked: set[tuple[str, str]] = set()
     tuned = devices.tuned
     place = Place(CPU, devices.INTERPRETER, torch.bfloat16, small=True)
@@ -127,7 +127,7 @@ def test_every_site_launches_what_it_names(monkeypatch: pytest.MonkeyPatch) -> N
         asked.add((op, key))
         return tuned(devices.INTERPRETER, op, key)
 
-    # Tiles are chosen before a launch, which takes seconds here.
+    # Tiles are chosen before a launch. The interpreter would take seconds for it.
     monkeypatch.setattr("triton.runtime.interpreter.InterpretedFunction.run", lambda self, *arguments, **options: None)
     for name in OPS:
         monkeypatch.setattr(f"pg_kernels.ops.{'rms_norm' if name == 'layer_norm' else name}.tiles.tuned", record)

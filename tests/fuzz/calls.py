@@ -1,4 +1,4 @@
-"""Random calls of every public op and of the registered ones that take addresses, each with its definition in plain PyTorch."""
+"""Random calls of every public op, and of registered ops that take addresses, each with a definition in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ IGNORED = -100
 
 @dataclass
 class Call:
-    """An op, its arguments by name, and what it must give."""
+    """An op, its arguments by name, and its definition."""
 
     op: Callable[..., Any]
     arguments: dict[str, Any]
     definition: Callable[..., Any]
-    """Takes the same arguments, also in float64."""
+    """The definition. It takes the same arguments, also in float64."""
     differentiable: tuple[str, ...] = ()
     slack: float = 0.0
-    """What results may be off by beyond the usual bound."""
+    """Allowed error of results beyond the usual bound."""
     gradient_slack: float = 0.0
-    """And gradients: sums over so many rows."""
+    """Allowed error of gradients beyond the usual bound: they are sums over many rows."""
     names: tuple[str, ...] = field(default=("weight", "data", "scale", "bias"))
-    """What errors may name besides the arguments: parts of them."""
+    """Names that errors may mention besides the arguments: parts of them."""
 
 
 class Draw:
-    """Random choices, and tensors of random layout."""
+    """Draw random choices, and tensors of random layout."""
 
     def __init__(self, number: int) -> None:
         self.random = random.Random(number)
@@ -55,19 +55,19 @@ class Draw:
         return self.random.randint(low, high)
 
     def rows(self, columns: int) -> list[int]:
-        """A shape [..., columns] of up to a few thousand elements."""
+        """Draw a shape [..., columns] of up to a few thousand elements."""
         shape = [self.choice(SIZES) for _ in range(self.integer(0, 3))]
         while torch.Size(shape).numel() * columns > 20_000:
             shape[shape.index(max(shape))] //= 4
         return [*shape, columns]
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype, factor: float = 1.0) -> Tensor:
-        """Normal numbers, in memory in some way."""
+        """Draw normal numbers in a tensor of random memory layout."""
         dense = (torch.randn(tuple(shape), generator=self.generator) * factor).to(dtype)
         return self.laid_out(dense)
 
     def integers(self, shape: Sequence[int], low: int, high: int, dtype: torch.dtype) -> Tensor:
-        """Numbers in [low, high)."""
+        """Draw numbers in [low, high)."""
         return self.laid_out(torch.randint(low, high, tuple(shape), generator=self.generator).to(dtype))
 
     def laid_out(self, dense: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def rms_norm(draw: Draw) -> Call:
 
 
 def _of_rows(x: Tensor) -> float:
-    """What a sum over the rows of x, in fp32, may be off by."""
+    """Return the allowed error of a sum over the rows of x in fp32."""
     return x.shape[:-1].numel() * torch.finfo(torch.float32).eps
 
 
@@ -121,7 +121,7 @@ def layer_norm(draw: Draw) -> Call:
     arguments = _norm_arguments(draw)
     arguments["bias"] = draw.tensor(arguments["weight"].shape, draw.choice((arguments["x"].dtype, torch.float32)))
     slack = _of_rows(arguments["x"])
-    if len(arguments["weight"]) == 1:  # no variance: what one column's mean is off by is divided by the root of eps
+    if len(arguments["weight"]) == 1:  # no variance: the error of the mean is divided by sqrt(eps)
         slack *= arguments["eps"] ** -0.5
     return Call(pg.layer_norm, arguments, _layer_norm, ("x", "weight", "bias", "residual"), gradient_slack=slack)
 
@@ -224,7 +224,7 @@ def _rotary_arguments(draw: Draw, dtypes: Sequence[torch.dtype]) -> tuple[dict[s
         "positions": positions,
         "theta": draw.choice((10_000.0, 10_000, 100.0, 1e6)),
     }
-    # An angle is right to some roundings of it.
+    # An angle is exact to a few roundings of itself.
     return arguments, 8 * most * torch.finfo(torch.float32).eps
 
 
@@ -482,7 +482,7 @@ def _quantised(draw: Draw, n: int, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _dequantised(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N, K] in a dtype, rounded once."""
+    """Return a [N, K] weight rounded to `dtype`."""
     columns = qweight.shape[1]
     scale = scale[:, None] if scale.dim() == 1 else scale
     size = 1
@@ -504,7 +504,7 @@ def _floats(weight: Any, dtype: torch.dtype, scale: Tensor | None = None) -> Ten
 
 
 def _int8_slack(x: Tensor, *weights: pg.PackedInt8Weight, activations: str) -> float:
-    """The kernels see 16 bits of x, scaled by its largest; where they see 8, some may be one level off."""
+    """The kernels round x to 16 bits of its largest value. With int8 activations, some values may be one level off."""
     weights = tuple(weight for weight in weights if weight.shape[0])
     if not x.numel() or not weights:
         return 0.0
@@ -710,7 +710,7 @@ def unpack_int8(draw: Draw) -> Call:
 
 
 def _as_packed(weight: pg.PackedInt8Weight, result: Callable[[], Any]) -> Callable[..., Any]:
-    """A definition for a weight that is as it was: an argument that says otherwise must have been refused."""
+    """Return a definition for an unchanged weight. An argument that contradicts the weight must be refused."""
     same = [*_layout_arguments(weight), *weight.shape, weight.group_size]
 
     def definition(data: Tensor, scale: Tensor, n: int, k: int, group_size: int) -> Any:
@@ -721,7 +721,7 @@ def _as_packed(weight: pg.PackedInt8Weight, result: Callable[[], Any]) -> Callab
 
 
 def _require_same(given: Sequence[Any], packed: Sequence[Any]) -> None:
-    """Numbers and shapes about a packed weight must be its own; other bytes are another weight."""
+    """Numbers and shapes must be the packed weight's own. Other bytes are another weight, and valid."""
     for a, b in zip(given, packed, strict=True):
         if not isinstance(b, Tensor):
             if a != b:
@@ -769,7 +769,7 @@ def int8_rows(draw: Draw) -> Call:
 
 
 def _raw(name: str, draw: Draw) -> Call:
-    """int8_linear, its gradient, int8_projections, int8_geglu and int8_topk on a weight in the extension's layout."""
+    """Draw int8_linear, its gradient, int8_projections, int8_geglu or int8_topk on a weight in the extension's layout."""
     n, k, dtype = draw.choice(SIZES[1:]), draw.choice(WIDTHS), draw.choice(EXTENSION_FLOATS)
     weight = _packed(draw, n, k)
     data, scale = _layout_arguments(weight)
@@ -871,7 +871,7 @@ def backend(draw: Draw) -> Call:
 
 
 class NoDefinition(Exception):
-    """A call that may give anything that is not a crash."""
+    """Return a call whose result is arbitrary; only crashes are failures."""
 
 
 def _require(condition: bool) -> None:
@@ -894,4 +894,4 @@ CALLS: dict[str, Callable[[Draw], Call]] = {
     **{f"torch.ops.{function.__name__}": function for function in _REGISTERED},
     **{f"torch.ops.{name}": (lambda draw, name=name: _raw(name, draw)) for name in _INT8_OPS},
 }
-"""How to draw a call of each."""
+"""A function for each op that draws a call."""

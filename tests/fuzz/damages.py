@@ -1,4 +1,4 @@
-"""What people put in the place of an argument by mistake."""
+"""Wrong values that people pass as arguments by mistake."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OTHERS = (None, True, False, "", "x", "1", [], [1], (), {}, object(), b"x", torc
 
 
 def damaged(value: Any, draw: Draw) -> Any:
-    """Return something else of the same kind, or of another."""
+    """Return another value, of the same kind or of another."""
     if draw.chance(0.2):
         return draw.choice((*OTHERS, *NUMBERS))
     if isinstance(value, Tensor):
@@ -106,6 +106,6 @@ def _layout(value: Tensor, draw: Draw) -> Any:
             return value.float().to_mkldnn()
         if kind == "conjugated":
             return torch.complex(value.float(), value.float()).conj().imag
-    except (RuntimeError, ValueError, TypeError, IndexError):  # not for such a tensor
+    except (RuntimeError, ValueError, TypeError, IndexError):  # not for this tensor
         pass
     return value.to("meta")

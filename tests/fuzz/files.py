@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._dynamo  # for the children: optimizers import it, which takes seconds on a busy machine
+import torch._dynamo  # import before the forks: optimizers import it, which takes seconds on a busy machine
 from PIL import Image
 from tqdm import tqdm
 
@@ -42,9 +42,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from tiny import make_answer  # noqa: E402
 
 SECONDS = 60
-"""After which a command counts as hanging; the slowest undamaged one takes about one."""
+"""Seconds after which a command counts as hanging. The slowest undamaged command takes about one."""
 MEMORY = 6 * 2**30
-"""Bytes of address space beyond the parent's: a number in a damaged header must not be allocated."""
+"""Address space in bytes beyond the parent's, so that a number in a damaged header cannot be allocated."""
 LEAVES_EXCEPTION = 70
 SIZE = (40, 30)
 FORMATS = {"png": "RGB", "jpg": "RGB", "gif": "P", "bmp": "RGB", "tiff": "CMYK", "webp": "RGBA"}
@@ -53,7 +53,7 @@ SEGMENT = "<loc0000><loc0001><loc1022><loc1023>" + "".join(f"<seg{code:03d}>" fo
 
 @dataclass(frozen=True)
 class Subject:
-    """A file to damage, and a command that reads it; paths are relative to the folder of good files."""
+    """A file to damage, and a command that reads it. Paths are relative to the folder of good files."""
 
     file: str
     command: tuple[str, ...]
@@ -67,7 +67,7 @@ def main() -> int:
     torch.set_num_threads(1)  # threads do not survive a fork
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as temporary:
-        # All cases run in folders of one name: a training run goes on only with the files that it began with.
+        # All cases run in folders of one name: a training run resumes only with the files that it began with.
         good, folder = Path(temporary, "good"), Path(temporary, "case")
         subjects = write_good_files(folder)
         folder.rename(good)
@@ -94,7 +94,7 @@ def main() -> int:
 
 
 def run_case(good: Path, folder: Path, subject: Subject, damage: Callable[[Path], None]) -> tuple[str, str]:
-    """Damage a copy of the good files and run the command on it; return the outcome, and what the command said."""
+    """Damage a copy of the good files and run the command on it. Return the outcome and the command's output."""
     shutil.copytree(good, folder)
     damage(folder / subject.file)
     before = set(folder.rglob("*"))
@@ -111,7 +111,7 @@ def run_case(good: Path, folder: Path, subject: Subject, damage: Callable[[Path]
 
 
 def _run(folder: Path, command: Sequence[str], said: Path) -> None:
-    """Be the command's process."""
+    """Run the command, in the child process."""
     output = os.open(said, os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -147,7 +147,7 @@ def _judge(status: int, text: str, subject: Subject, half_written: Sequence[Path
     folder = str(Path(subject.file).parent).strip(".")
     if half_written:
         return "half-written"
-    # A changed name of an image is named as the file that is missing.
+    # If an image's name is damaged, the error names the missing file.
     named = Path(subject.file).name in last or (folder and folder in last) or "no such image file" in last
     return "refused" if named else "no file named"
 
@@ -156,7 +156,7 @@ def _judge(status: int, text: str, subject: Subject, half_written: Sequence[Path
 
 
 def damages(file: str) -> list[Callable[..., None]]:
-    """What can be done to a file of this kind; all of them are random, and write the file anew."""
+    """Return the possible damages of a file of this kind. All are random, and rewrite the file."""
     kind = Path(file).suffix
     own: dict[str, list[Callable[..., None]]] = {
         ".json": [change_json, change_json, change_json],
@@ -180,7 +180,7 @@ def cut(path: Path, rng: random.Random) -> None:
 
 
 def fill(path: Path, rng: random.Random) -> None:
-    """Put zeros, random bytes, text or a Git LFS pointer in place of some or all of the file."""
+    """Replace some or all of the file by zeros, random bytes, text or a Git LFS pointer."""
     content = path.read_bytes()
     start, end = rng.choice(((0, len(content)), tuple(sorted(rng.randrange(len(content) + 1) for _ in range(2)))))
     size = end - start
@@ -191,7 +191,7 @@ def fill(path: Path, rng: random.Random) -> None:
 
 
 def odd_value(rng: random.Random) -> Any:
-    """Return a JSON value that somebody did not expect there."""
+    """Return an unexpected JSON value."""
     nested: Any = []
     for _ in range(rng.choice((1, 500))):
         nested = [nested]
@@ -202,7 +202,7 @@ def odd_value(rng: random.Random) -> Any:
 
 
 def change_value(content: Any, rng: random.Random) -> Any:
-    """Return the JSON value with an odd one somewhere in it, or without some key."""
+    """Return the JSON value with an odd value somewhere in it, or without some key."""
     if isinstance(content, (dict, list)) and content and rng.random() < 0.9:
         key = rng.choice(list(content) if isinstance(content, dict) else range(len(content)))
         if rng.random() < 0.1:
@@ -229,7 +229,7 @@ def change_line(path: Path, rng: random.Random) -> None:
 
 
 def change_header(path: Path, rng: random.Random) -> None:
-    """Change the JSON header of a safetensors file, and its length with it."""
+    """Change the JSON header of a safetensors file, and its length to match."""
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header = _dump(change_value(json.loads(content[8:end]), rng)).encode()
@@ -294,7 +294,7 @@ def write_good_files(folder: Path) -> list[Subject]:
 
 
 def _answering(answer: str, tokenizer: Tokenizer) -> PaliGemma:
-    """Return a model that is as small as it can be, and always gives one answer."""
+    """Return a minimal model that always gives one answer."""
     config = PaliGemmaConfig(
         vision_config=VisionConfig(16, 16, 1, 2, image_size=28),
         text_config=TextConfig(
@@ -342,7 +342,7 @@ def _training_subjects(folder: Path) -> list[Subject]:
     train = ("finetune", "--data", "lines.jsonl", "--checkpoint", "checkpoint", "--workers", "0", "--batch-size", "2")
     steps = (*train, "--eval-data", "lines.jsonl", "--output", "run", "--steps", "2", "--save-every", "1")
     new = (*train, "--output", "new", "--steps", "1")
-    # A run that was cut off after its first step, in a process of its own: its handlers and threads stay there.
+    # A run that was stopped after its first step. It needs a process of its own for its handlers and threads.
     child = os.fork()
     if child == 0:
         from pg_kernels.model.training.state import State

@@ -1,6 +1,6 @@
-"""Stop runs of `pg-kernels finetune` at random moments, go on, and compare the weights with an undisturbed run's, to the bit.
+"""Stop runs of `pg-kernels finetune` at random moments, resume, and require weights bit-equal to an undisturbed run's.
 
-python tests/fuzz/kills.py [--kill N] [--terminate N] [--interrupt N] [--seed N]; exits with 1 where one differs.
+python tests/fuzz/kills.py [--kill N] [--terminate N] [--interrupt N] [--seed N]; exits with 1 if weights differ.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from tqdm import tqdm  # noqa: E402
 
 from pg_kernels.model import cli  # noqa: E402
 
-# Every step writes a checkpoint, so that half of the moments are in the middle of one.
+# Every step writes a checkpoint, so that half of the moments are in the middle of writing one.
 RUN = (*FAST, "--workers", 1, "--steps", 12, "--save-every", 1, "--eval-every", 4, "--patience", 9)
 
 
 def campaign(folder: Path, counts: dict[int, int], seed: int, say: Callable[[str], None]) -> Counter[str]:
-    """Stop as many runs by each signal as `counts` says, and count what they left. AssertionError where one differs."""
+    """Stop as many runs by each signal as `counts` says, and count the outcomes. Raises AssertionError if weights differ."""
     checkpoint, data = write_checkpoint(folder / "checkpoint"), write_data(folder)
     common = ("finetune", "--checkpoint", checkpoint, "--data", data, "--eval-data", data, *RUN, "--output")
-    with contextlib.redirect_stderr(io.StringIO()):  # in this process, whose forks then have all imports
+    with contextlib.redirect_stderr(io.StringIO()):  # in this process, so that forks inherit all imports
         assert cli.main([str(word) for word in (*common, folder / "whole")]) == 0
     whole = (folder / "whole/model.safetensors").read_bytes()
     entries = _lines(folder / "whole")
@@ -57,7 +57,7 @@ def campaign(folder: Path, counts: dict[int, int], seed: int, say: Callable[[str
                 os.kill(process.pid or 0, signum)
             code = _end(process)
             moment = f"{name} {more:.3f} s after line {line} of the log"
-            # While a model is loaded, torch may make another error of a KeyboardInterrupt.
+            # While a model loads, torch may turn a KeyboardInterrupt into another error.
             if code not in (0, -signum, 128 + signum) and not (signum == signal.SIGINT and line == 0):
                 raise AssertionError(f"{moment}: exit code {code}\n{Path(f'{output}.txt').read_text()}")
             left = "without a checkpoint"
@@ -71,7 +71,7 @@ def campaign(folder: Path, counts: dict[int, int], seed: int, say: Callable[[str
                 raise AssertionError(f"{moment}: other weights")
             if hidden := [*output.glob(".*"), *folder.glob(".*")]:
                 raise AssertionError(f"{moment}: it leaves {hidden}")
-            if code != 0:  # else the run had come to its end
+            if code != 0:  # else the run had finished
                 done += 1
                 outcomes[f"{name}, exit code {code}, {left}"] += 1
                 say(f"{moment}, {left}: the same weights")
@@ -92,7 +92,7 @@ def _start(*words: object) -> multiprocessing.process.BaseProcess:
 def _run(words: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    tqdm.set_lock(threading.RLock())  # the usual one is shared with other forks, and a killed one might hold it
+    tqdm.set_lock(threading.RLock())  # the default lock is shared with other forks, and a killed fork might hold it
     said = os.open(f"{words[-1]}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 1)
     os.dup2(said, 2)
@@ -103,7 +103,7 @@ def _run(words: list[str]) -> None:
 
 
 def _end(process: multiprocessing.process.BaseProcess) -> int:
-    """Wait for the process alone: `join` with a limit waits for its workers, too, which outlive it by seconds."""
+    """Wait for the process only. `join` with a timeout also waits for its workers, which outlive it by seconds."""
     deadline = time.monotonic() + 120
     while process.exitcode is None:
         time.sleep(0.005)

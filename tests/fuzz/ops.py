@@ -1,10 +1,10 @@
-"""Call the ops with random arguments: each must give what its definition gives in float64, or name the argument that is wrong.
+"""Call the ops with random arguments: each must give its float64 definition's result, or name the wrong argument.
 
     python tests/fuzz/ops.py --count 10000
 
 Half of the calls have one damaged argument. A call fails on a signal, a hang, an exception that names no argument, and on a
-result that is off by more than twice what PyTorch loses in that dtype. Prints the failures, each with the number that `--first`
-repeats it by, and counts by outcome. What is called is in `calls.py`.
+result whose error exceeds twice PyTorch's in that dtype. Prints the failures, each with the number that `--first` repeats it
+by, and counts by outcome. The calls are in `calls.py`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from damages import damaged  # noqa: E402
 from pg_kernels import PackedInt8Weight, backend  # noqa: E402
 
 SECONDS = 20
-"""After which a call counts as hanging; the slowest undamaged one takes a tenth of a second."""
+"""Seconds after which a call counts as hanging. The slowest undamaged call takes a tenth of a second."""
 MEMORY = 4 * 2**30
-"""Bytes of address space beyond the parent's: a number that was damaged must not be allocated."""
+"""Address space in bytes beyond the parent's, so that a damaged number cannot be allocated."""
 BATCH = 500
-"""Calls of one process."""
+"""Calls per process."""
 FINE = ("right", "right although damaged", "refused", "no definition")
 TORCH_REFUSES = "Could not run 'pg_kernels::"
-"""What PyTorch says of a kind of tensor that a registered op has no implementation for."""
+"""PyTorch's error if a registered op has no implementation for a kind of tensor."""
 FP32_EPS = torch.finfo(torch.float32).eps
 
 
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def run_calls(numbers: range) -> list[tuple[str, str, str]]:
-    """Outcome, call and message of each, in a process of their own; fewer where one ended it, which is the last."""
+    """Return outcome, call and message of each call, made in one child process. If a call ends the process, it is the last."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -86,7 +86,7 @@ def run_calls(numbers: range) -> list[tuple[str, str, str]]:
 
 
 def _run(numbers: range, writer: int) -> None:
-    """Be the process of some calls."""
+    """Make the calls, in the child process."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + MEMORY
@@ -106,7 +106,7 @@ def _run(numbers: range, writer: int) -> None:
 
 
 def run_call(number: int) -> Any:
-    """Yield what is called, and after the call outcome, call and message."""
+    """Yield the description of a call, then its outcome and message."""
     draw = Draw(number)
     name = draw.choice(list(CALLS))
     call = CALLS[name](draw)
@@ -118,7 +118,7 @@ def run_call(number: int) -> Any:
     what = f"{name}({', '.join(f'{key}={_describe(value)}' for key, value in call.arguments.items())}), {asked}"
     yield (what,)
     wanted = call.differentiable if not is_damaged and draw.chance(0.4) else ()
-    generator = torch.Generator().manual_seed(2**32 + number)  # not the numbers that the arguments are
+    generator = torch.Generator().manual_seed(2**32 + number)  # not the arguments' values
     try:
         with backend(asked):
             ours, cotangents = _results(call.op, call.arguments, wanted, generator)
@@ -136,7 +136,7 @@ def run_call(number: int) -> Any:
         return
     try:
         if name.startswith("torch.ops.") and any(map(_is_meta, call.arguments.values())):
-            raise NoDefinition  # PyTorch asks the op for shapes alone
+            raise NoDefinition  # PyTorch asks the op for shapes only
         if not all(map(_is_finite, call.arguments.values())):
             raise NoDefinition  # PyTorch's matrix products differ with the layout
         exact, _ = _results(call.definition, _double(call.arguments), wanted, cotangents)
@@ -154,7 +154,7 @@ def run_call(number: int) -> Any:
 def _results(
     function: Any, arguments: dict[str, Any], wanted: Sequence[str], cotangents: Any
 ) -> tuple[list[Tensor], Any]:
-    """Outputs and wanted gradients, and the cotangents: those given, or random ones in the outputs' dtypes."""
+    """Return outputs, wanted gradients and cotangents (given, or random ones in the outputs' dtypes)."""
     if not wanted:
         with torch.no_grad():
             return _as_list(function(**arguments)), None
@@ -187,7 +187,7 @@ def _as_list(outputs: Any) -> list[Tensor]:
 
 
 def _double(value: Any) -> Any:
-    """The same numbers in float64."""
+    """Return the same numbers in float64."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.double()
     if isinstance(value, dict):
@@ -198,7 +198,7 @@ def _double(value: Any) -> Any:
 
 
 def _compare(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor], slack: float) -> tuple[str, str]:
-    """Twice PyTorch's error, one rounding of the result, a few fp32 roundings, and what the call itself allows."""
+    """Return the bound: twice PyTorch's error, one rounding of the result, a few fp32 roundings, and the call's own slack."""
     if len(ours) != len(exact):
         return "wrong", f"{len(ours)} results, expected {len(exact)}"
     order = max((right.abs().max().item() for right in exact if right.numel() and not right.is_meta), default=0.0)

@@ -1,4 +1,4 @@
-"""A minute of the campaigns that `make fuzz` runs at length, each in a process of its own."""
+"""Short versions of the campaigns that `make fuzz` runs, each in a process of its own."""
 
 from __future__ import annotations
 

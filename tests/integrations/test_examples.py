@@ -1,4 +1,4 @@
-"""Every file of examples/ runs as it is, and does what it says."""
+"""Every file of examples/ runs unchanged and does what it says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ARGUMENTS = {
     "finetune_digits.py": ["--train", "16", "--test", "4", "--steps", "3", "--batch", "4"]
-}  # learns nothing so soon
+}  # too few steps to learn
 SAYS = {
     "finetune_digits.py": "one that was not: the same",
     "lora_int8.py": "after: loss 0.",

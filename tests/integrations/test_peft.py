@@ -1,4 +1,4 @@
-"""PEFT's LoRA on the model, float and int8: gradients, merging, adapters that transformers' PaliGemma reads and writes, too."""
+"""PEFT's LoRA on the model, float and int8: gradients, merging, and adapters exchanged with transformers' PaliGemma."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def model(pretrained: PaliGemma) -> PaliGemma:
 
 @pytest.fixture(scope="module")
 def numbers(pretrained: PaliGemma) -> dict[str, Tensor]:
-    """The model's parameters, int8 ones as the floats that they stand for."""
+    """Return the model's parameters, int8 ones dequantised."""
     state = {name: tensor for name, tensor in pretrained.state_dict().items() if not name.endswith("_scale")}
     for name, module in pretrained.named_modules():
         if isinstance(module, Int8Linear | Int8Embedding):
@@ -49,7 +49,7 @@ def numbers(pretrained: PaliGemma) -> dict[str, Tensor]:
 
 @pytest.fixture
 def twin(numbers: dict[str, Tensor]) -> PaliGemma:
-    """The same numbers in float layers."""
+    """Return the model with the same numbers in float layers."""
     model = PaliGemma.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32)
     model.load_state_dict(numbers)
     return model
@@ -57,7 +57,7 @@ def twin(numbers: dict[str, Tensor]) -> PaliGemma:
 
 @pytest.fixture
 def theirs(numbers: dict[str, Tensor]) -> PaliGemmaForConditionalGeneration:
-    """The same numbers in transformers."""
+    """Return transformers' model with the same numbers."""
     model = PaliGemmaForConditionalGeneration.from_pretrained(
         EMBEDDED_CHECKPOINT, dtype=torch.float32, attn_implementation="eager"
     )
@@ -66,7 +66,7 @@ def theirs(numbers: dict[str, Tensor]) -> PaliGemmaForConditionalGeneration:
 
 
 def adapted(model: nn.Module, seed: int = 0, **options: Any) -> PeftModel:
-    """With an adapter that changes something, the same one for the same seed, in float and int8 layers."""
+    """Add an adapter with random values, which depend only on the seed, also between float and int8 layers."""
     torch.manual_seed(seed)
     config = LoraConfig(**{"target_modules": TARGETS, "r": 4, "init_lora_weights": False, **options})
     return get_peft_model(model, register(config)).eval()
@@ -88,7 +88,7 @@ def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def gradients(model: nn.Module, **changes: Any) -> dict[str, Tensor]:
-    """Of every trained parameter and of the pixels."""
+    """Return the gradients of every trained parameter and of the pixels."""
     given = {**examples(), **changes}
     pixels = given["pixel_values"].clone().requires_grad_()
     model(**{**given, "pixel_values": pixels}).loss.backward()
@@ -97,12 +97,12 @@ def gradients(model: nn.Module, **changes: Any) -> dict[str, Tensor]:
 
 
 def assert_close(actual: Tensor, expected: Tensor, rtol: float = 1e-3) -> None:
-    """In norm. Int8 layers round 32-bit activations to 16 bits."""
+    """Compare in norm. Int8 layers round 32-bit activations to 16 bits."""
     assert (actual - expected).norm() <= rtol * expected.norm()
 
 
 def assert_gradients_close(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float) -> None:
-    """All in all; where much cancels, a gradient may be off by more, of which one that is next to nothing may be all."""
+    """Compare all gradients together. A single gradient may be off by more if much cancels, or if it is negligible."""
     assert actual.keys() == expected.keys()
     all_actual, all_expected = (torch.cat([of[name].flatten() for name in expected]) for of in (actual, expected))
     assert_close(all_actual, all_expected, rtol)
@@ -120,7 +120,7 @@ def test_a_layer_is_that_of_the_dequantised_weight(bias: bool) -> None:
     layer = Int8Linear.from_linear(nn.Linear(40, 24, bias))
     x, results = torch.randn(5, 40), []
     for base in (layer, layer.dequantize()):
-        model = nn.Sequential(base, nn.LayerNorm(24))  # PEFT wants a parameter somewhere
+        model = nn.Sequential(base, nn.LayerNorm(24))  # PEFT needs a parameter in the model
         inputs, module = x.clone().requires_grad_(), adapted(model, target_modules=["0"], lora_bias=bias)
         out = module(inputs)
         out.pow(3).sum().backward()
@@ -144,7 +144,7 @@ def test_gradients_are_those_of_the_dequantised_model(
 
 
 def test_gradients_where_activations_are_int8(twin: PaliGemma) -> None:
-    """Rounding to 8 bits counts as the identity."""
+    """Rounding to 8 bits counts as the identity in the backward."""
     dynamic = PaliGemma.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32, quantize="int8-dynamic")
     assert_gradients_close(gradients(adapted(dynamic)), gradients(adapted(twin)), 0.1)
 
@@ -237,7 +237,7 @@ def test_adapters_for_each_example(model: PaliGemma) -> None:
         expected = ours(**given).logits
         with ours.disable_adapter():
             base = ours(**given).logits
-    # The image encoder's batch is the images', which are as many.
+    # The batch of the image encoder is that of the images, here one per example.
     assert_close(mixed[1], expected[1])
     assert_close(mixed[0], base[0])
 
@@ -290,7 +290,7 @@ def test_transformers_model_with_int8_layers(theirs: PaliGemmaForConditionalGene
 
 
 def test_kbit_training() -> None:
-    """PEFT's preparation makes what is not int8 fp32: norms, biases; the model still trains and generates."""
+    """PEFT's preparation casts norms and biases to fp32 and leaves int8 layers. The model still trains and generates."""
     model = PaliGemma.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.bfloat16, quantize="int8")
     expected = model.generate(**PROMPT, max_new_tokens=8)
     ours = adapted(prepare_model_for_kbit_training(model), init_lora_weights=True)

@@ -1,4 +1,4 @@
-"""A head tied to the embedding, accessors and older names of layers: PEFT does with the model what it does with transformers'."""
+"""PEFT treats our model like transformers': a head tied to the embedding, accessors, and older names of layers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tied random model, as transformers writes it."""
+    """Return a tied random model, as transformers writes it."""
     torch.manual_seed(0)
     text = {"model_type": "gemma", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
     layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
@@ -96,7 +96,7 @@ def assert_other(actual: Tensor, expected: Tensor) -> None:
 
 
 def adapted(model: nn.Module, config: Any = None, **options: Any) -> PeftModel:
-    """With an adapter of random numbers, the same ones for every model."""
+    """Add an adapter of random numbers, the same for every model."""
     if config is None:
         config = register(LoraConfig(**{"r": 4, "init_lora_weights": False, **options}))
     model = get_peft_model(model, copy.deepcopy(config)).eval()
@@ -135,7 +135,7 @@ TIED = {
 def test_tied_head_and_embedding(
     kind: str, ours: PaliGemma, theirs: PaliGemmaForConditionalGeneration, tmp_path: Path
 ) -> None:
-    """Adapted, as over transformers; merged, saved and loaded, no other, although transformers' merging changes both uses."""
+    """The adapted model equals transformers' one. Merged, saved and loaded it stays equal, although merging unties the head."""
     base, model = logits(ours), adapted(ours, TIED[kind])
     expected = logits(adapted(theirs, TIED[kind]))
     assert_other(expected, base)
@@ -231,7 +231,7 @@ def test_accessors_are_those_of_transformers(ours: PaliGemma, theirs: PaliGemmaF
 
 
 def test_peft_causal_language_model(ours: PaliGemma, theirs: PaliGemmaForConditionalGeneration) -> None:
-    """Its forward passes arguments of transformers' models, its generate looks for a generation_config."""
+    """PEFT's forward passes arguments of transformers' models, and its generate reads a generation_config."""
     options = {"target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM"}
     model, expected = adapted(ours, **options), adapted(theirs, **options)
     given = inputs()
@@ -247,7 +247,7 @@ def test_peft_causal_language_model(ours: PaliGemma, theirs: PaliGemmaForConditi
 
 
 def test_no_input_is_made_to_require_gradients(ours: PaliGemma) -> None:
-    """PEFT's hook for gradient checkpointing would rule out CUDA graphs, and gradients would go on to the embedding."""
+    """PEFT's hook for gradient checkpointing would rule out CUDA graphs and send gradients to the embedding."""
     adapted(ours, target_modules=["o_proj"])
     assert not ours.get_input_embeddings()._forward_hooks
 
@@ -256,7 +256,7 @@ def test_no_input_is_made_to_require_gradients(ours: PaliGemma) -> None:
 
 
 def older(name: str) -> str:
-    """What transformers up to 4.51 called an adapter's tensor."""
+    """Return the name of an adapter's tensor in transformers up to 4.51."""
     for current, former in (
         ("model.language_model.", "language_model.model."),
         ("lm_head.", "language_model.lm_head."),
@@ -268,7 +268,7 @@ def older(name: str) -> str:
 
 
 def newer(name: str) -> str:
-    """What transformers 4.52 to 4.57 called it."""
+    """Return its name in transformers 4.52 to 4.57."""
     return name.replace("model.vision_tower.", "model.vision_tower.vision_model.")
 
 
@@ -323,7 +323,7 @@ def test_older_names_over_int8(
 def test_a_second_adapter_with_older_names(
     rename: Callable[[str], str], ours: PaliGemma, theirs: PaliGemmaForConditionalGeneration, tmp_path: Path
 ) -> None:
-    """PEFT renames nothing by itself here: it must be told, and until then nothing is loaded silently."""
+    """PEFT does not rename anything here without a key mapping. Without one, loading is an error, not silent."""
     options = {"target_modules": ["q_proj", "fc1"], "modules_to_save": ["multi_modal_projector"]}
     expected = adapted(theirs, **options)
     write(expected, tmp_path, rename)
@@ -354,7 +354,7 @@ def test_a_second_adapter_with_older_names(
     ],
 )
 def test_a_configuration_with_older_names(names: dict[str, Any], ours: PaliGemma, folder: Path, tmp_path: Path) -> None:
-    """What it adapts is what it adapted in that transformers, with the same ranks and scales."""
+    """The adapter applies to the layers of the older transformers, with the same ranks and scales."""
     model = adapted(ours, **names)
     layers = {name for name, module in ours.named_modules() if hasattr(module, "scaling")}
     assert len(layers) == 6

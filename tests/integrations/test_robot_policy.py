@@ -1,4 +1,4 @@
-"""The example policy acts as it does without the kernels; and an expert of our own modules over our model's cache."""
+"""The example policy acts the same with and without the kernels; an expert of our modules uses our model's cache."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_actions_are_those_of_transformers(example: SimpleNamespace) -> None:
 
 
 def test_an_expert_over_the_models_cache() -> None:
-    """Prompts of different lengths, padded on either side, make no difference to the expert's tokens behind them."""
+    """The expert's tokens do not depend on the padding of the prompts before them."""
     torch.manual_seed(0)
     model = PaliGemma.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32)
     text = model.config.text_config

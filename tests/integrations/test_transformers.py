@@ -1,7 +1,7 @@
-"""Patched models of transformers against themselves, unpatched and eager, on small random weights.
+"""Patched transformers models, compared with the unpatched eager models on small random weights.
 
-In fp32 the two differ in the order of sums only: 2e-4 of a value and 2e-5 beside it for logits, 1e-3 and 1e-5 for gradients,
-which sum over more. Random weights are large, so that a wrong mask or norm shows, which transformers' initialisation hides.
+In fp32 the two differ only in the order of sums: 2e-4 relative and 2e-5 absolute for logits, 1e-3 and 1e-5 for gradients,
+which sum over more terms. Random weights are large, so that a wrong mask or norm shows; transformers' initialisation hides it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ VISION = {
     "patch_size": 14,
     "image_size": 28,
 }
-# transformers 5.24 gave the argument, and the output's field, another name.
+# transformers 5.24 renamed the argument and the output's field.
 CACHE = "cache" if "cache" in inspect.signature(GemmaModel.forward).parameters else "past_key_values"
 PALIGEMMAS = ["gemma", "gemma2", "gemma2-window"]
 TEXTS = {
@@ -91,7 +91,7 @@ def randomised(model: Any) -> Any:
 
 
 def paligemma(kind: str = "gemma", attention: str = "eager", **text: Any) -> Any:
-    """PaliGemma 1 or 2; "-window" is one whose window is shorter than a batch's sequences."""
+    """Return PaliGemma 1 or 2. "-window" has a window shorter than the sequences of a batch."""
     model_type, _, window = kind.partition("-")
     extra = {"query_pre_attn_scalar": 24} if model_type == "gemma2" else {}
     if window:
@@ -122,7 +122,7 @@ def text_model(model_type: str, attention: str = "eager", **text: Any) -> Any:
 
 
 def batch(padding_side: str = "right", suffix: bool = True) -> dict[str, Tensor]:
-    """Three examples: image tokens, a prefix of 3 to 5 tokens, a suffix of 5 to 8, padding on one side."""
+    """Return three examples: image tokens, a prefix of 3 to 5 tokens, a suffix of 5 to 8, padding on one side."""
     generator = torch.Generator().manual_seed(1)
     rows = []
     for prefix_len, suffix_len in ((5, 8), (3, 5), (4, 7)):
@@ -170,7 +170,7 @@ def assert_gradients_equal(actual: nn.Module, expected: nn.Module) -> None:
 
 
 class Counter:
-    """Counts the calls of a function that a module of the integration uses while they go through."""
+    """Count the calls of a function that the integration uses, and let them through."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
         self.calls, function = 0, getattr(module, name)
@@ -254,7 +254,7 @@ INEXPRESSIBLE = {
     "chunks": {"mask_function": masks.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.long))},
     "two images": {"mask_function": blocks([[-1, 0, 0, -1, 1, 1, -1, -1]] * 2)},
     "image after text": {"mask_function": blocks([[-1, -1, 0, 0, 0, -1, -1, -1]] * 2)},
-    # Only rows that a padding mask ends with can be padding.
+    # Only the rows at the end of a padding mask can be padding.
     "longer mask": {
         "q_length": 3,
         "attention_mask": PADDED[:1].expand(2, -1),
@@ -265,11 +265,11 @@ INEXPRESSIBLE = {
 
 
 GIVEN = {"q_offset": 0, "kv_offset": 0, "attention_mask": None, "config": GemmaConfig()}
-"""What transformers always calls a mask function with."""
+"""Return the arguments with which transformers always calls a mask function."""
 
 
 def both_masks(**options: Any) -> tuple[Tensor, Tensor]:
-    """Ours and transformers' dense one."""
+    """Return our mask and transformers' dense mask."""
     options = {**GIVEN, "batch_size": 2, "q_length": 8, "kv_length": 8, **options}
     dense = masks.sdpa_mask(**options, allow_is_causal_skip=False)
     return lengths_mask(**options), dense
@@ -312,7 +312,7 @@ def test_no_mask_means_what_it_means_to_sdpa(q_len: int, is_causal: bool | None,
         torch.manual_seed(0)
         outputs.append(attend(nn.Module(), q, k, v, None, is_causal=is_causal, dropout=dropout)[0])
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
-    module = nn.Module().eval()  # in which transformers' eager attention, the fallback with a softcap, does not drop
+    module = nn.Module().eval()  # transformers' eager attention, the fallback with a softcap, applies no dropout here
     module.num_key_value_groups = 1
     with_softcap = {"is_causal": is_causal, "softcap": 2.0, "scaling": 1.0}
     actual, _ = attention.attention(module, q, k, v, None, dropout=dropout, **with_softcap)
@@ -353,7 +353,7 @@ def test_gradients(model: Any) -> None:
     [pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else ["cpu"],  # in the interpreter
 )
 def test_triton_kernels(model: Any, device: str) -> None:
-    """All of them, with rotary embeddings, which are transformers' where there are none."""
+    """All modules are patched, also rotary embeddings. Models without them keep transformers'."""
     pytest.importorskip("triton")
     theirs, ours = copy.deepcopy(model).train().to(device), patched(model).train().to(device)
     inputs = {name: tensor.to(device) for name, tensor in labelled().items()}
@@ -372,16 +372,16 @@ def test_triton_kernels(model: Any, device: str) -> None:
 
 @pytest.mark.parametrize("model_type", TEXTS)
 def test_text_models(model_type: str) -> None:
-    """Their window is shorter than the sequence in Gemma 2 and 3; Gemma 3's queries and keys are normalised."""
+    """Gemma 2's and 3's window is shorter than the sequence. Gemma 3 normalises queries and keys."""
     theirs = text_model(model_type).train()
     ours = patched(theirs)
     for side in ("left", "right"):
         inputs = text_batch(side)
-        # The first token is left out, for in front of it there may be padding, whose states are nobody's.
+        # The first token is excluded: padding may precede it, whose states are undefined.
         valid = inputs["attention_mask"].bool()
         labels = inputs["input_ids"].where(valid & valid.roll(1, 1), -100)
         assert_logits_equal(ours(**inputs), theirs(**inputs), inputs["attention_mask"])
-        # What Trainer passes where it accumulates gradients, and where it splits sequences.
+        # Trainer passes these when it accumulates gradients and when it splits sequences.
         options = {"num_items_in_batch": torch.tensor(17)}
         if side == "left":
             options["shift_labels"] = nn.functional.pad(labels, (1, -1), value=-100)
@@ -394,7 +394,7 @@ def test_text_models(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", TEXTS)
 def test_fused_rotary(model_type: str) -> None:
-    """On a CPU there is no fused kernel, and transformers' own is kept unless a backend is asked for."""
+    """A CPU has no fused kernel, so transformers' own code runs unless a backend is requested."""
     theirs = text_model(model_type)
     ours = patched(theirs, rms_norm=False, mlp=False, attention=False, loss=False)
     inputs = text_batch("left")
@@ -408,7 +408,7 @@ def test_fused_rotary(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", TEXTS)
 def test_fused_rotary_passes_on_what_any_attention_gets(model_type: str) -> None:
-    """Others than ours may want the window."""
+    """Attention functions other than ours may need the window."""
     seen: list[dict[str, Any]] = []
 
     def record(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
@@ -438,7 +438,7 @@ def test_siglip() -> None:
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation(model: Any, beams: int) -> None:
-    """Past the end of the window, where there is one."""
+    """Generation continues past the end of the window."""
     options = {"max_new_tokens": 2 * WINDOW, "do_sample": False, "num_beams": beams, "eos_token_id": None}
     prompts = batch("left", suffix=False)
     expected = model.generate(**prompts, **options)
@@ -449,7 +449,7 @@ def test_generation(model: Any, beams: int) -> None:
     "make", [lambda: paligemma("gemma"), lambda: text_model("gemma2"), lambda: text_model("gemma3")]
 )
 def test_generation_with_a_static_cache(make: Any) -> None:
-    """Not PaliGemma 2: transformers itself cannot, up to 5.24."""
+    """PaliGemma 2 is excluded: transformers itself cannot do this, up to 5.24."""
     theirs = make()
     prompts = batch("left", suffix=False) if hasattr(theirs.config, "vision_config") else text_batch("left")
     options = {"max_new_tokens": 2 * WINDOW, "do_sample": False, "eos_token_id": None}
@@ -535,7 +535,7 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidd
     [("bloom", AutoModelForCausalLM), ("doge", AutoModelForCausalLM), ("mpnet", AutoModel), ("bert", AutoModel)],
 )
 def test_models_that_do_more_with_a_mask_than_hand_it_on(model_type: str, auto: Any, length: int) -> None:
-    """Add it to position biases, cut it, have an eager attention alone: four keys were as many as a mask had lengths."""
+    """Dense masks can be added to biases, sliced, and passed to eager attention. A mask of four keys is not taken for lengths."""
     register()
     config = AutoConfig.for_model(model_type, **SMALL, pad_token_id=0)
     theirs, ours = (
@@ -553,7 +553,7 @@ def test_models_that_do_more_with_a_mask_than_hand_it_on(model_type: str, auto: 
 @pytest.mark.parametrize("queries", [3, 5, 7])
 @pytest.mark.parametrize("missing", [slice(0, 0), slice(3, 5), slice(0, 2), slice(0, 4)], ids=str)
 def test_cross_attention(queries: int, missing: slice) -> None:
-    """What is padding among an encoder's five tokens says nothing of the decoder's."""
+    """Padding among an encoder's five tokens does not concern the decoder."""
     register()
     sizes = {
         f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))
@@ -569,7 +569,7 @@ def test_cross_attention(queries: int, missing: slice) -> None:
     with torch.no_grad():
         actual, expected = (model(**inputs).last_hidden_state for model in (ours, theirs))
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-4)
-    # And the lengths themselves, for a model that would take them.
+    # The lengths, for a model that takes them.
     arguments = {**GIVEN, "batch_size": 2, "q_length": queries, "kv_length": 5, "attention_mask": mask.bool()}
     arguments["mask_function"] = masks.bidirectional_mask_function
     dense = masks.sdpa_mask(**arguments, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
@@ -588,7 +588,7 @@ def test_queries_for_a_whole_batch() -> None:
 @pytest.mark.parametrize("option", ["s_aux", "sinks", "cache", "indices", "block_indices", "position_bias"])
 def test_unknown_attention_is_refused(option: str) -> None:
     q = torch.zeros(1, 1, 2, 4)
-    softcap = 50.0 if option == "position_bias" else None  # without one SDPA takes it
+    softcap = 50.0 if option == "position_bias" else None  # without a mask SDPA uses it
     with pytest.raises(ValueError, match=f"{option}: not supported"):
         attention.attention(nn.Module(), q, q, q, None, softcap=softcap, **{option: q})
 
@@ -605,7 +605,7 @@ def test_hooks_see_their_layers() -> None:
 
 
 def test_changed_mask_is_refused() -> None:
-    """Some models of transformers work on the mask as if it were a dense one."""
+    """Some of transformers' models compute with the mask as if it were dense."""
     q = torch.zeros(2, 1, 8, 4)
     lengths, _ = both_masks()
     with pytest.raises(ValueError, match="has changed the mask"):
@@ -635,7 +635,7 @@ def test_loss_is_left_to_transformers_where_it_is_another(monkeypatch: pytest.Mo
 
 
 def traces(model: nn.Module) -> list[tuple[Any, ...]]:
-    """All that one can see of a model: classes, attributes and their contents, configurations."""
+    """Return everything visible of a model: classes, attributes and their contents, configurations."""
     return [(name, type(module), sorted(vars(module)), str(vars(module))) for name, module in model.named_modules()]
 
 
@@ -652,7 +652,7 @@ def test_unpatch_leaves_nothing_behind(model: Any) -> None:
     with torch.no_grad():
         expected = model(**inputs).logits
         assert torch.equal(ours(**inputs).logits, expected)
-        assert not torch.equal(copied(**inputs).logits, expected)  # or the copy were no patched one
+        assert not torch.equal(copied(**inputs).logits, expected)  # otherwise the copy would not be patched
         assert torch.equal(unpatch(copied)(**inputs).logits, expected)
 
 
@@ -812,7 +812,7 @@ def test_gradient_checkpointing(model: Any) -> None:
 
 
 def test_autocast(model: Any) -> None:
-    """bf16 keeps 8 bits: losses within 2 %, gradients that point the same way as those of transformers under autocast do."""
+    """bf16 keeps 8 bits: losses agree within 2 %, and gradients point where those of transformers under autocast do."""
     losses, directions = [], []
     for one in (copy.deepcopy(model), patched(model)):
         one.train()
@@ -839,7 +839,7 @@ def test_compile() -> None:
 
 
 def test_compiled_decoding_with_a_static_cache() -> None:
-    """As generate does on GPUs: masks made before, and the step one graph."""
+    """As `generate` does on GPUs, the masks are made first and the step is one graph."""
     theirs = text_model("gemma2")
     ours = patched(theirs)
     inputs = text_batch("left")
@@ -863,7 +863,7 @@ def test_compiled_decoding_with_a_static_cache() -> None:
 
 
 def test_hidden_states_and_offloaded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offloading puts weights on the meta device, and hooks bring them when a module is called."""
+    """Offloading keeps weights on the meta device, and hooks load them when a module is called."""
     from accelerate import cpu_offload
 
     theirs = paligemma()
@@ -912,7 +912,7 @@ def test_peft(model: Any, order: str) -> None:
 
 @pytest.mark.parametrize("mode", ["int8", "int8-dynamic"])
 def test_int8(mode: str, tmp_path: Path) -> None:
-    """Weights rounded to 8 bits by row are off by up to 0.4 % of its largest; random logits move by a few per cent."""
+    """Rounding to 8 bits changes weights by up to 0.4 % of their row's largest. Random logits move by a few per cent."""
     theirs = paligemma()
     ours = patched(theirs, int8=mode)
     inputs = labelled()
@@ -939,7 +939,7 @@ def test_int8(mode: str, tmp_path: Path) -> None:
 
 
 class Examples(torch.utils.data.Dataset):
-    """Rows of a batch, again and again, without the image so that a model of text can take them."""
+    """Return rows of a batch, repeated, without the image so that a text model can take them."""
 
     def __init__(self, inputs: dict[str, Tensor]) -> None:
         self.inputs = inputs
@@ -973,12 +973,13 @@ def losses_of_training(model: Any, inputs: dict[str, Tensor], folder: Path, **op
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_trainer(model: Any, accumulation: int, tmp_path: Path) -> None:
-    """Also in evaluation, where logits are wanted."""
+    """Also in evaluation, which asks for logits."""
     options = {"gradient_accumulation_steps": accumulation}
     expected = losses_of_training(copy.deepcopy(model), labelled(), tmp_path, **options)
     actual = losses_of_training(patched(model), labelled(), tmp_path, **options)
     assert len(expected) == 6 // accumulation + 1 and expected[0] > expected[-1]
-    assert actual == pytest.approx(expected, rel=1e-3)  # Adam divides by small gradients' size, and six steps add up
+    # Adam divides by the magnitude of small gradients, and six steps add up.
+    assert actual == pytest.approx(expected, rel=1e-3)
 
 
 def test_trainer_in_bf16_then_unpatched(tmp_path: Path) -> None:
@@ -993,7 +994,7 @@ def test_trainer_in_bf16_then_unpatched(tmp_path: Path) -> None:
 
 
 def test_loss_holds_no_logits() -> None:
-    """The logits, their float32 copy and their gradient are most of a step's memory with a real vocabulary."""
+    """With a real vocabulary the logits, their float32 copy and their gradient take most of a step's memory."""
     theirs = paligemma(vocab_size=32_000).train()
     ours = patched(theirs)
     inputs = labelled()

@@ -1,4 +1,4 @@
-"""What `patch` does when transformers changes: it leaves what it does not know as it is, says so once, and numbers stay."""
+"""`patch` when transformers changes: unknown classes stay unpatched, with one warning, and results are unchanged."""
 
 from __future__ import annotations
 import __future__
@@ -77,7 +77,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 def ours(model: Any) -> set[str]:
-    """Names of the classes that are patched."""
+    """Names of the patched classes."""
     return {type(module).__name__ for module in model.modules() if hasattr(type(module), "_pg_kernels_original")}
 
 
@@ -86,7 +86,7 @@ ALL = {"PaliGemmaForConditionalGeneration", "GemmaAttention", "GemmaMLP", "Gemma
 
 @pytest.mark.parametrize("path", SOURCES)
 def test_sources_are_known(path: str) -> None:
-    """Of the installed version; a failure prints the digest to add once the change is understood."""
+    """Digests of the installed version. A failure prints the digest to add once the change is understood."""
     assert digest(find(path)) in SOURCES[path].split()
 
 
@@ -103,9 +103,9 @@ Replacements = tuple[tuple[str, str], ...]
 
 
 def rewritten(function: Any, replacements: Replacements, folder: Path) -> Any:
-    """A function of transformers with another source, compiled in its own module."""
+    """Return a function of transformers with changed source, compiled in its own module."""
     inner = inspect.unwrap(function)
-    source = textwrap.dedent(inspect.getsource(inner)).replace("@auto_docstring\n", "")  # wants a class around it
+    source = textwrap.dedent(inspect.getsource(inner)).replace("@auto_docstring\n", "")  # needs a class around it
     for old, new in replacements:
         assert old in source
         source = source.replace(old, new)
@@ -144,7 +144,7 @@ CHANGES: dict[str, tuple[set[str], dict[str, Replacements]]] = {
         {
             f"{GEMMA}.GemmaRMSNorm.__init__": (
                 ("self.eps = eps", "self.variance_epsilon = eps"),
-                ("super().__init__()", "nn.Module.__init__(self)"),  # there is no class around it
+                ("super().__init__()", "nn.Module.__init__(self)"),  # without a class around it
             ),
             f"{GEMMA}.GemmaRMSNorm._norm": (("self.eps", "self.variance_epsilon"),),
         },
@@ -178,18 +178,18 @@ CHANGES: dict[str, tuple[set[str], dict[str, Replacements]]] = {
     ),
     "SigLIP": (set(), {"models.siglip.modeling_siglip.SiglipAttention.forward": (("self.scale,", "2 * self.scale,"),)}),
 }
-"""By name: which classes must not be patched; and what changes in which functions."""
+"""Changes in functions, by name, and the classes that must then not be patched."""
 
 
 def assert_left(model: Any, classes: set[str], attends: str = "pg_kernels", **options: Any) -> None:
-    """`patch` leaves these classes, warns once, patches all others, and no number changes; `unpatch` takes it all back."""
+    """`patch` leaves these classes, warns once and patches all others. Results stay, and `unpatch` restores everything."""
     batch = inputs()
     prompt = {name: batch[name][:, :7] for name in ("input_ids", "token_type_ids")} | {
         "pixel_values": batch["pixel_values"]
     }
 
     def numbers() -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad(), pg.backend("reference"):  # on which rotary embeddings are ours
+        with torch.no_grad(), pg.backend("reference"):  # with it, rotary embeddings are ours
             tokens = model.generate(**prompt, max_new_tokens=4, do_sample=False)
             return model(**batch).logits, model.train()(**batch).loss, model.eval() and tokens
 
@@ -254,7 +254,7 @@ def test_code_that_is_gone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model of which all has changed runs as it is, rather than not at all."""
+    """A model whose classes have all changed runs unpatched instead of failing."""
     monkeypatch.setattr(versions, "SOURCES", dict.fromkeys(SOURCES, ""))
     assert_left(paligemma(), ALL, "eager")
 
@@ -272,7 +272,7 @@ def test_a_pickled_model_of_another_version(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_unknown_options_are_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what it needs of the mask, dense."""
+    """Attend with a dense mask, if the mask is needed."""
     seen: dict[str, Any] = {}
     monkeypatch.setattr(
         attention, "sdpa_attention_forward", lambda *args, **options: seen.update(options, mask=args[4])
@@ -299,7 +299,7 @@ MASK = {
 
 @pytest.mark.parametrize("name", ["attention_mask", "q_offset", "kv_offset", "batch_size"])
 def test_renamed_arguments_of_masks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The dense mask is transformers' own for whatever arguments it passes."""
+    """The dense mask is transformers' own, with all arguments passed on."""
     dense = masking_utils.sdpa_mask
 
     def renamed(**options: Any) -> Tensor:
@@ -322,7 +322,7 @@ def test_masks_of_unknown_models_are_numbers() -> None:
 
 
 def test_imports_survive_what_is_gone() -> None:
-    """In a process of its own: without private names, and without the attention interfaces."""
+    """Import works without transformers' private names and attention interfaces. It runs in a process of its own."""
     code = """
 import sys, warnings, transformers
 from transformers.loss import loss_utils
