@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from pg_kernels.benchmarks.measure.machine import device_name, versions
 from pg_kernels.benchmarks.measure.timing import peak_bytes, seconds
-from pg_kernels.benchmarks.report.plots import BASELINE, DPI, OURS, WIDTH
+from pg_kernels.benchmarks.report.plots.style import BASELINE, DPI, OURS, WIDTH
 from pg_kernels.benchmarks.report.text import duration, markdown_table, times
 from pg_kernels.model import EMBEDDED_CHECKPOINT, Processor
 from pg_kernels.model.files import json_bytes, temporary_sibling, write_atomically

@@ -24,7 +24,7 @@ from ..inputs import Inputs
 from ..paligemma import PaliGemma
 from ..processor import Processor
 from ..tokenizer import LOC_TOKENS
-from .formats import Question, Region, find_images
+from .formats.questions import Question, Region, find_images
 from .tasks import TASKS, Answer, Source, Task
 
 

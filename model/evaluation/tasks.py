@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from ..locations import Detection, parse, parse_places
 from ..processor import Processor
-from . import formats, metrics
-from .formats import Options, Question, Region, decode_masks
+from . import metrics
+from .formats import coco, text
+from .formats.questions import Options, Question, Read, Region, decode_masks
 
 QUESTION = "answer {lang} {question}"
 
@@ -41,7 +42,7 @@ class Task:
     """One task of `pg-kernels evaluate`."""
 
     about: str
-    read: Callable[[Source], formats.Read]
+    read: Callable[[Source], Read]
     prompt: str
     """The released models' prompt: a template of the questions' fields and `lang`."""
     max_new_tokens: int
@@ -142,13 +143,13 @@ _ANLS = _scorer(metrics.anls, metrics.exact_match)
 
 
 def _document_task(about: str) -> Task:
-    return Task(about, lambda source: formats.read_docvqa(source.path), QUESTION, 64, _ANLS, ("rapidfuzz",))
+    return Task(about, lambda source: text.read_docvqa(source.path), QUESTION, 64, _ANLS, ("rapidfuzz",))
 
 
 TASKS: Mapping[str, Task] = {
     "caption": Task(
         "COCO captions, XM3600, COCO-35L: CIDEr, BLEU-4",
-        lambda source: formats.read_captions(source.path, source.language),
+        lambda source: text.read_captions(source.path, source.language),
         "caption {lang}",
         64,
         _scorer(metrics.caption_scores),
@@ -156,14 +157,14 @@ TASKS: Mapping[str, Task] = {
     ),
     "vqa": Task(
         "VQAv2, OK-VQA, TextVQA: VQA accuracy",
-        lambda source: formats.read_vqa(source.path, source.annotations),
+        lambda source: text.read_vqa(source.path, source.annotations),
         QUESTION,
         32,
         _scorer(metrics.vqa_accuracy),
     ),
     "gqa": Task(
         "GQA: exact match",
-        lambda source: formats.read_gqa(source.path),
+        lambda source: text.read_gqa(source.path),
         QUESTION,
         32,
         _scorer(metrics.exact_match),
@@ -173,14 +174,14 @@ TASKS: Mapping[str, Task] = {
     "stvqa": _document_task("ST-VQA: ANLS"),
     "chartqa": Task(
         "ChartQA: relaxed accuracy",
-        lambda source: formats.read_chartqa(source.path),
+        lambda source: text.read_chartqa(source.path),
         QUESTION,
         48,
         _scorer(metrics.relaxed_accuracy, metrics.exact_match),
     ),
     "ocr": Task(
         "JSON lines with texts: exact match, character error rate",
-        lambda source: formats.read_lines(source.path, "ocr"),
+        lambda source: text.read_lines(source.path, "ocr"),
         "{prefix}",
         256,
         _scorer(metrics.exact_match, metrics.character_error_rate),
@@ -188,7 +189,7 @@ TASKS: Mapping[str, Task] = {
     ),
     "detect": Task(
         "COCO instances: average precision of boxes",
-        lambda source: formats.read_detection(source.path),
+        lambda source: coco.read_detection(source.path),
         "detect {categories}",
         256,
         _score_detections,
@@ -197,7 +198,7 @@ TASKS: Mapping[str, Task] = {
     ),
     "refer": Task(
         "RefCOCO in COCO's format: mean IoU of masks, precision of boxes",
-        lambda source: formats.read_referring(source.path),
+        lambda source: coco.read_referring(source.path),
         "{verb} {expression}",
         48,
         _score_references,
@@ -205,7 +206,7 @@ TASKS: Mapping[str, Task] = {
     ),
     "segment": Task(
         "COCO instances: mean IoU of masks",
-        lambda source: formats.read_segmentation(source.path),
+        lambda source: coco.read_segmentation(source.path),
         "segment {category}",
         256,
         _score_segmentations,
@@ -213,7 +214,7 @@ TASKS: Mapping[str, Task] = {
     ),
     "mmvp": Task(
         "MMVP: accuracy of pairs",
-        lambda source: formats.read_mmvp(source.path),
+        lambda source: text.read_mmvp(source.path),
         QUESTION,
         32,
         _score_choices,
@@ -221,14 +222,14 @@ TASKS: Mapping[str, Task] = {
     ),
     "pope": Task(
         "POPE: accuracy, precision, recall, F1, share of yes",
-        lambda source: formats.read_pope(source.path),
+        lambda source: text.read_pope(source.path),
         QUESTION,
         32,
         _scorer(metrics.yes_no_scores),
     ),
     "jsonl": Task(
         "JSON lines of image, prefix, suffix: exact match",
-        lambda source: formats.read_lines(source.path),
+        lambda source: text.read_lines(source.path),
         "{prefix}",
         64,
         _scorer(metrics.exact_match),

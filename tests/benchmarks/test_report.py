@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import sys
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from synthetic import synthetic_run, timed_row
 
 from pg_kernels.benchmarks.report import growth, plots, readme
 from pg_kernels.benchmarks.report import markdown as report
+from pg_kernels.benchmarks.report.plots import scaling, speedup, style
 from pg_kernels.benchmarks.report.results import Ceilings, Row, Run
 from pg_kernels.benchmarks.report.text import duration, markdown_table, times
 
@@ -259,15 +260,14 @@ def test_without_matplotlib_the_report_has_no_plots(
     assert "matplotlib is not installed" in capsys.readouterr().err
 
 
-def test_the_plots_module_needs_matplotlib_only_to_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plots_need_matplotlib_only_to_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] or ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    name = "pg_kernels.benchmarks.plots_again"
-    spec = importlib.util.spec_from_file_location(name, plots.__file__)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
+    loaded = [name for name in sys.modules if name.startswith(plots.__name__)]
+    assert len(loaded) == 5
+    for name in loaded:
+        monkeypatch.delitem(sys.modules, name)
+    importlib.import_module(plots.__name__)
 
 
 # --- growth
@@ -367,9 +367,9 @@ def test_the_growth_table_shows_the_bound_beside_the_time() -> None:
 def colors_of(path: Path) -> set[str]:
     with Image.open(path) as image:
         image.load()
-        assert image.format == "PNG" and image.width == plots.WIDTH * plots.DPI
+        assert image.format == "PNG" and image.width == style.WIDTH * style.DPI
         assert 300 < image.height < 6000
-        assert round(image.info["dpi"][0]) == plots.DPI
+        assert round(image.info["dpi"][0]) == style.DPI
         found = image.convert("RGB").getcolors(1 << 24)
     assert found is not None
     return {"#{:02X}{:02X}{:02X}".format(*color) for _, color in found}
@@ -386,7 +386,7 @@ def test_a_run_is_drawn(tmp_path: Path) -> None:
         "Scaling": "scaling.png",
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names.values())
-    look = plots.styles(run)
+    look = style.styles(run)
     for name in names.values():
         found = colors_of(tmp_path / name)
         assert look["pg_kernels triton"].color in found, name
@@ -416,7 +416,7 @@ def test_only_what_has_data_is_drawn(tmp_path: Path, rows: list[Row], names: lis
 @pytest.mark.filterwarnings("error")
 def test_many_cases_make_several_figures(tmp_path: Path) -> None:
     times = {"pg_kernels native": 1, "eager": 2}
-    rows = [row for index in range(plots.MOST_CASES) for row in case(f"norm {index}", times)]
+    rows = [row for index in range(speedup.MOST_CASES) for row in case(f"norm {index}", times)]
     assert list(plots.draw(run_of(*rows), tmp_path).values()) == ["speedup.png"]
     rows += [row for index in range(3) for row in case(f"other {index}", times, op="geglu")]
     assert list(plots.draw(run_of(*rows), tmp_path).values()) == ["speedup-rms_norm.png", "speedup-geglu.png"]
@@ -440,7 +440,7 @@ def test_bars_end_at_the_median_ratio_and_whiskers_at_its_percentiles() -> None:
     axes = Figure().add_subplot()
     baseline = timed_row("c", "eager", (1.0, 2.0, 3.0, 4.0, 5.0, 6.0))
     ours = timed_row("c", "pg_kernels native", (1.0,) * 6)
-    ends = plots._bar(axes, 0.0, ours, baseline, plots.styles(run_of(ours))["pg_kernels native"])
+    ends = speedup._bar(axes, 0.0, ours, baseline, style.styles(run_of(ours))["pg_kernels native"])
     bar: Any = axes.patches[0]
     assert len(axes.patches) == 1
     assert (bar.get_x(), bar.get_x() + bar.get_width()) == pytest.approx((1.0, 3.5))
@@ -452,24 +452,24 @@ def test_bars_end_at_the_median_ratio_and_whiskers_at_its_percentiles() -> None:
 def test_contenders_look_different_and_the_same_in_every_figure() -> None:
     names = ["eager", *(f"pg_kernels {index}" for index in range(6)), *(f"other {index}" for index in range(20))]
     rows = [row for index in range(2) for row in case(f"c{index}", dict.fromkeys(names, 1.0))]
-    look = plots.styles(run_of(*rows))
+    look = style.styles(run_of(*rows))
     assert list(look) == names
     assert len({(style.color, style.hatch) for style in look.values()}) == len(names)
-    assert look["eager"].color == plots.BASELINE
+    assert look["eager"].color == style.BASELINE
     # Contenders that were not timed keep their colours.
     failed = replace(rows[7], status="failed", samples=())
-    assert plots.styles(run_of(*rows[:7], failed, *rows[8:])) == look
+    assert style.styles(run_of(*rows[:7], failed, *rows[8:])) == look
 
 
 def test_multiples_are_written_as_people_do() -> None:
     ratios = [1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 16]
-    assert [plots.multiple(ratio) for ratio in ratios] == ["1/64×", "1/16×", "⅛×", "¼×", "½×", "1×", "2×", "16×"]
+    assert [speedup.multiple(ratio) for ratio in ratios] == ["1/64×", "1/16×", "⅛×", "¼×", "½×", "1×", "2×", "16×"]
 
 
 def test_labels_of_crowded_values_are_left_out() -> None:
-    assert plots._apart([256, 512, 1024, 2048, 4096, 8192]) == [256, 512, 1024, 2048, 4096, 8192]
-    assert plots._apart([1, 4, 8]) == [1, 4, 8]
-    assert plots._apart([16, 64, 128, 256, 272, 512, 1040, 4112, 8192]) == [16, 64, 272, 1040, 8192]
+    assert scaling._apart([256, 512, 1024, 2048, 4096, 8192]) == [256, 512, 1024, 2048, 4096, 8192]
+    assert scaling._apart([1, 4, 8]) == [1, 4, 8]
+    assert scaling._apart([16, 64, 128, 256, 272, 512, 1040, 4112, 8192]) == [16, 64, 272, 1040, 8192]
 
 
 # --- README

@@ -21,7 +21,7 @@ from PIL import Image
 from tiny import make_answer
 
 from pg_kernels.model import EMBEDDED_CHECKPOINT, PaliGemma, PaliGemmaConfig, Processor, TextConfig, VisionConfig, cli
-from pg_kernels.model.evaluation.formats import decode_masks
+from pg_kernels.model.evaluation.formats.questions import decode_masks
 from pg_kernels.model.evaluation.run import Evaluation, ask, prepare
 from pg_kernels.model.evaluation.tasks import TASKS, Answer
 from pg_kernels.model.tokenizer import Tokenizer

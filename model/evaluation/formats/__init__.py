@@ -1,0 +1,1 @@
+"""Public data sets' file formats, read as questions with references. Every entry is checked."""
