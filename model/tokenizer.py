@@ -58,10 +58,9 @@ class StreamDecoder:
 class Tokenizer:
     """Text to ids and back, with the ids of transformers' PaliGemmaProcessor on the same file.
 
-    Sentencepiece encodes the text between added tokens, as in the original code. transformers 5 rebuilds the model as a BPE,
-    which
-    differs in two cases: a run of spaces longer than the longest piece of spaces (31 in the released vocabulary) is split
-    differently, and so is text that contains several "▁" (U+2581) in a row.
+    Sentencepiece encodes the text between added tokens, as in the original code. transformers 5 rebuilds the model as a BPE, which
+    splits two kinds of text differently: a run of spaces longer than the longest piece of spaces (31 in the released vocabulary),
+    and several "▁" (U+2581) in a row.
 
     Args:
         model_proto: content of a sentencepiece `tokenizer.model`.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -132,3 +134,17 @@ def test_the_vocabulary_is_in_use() -> None:
     names = [name for row in re.findall(r"^\| ([^|]*) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
     code = "\n".join(path.read_text(encoding="utf-8") for path in modules().values())
     assert len(names) > 30 and [name for name in names if not re.search(rf"\b{name}\b", code)] == []
+
+
+def test_python_m_benchmarks_loads_no_second_copy_of_the_modules() -> None:
+    """In a clone, `python -m benchmarks` imports pg_kernels.benchmarks, not modules named benchmarks.x."""
+    script = (
+        "import contextlib, runpy, sys\n"
+        "sys.argv[1:] = ['--help']\n"
+        "with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):\n"
+        "    runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)\n"
+        "print(*(name for name in sys.modules if name.split('.')[0] == 'benchmarks'))\n"
+        "print('pg_kernels.benchmarks' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["benchmarks", "True"], done.stdout
