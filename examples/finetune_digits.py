@@ -60,7 +60,7 @@ def run_and_report(folder: Path, output: str, *options: object) -> None:
 
 def run_and_kill(words: list[str], checkpoint: Path) -> None:
     """Run the command in a process of its own until it has written a checkpoint, then kill it."""
-    process = subprocess.Popen([sys.executable, "-m", "pg_kernels.model.cli", *words])
+    process = subprocess.Popen([sys.executable, "-m", "pg_kernels", *words])
     while process.poll() is None and not checkpoint.exists():
         time.sleep(0.1)
     process.kill()

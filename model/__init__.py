@@ -1,20 +1,12 @@
 """PaliGemma 1 and 2 assembled from the kernels."""
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .config import PaliGemmaConfig, TextConfig, VisionConfig
-from .paligemma import PaliGemma, PaliGemmaOutput
-from .processor import Processor
+from pg_kernels.lazy import lazy_names
 
-EMBEDDED_CHECKPOINT = Path(__file__).parent / "embedded"
-"""Folder of the small trained PaliGemma that comes with the package; it names and finds emoji."""
+from .embedded import EMBEDDED_CHECKPOINT as EMBEDDED_CHECKPOINT
 
-__all__ = [
-    "EMBEDDED_CHECKPOINT",
-    "PaliGemma",
-    "PaliGemmaConfig",
-    "PaliGemmaOutput",
-    "Processor",
-    "TextConfig",
-    "VisionConfig",
-]
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
+
+__getattr__, __dir__ = lazy_names(__name__)

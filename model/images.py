@@ -21,8 +21,6 @@ ImageInput: TypeAlias = "Image.Image | np.ndarray | torch.Tensor | str | os.Path
 MAX_IMAGE_PIXELS = 178_956_970
 """The largest image, in pixels (0.5 GB as RGB). Pillow refuses to open larger files."""
 
-RESIZE_MODES = ("hf", "big_vision", "big_vision_no_antialias")
-
 
 def load_image(image: ImageInput) -> Image.Image:
     """Return any accepted image as 8-bit RGB, with transparency blended onto white.
@@ -77,7 +75,7 @@ def resized_pixels(
 ) -> torch.Tensor:
     """Resize an RGB image to a square of side `size` and normalise it: fp32 [3, size, size].
 
-    `mode` is one of RESIZE_MODES. "hf" uses Pillow's filter `resample` and the table of `normalization_table`.
+    `mode` is one of choices.RESIZE_MODES. "hf" uses Pillow's filter `resample` and the table of `normalization_table`.
     """
     if mode == "hf":
         pixels = np.asarray(image.resize((size, size), resample=resample))

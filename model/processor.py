@@ -12,9 +12,10 @@ from PIL import Image
 
 from .added_tokens import lone_surrogate
 from .arguments import integer
+from .choices import RESIZE_MODES
 from .config import PaliGemmaConfig
 from .files import json_bytes, write_atomically
-from .images import RESIZE_MODES, ImageInput, load_image, normalization_table, read_image_config, resized_pixels
+from .images import ImageInput, load_image, normalization_table, read_image_config, resized_pixels
 from .inputs import Inputs
 from .locations import Detection, draw, parse
 from .segmentation import MaskVQVAE

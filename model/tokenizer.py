@@ -58,8 +58,8 @@ class StreamDecoder:
 class Tokenizer:
     """Text to ids and back, with the ids of transformers' PaliGemmaProcessor on the same file.
 
-    Sentencepiece encodes the text between added tokens, as in the original code. transformers 5 rebuilds the model as a BPE, which
-    splits two kinds of text differently: a run of spaces longer than the longest piece of spaces (31 in the released vocabulary),
+    Sentencepiece encodes the text between added tokens, as in the original code. transformers 5 rebuilds the model as a BPE. It
+    splits two kinds of text differently: runs of spaces longer than the longest piece of spaces (31 in the released vocabulary),
     and several "▁" (U+2581) in a row.
 
     Args:

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from pg_kernels.modes import ACTIVATIONS
 from pg_kernels.nn import Int8Embedding, Int8Linear
 from pg_kernels.ops._common.checks import values_are_free
 from pg_kernels.ops.quantize_int8 import check_group_size
 
-ACTIVATIONS = {"int8": "keep", "int8-dynamic": "int8"}
-"""`int8_linear`'s argument `activations` for each mode."""
 Model = TypeVar("Model", bound=nn.Module)
 
 

@@ -20,7 +20,7 @@ FOLDERS = {
 }
 # From the bottom to the top. A module belongs to the last part that its name begins with.
 PARTS = (
-    ("pg_kernels._C", "pg_kernels._cuda"),
+    ("pg_kernels._C", "pg_kernels._cuda", "pg_kernels.lazy", "pg_kernels.modes"),
     ("pg_kernels.ops", "pg_kernels.backends"),
     ("pg_kernels.nn", "pg_kernels.quantization"),
     ("pg_kernels",),

@@ -143,8 +143,11 @@ def _describe(writer: GGUFWriter, config: TextConfig) -> None:
     if config.model_type == "gemma2":
         # llama.cpp's default window is 4096. A window over all positions hides nothing.
         writer.add_sliding_window(config.sliding_window or config.max_position_embeddings)
-        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+        attention_cap, final_cap = config.attn_logit_softcapping, config.final_logit_softcapping
+        if attention_cap is None or final_cap is None:
+            raise ValueError("llama.cpp's Gemma 2 has both softcaps; this configuration lacks one")
+        writer.add_attn_logit_softcapping(attention_cap)
+        writer.add_final_logit_softcapping(final_cap)
 
 
 def _write_tensors(writer: GGUFWriter, modules: dict[str, Any], progress: bool) -> None:

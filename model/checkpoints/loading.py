@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pg_kernels.modes import ACTIVATIONS
 from pg_kernels.nn import Int8Embedding, Int8Linear
-from pg_kernels.quantization import ACTIVATIONS, quantize_
+from pg_kernels.quantization import quantize_
 
 from ..adapters import Adaptable
 from ..config import PaliGemmaConfig

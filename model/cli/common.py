@@ -1,4 +1,7 @@
-"""What several commands share: arguments, devices, processors, checks and notes."""
+"""Arguments, devices, processors, checks and notes of several commands.
+
+The modules of the command line import torch inside functions, so that help texts and usage errors appear at once.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,17 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from PIL import Image
+from pg_kernels.modes import ACTIVATIONS
 
-from pg_kernels.quantization import ACTIVATIONS
+from ..choices import DTYPES, RESIZE_MODES
 
-from ..config import PaliGemmaConfig
-from ..images import RESIZE_MODES
-from ..processor import Processor
-from ..segmentation import MaskVQVAE
-from ..tokenizer import Tokenizer
+if TYPE_CHECKING:
+    import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    from ..config import PaliGemmaConfig
+    from ..processor import Processor
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,11 +52,22 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def default_device() -> str:
     """Return "cuda" if there is a GPU, else "cpu"."""
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """Return the dtype of that name, or None for None."""
+    import torch
+
+    return None if name is None else getattr(torch, name)
 
 
 def choose_device(name: str) -> torch.device:
     """Return the device of that name after a test transfer. Raises ValueError if the device does not work."""
+    import torch
+
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -67,6 +79,10 @@ def choose_device(name: str) -> torch.device:
 
 def open_processor(checkpoint: Path, config: PaliGemmaConfig, options: argparse.Namespace) -> Processor:
     """Open the processor of a checkpoint: a folder's own, or one with `--tokenizer` for an .npz file."""
+    from ..processor import Processor
+    from ..segmentation import MaskVQVAE
+    from ..tokenizer import Tokenizer
+
     if checkpoint.is_dir():
         if options.tokenizer is not None:
             raise ValueError(f"--tokenizer is for .npz checkpoints; {checkpoint} is a folder with its own")
@@ -86,6 +102,8 @@ def open_processor(checkpoint: Path, config: PaliGemmaConfig, options: argparse.
 
 def check_drawing(path: Path, num_images: int) -> None:
     """Raise early if the drawing cannot be written."""
+    from PIL import Image
+
     if num_images > 1:
         raise ValueError(f"--draw draws on one image, got {num_images}")
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:

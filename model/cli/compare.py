@@ -10,19 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
-from pg_kernels.quantization import ACTIVATIONS
+from pg_kernels.modes import ACTIVATIONS
 
 from .. import EMBEDDED_CHECKPOINT
-from ..images import load_image
-from ..paligemma import PaliGemma
-from ..processor import Processor
-from ..quality import compare, table
-from .common import DTYPES, choose_device, default_device
+from ..choices import DTYPES
+from .common import choose_device, default_device, dtype_named
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ..embedded.evaluation import Score
+    from ..paligemma import PaliGemma
+    from ..processor import Processor
 
 _COMPARED = (("caption", "en"), ("vqa", "en"), ("detect", ""))
 """The tasks and languages on which the original and the quantised built-in model are scored."""
@@ -57,6 +56,11 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from ..images import load_image
+    from ..paligemma import PaliGemma
+    from ..processor import Processor
+    from ..quality import compare, table
+
     if bool(options.images) == (options.checkpoint is None):
         raise ValueError("give images with --checkpoint; the built-in model, without it, gets fresh pictures")
     if options.pictures < 1:
@@ -67,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
     if not tasks:
         tasks, score = _fresh_pictures(options, processor)
     original, quantised = (
-        PaliGemma.from_pretrained(checkpoint, dtype=DTYPES.get(options.dtype), device=device, quantize=mode)
+        PaliGemma.from_pretrained(checkpoint, dtype=dtype_named(options.dtype), device=device, quantize=mode)
         for mode in (None, options.quantize)
     )
     found = compare(original, quantised, processor, tasks)

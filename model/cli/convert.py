@@ -6,10 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.conversion import convert
-from ..processor import Processor
-from ..tokenizer import Tokenizer
-from .common import DTYPES, note
+from ..choices import DTYPES
+from .common import dtype_named, note
 
 
 def add(commands: Any) -> None:
@@ -23,9 +21,13 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from ..checkpoints.conversion import convert
+    from ..processor import Processor
+    from ..tokenizer import Tokenizer
+
     if options.tokenizer is not None:
         Tokenizer.from_file(options.tokenizer)  # fail before anything is written
-    convert(options.source, options.target, dtype=DTYPES.get(options.dtype), tokenizer=options.tokenizer)
+    convert(options.source, options.target, dtype=dtype_named(options.dtype), tokenizer=options.tokenizer)
     images = [
         name for name in ("preprocessor_config.json", "processor_config.json") if (options.target / name).is_file()
     ]

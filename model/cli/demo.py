@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import EMBEDDED_CHECKPOINT
-from ..files import temporary_sibling
-from ..paligemma import PaliGemma
-from ..processor import Processor
 from .common import check_drawing, note
 
 
@@ -29,6 +26,9 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..embedded.demo import answers, samples, sheet
+    from ..files import temporary_sibling
+    from ..paligemma import PaliGemma
+    from ..processor import Processor
 
     if options.draw is not None:
         check_drawing(options.draw, 1)

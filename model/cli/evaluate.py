@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import EMBEDDED_CHECKPOINT
-from ..evaluation.run import Predictions, ask, last_written, prepare
-from ..evaluation.run import table as score_table
-from ..evaluation.tasks import TASKS
-from ..paligemma import PaliGemma
-from .common import DTYPES, add_model_arguments, choose_device, default_device, open_processor
+from ..evaluation.catalogue import ABOUT
+from .common import add_model_arguments, choose_device, default_device, dtype_named, open_processor
 
 
 def add(commands: Any) -> None:
@@ -31,6 +28,9 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from ..evaluation.run import Predictions, ask, last_written, prepare, table
+    from ..paligemma import PaliGemma
+
     evaluation = prepare(
         options.task,
         options.data,
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
         predictions = Predictions(options.output, evaluation, made_with, options.batch_size)
     device = choose_device(options.device or default_device())
     model = PaliGemma.from_pretrained(
-        checkpoint, dtype=DTYPES.get(options.dtype), device=device, quantize=options.quantize
+        checkpoint, dtype=dtype_named(options.dtype), device=device, quantize=options.quantize
     )
     processor = open_processor(checkpoint, model.config, options)
     answers = ask(
@@ -70,12 +70,12 @@ def run(options: argparse.Namespace) -> None:
         machine = {"device": device_name(device), "versions": versions()}
         print(json.dumps({**asked, **origin, **machine, "scores": scores}, ensure_ascii=False))
     else:
-        print("\n".join(score_table(scores, counts)))
+        print("\n".join(table(scores, counts)))
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say what to evaluate on."""
-    parser.add_argument("--task", choices=TASKS, required=True, help="what to score; the list is below")
+    parser.add_argument("--task", choices=ABOUT, required=True, help="what to score; the list is below")
     parser.add_argument(
         "--data",
         type=Path,
@@ -113,6 +113,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _list_tasks() -> str:
     """List the tasks for the end of the help."""
-    width = max(map(len, TASKS))
-    lines = [f"  {name:{width}}  {task.about}" for name, task in TASKS.items()]
+    width = max(map(len, ABOUT))
+    lines = [f"  {name:{width}}  {about}" for name, about in ABOUT.items()]
     return "\n".join(["tasks, their data and metrics:", *lines])

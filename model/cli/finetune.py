@@ -7,20 +7,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pg_kernels.quantization import ACTIVATIONS
+from pg_kernels.modes import ACTIVATIONS
 
 from .. import EMBEDDED_CHECKPOINT
-from ..images import RESIZE_MODES
-from ..paligemma import PaliGemma
-from ..training import parallel
-from ..training.data import JsonLines, UnreadableImage
-from ..training.finetune import Lora, finetune
+from ..choices import RESIZE_MODES
 from ..training.interruption import Interrupted
-from ..training.lock import exclusive
 from ..training.options import add_recipe_options, recipe_from
-from ..training.state import CHECKPOINT
+from ..training.recipe import Lora
 from .common import choose_device, default_device, note, open_processor
 
 
@@ -93,6 +86,15 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    import torch
+
+    from ..paligemma import PaliGemma
+    from ..training import parallel
+    from ..training.data import JsonLines, UnreadableImage
+    from ..training.finetune import finetune
+    from ..training.lock import exclusive
+    from ..training.state import CHECKPOINT
+
     adapting = options.lora_alpha or options.lora_dropout or options.lora_targets != Lora.targets
     if options.lora is None and (options.quantize or options.merge or adapting):
         raise ValueError("--quantize, --merge and the options of an adapter go with --lora")
@@ -159,5 +161,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _resume_command(options: argparse.Namespace) -> str:
     """Return the command that resumes an interrupted run. The shortest form of --restart that argparse accepts is --rest."""
+    from ..training import parallel
+
     words = [word for word in options.words if not word.startswith("--rest")]
     return ("torchrun … " if parallel.world() > 1 else "") + shlex.join(["pg-kernels", *words])

@@ -8,11 +8,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import pg_kernels
-from pg_kernels.backends import explain
-from pg_kernels.ops._common.extension import instruction_sets, unavailable_reason
 
 
 def add(commands: Any) -> None:
@@ -22,6 +18,11 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    import torch
+
+    from pg_kernels.backends import explain
+    from pg_kernels.ops._common.extension import instruction_sets, unavailable_reason
+
     print(f"pg_kernels  {pg_kernels.__version__}  {Path(pg_kernels.__file__).parent}")
     print(f"Python      {platform.python_version()} on {platform.platform()}")
     print(f"torch       {torch.__version__}, CUDA {torch.version.cuda or 'none'}")

@@ -8,16 +8,15 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .. import EMBEDDED_CHECKPOINT
-from ..files import temporary_sibling
-from ..images import load_image
-from ..locations import Detection
-from ..paligemma import PaliGemma
-from .common import DTYPES, add_model_arguments, check_drawing, choose_device, default_device, note, open_processor
+from .common import add_model_arguments, check_drawing, choose_device, default_device, dtype_named, note, open_processor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..locations import Detection
 
 
 def add(commands: Any) -> None:
@@ -55,6 +54,12 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    import torch
+
+    from ..files import temporary_sibling
+    from ..images import load_image
+    from ..paligemma import PaliGemma
+
     if options.stream and (options.json or options.num_beams > 1):
         raise ValueError("--stream prints text as it comes: it goes with neither --json nor --num-beams")
     if options.draw is not None:
@@ -66,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     checkpoint = options.checkpoint or EMBEDDED_CHECKPOINT
     model = PaliGemma.from_pretrained(
-        checkpoint, dtype=DTYPES.get(options.dtype), device=device, quantize=options.quantize
+        checkpoint, dtype=dtype_named(options.dtype), device=device, quantize=options.quantize
     )
     processor = open_processor(checkpoint, model.config, options)
     inputs = processor([images], [options.prompt]).to(device)
@@ -75,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
 
     decoder, arrivals = processor.stream_decoder(), [time.perf_counter()]
 
-    def arrive(token: torch.Tensor) -> None:
+    def arrive(token: Tensor) -> None:
         text = decoder.push(int(token[0]))
         arrivals.append(time.perf_counter())
         if options.stream:

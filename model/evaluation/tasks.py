@@ -41,7 +41,6 @@ class Source:
 class Task:
     """One task of `pg-kernels evaluate`."""
 
-    about: str
     read: Callable[[Source], Read]
     prompt: str
     """The released models' prompt: a template of the questions' fields and `lang`."""
@@ -139,16 +138,17 @@ def _score_references(
     return metrics.mean_iou(found, (decode_masks(region.masks, region.size) for region in regions)) | scores
 
 
-_ANLS = _scorer(metrics.anls, metrics.exact_match)
-
-
-def _document_task(about: str) -> Task:
-    return Task(about, lambda source: text.read_docvqa(source.path), QUESTION, 64, _ANLS, ("rapidfuzz",))
+_DOCUMENT_TASK = Task(
+    lambda source: text.read_docvqa(source.path),
+    QUESTION,
+    64,
+    _scorer(metrics.anls, metrics.exact_match),
+    ("rapidfuzz",),
+)
 
 
 TASKS: Mapping[str, Task] = {
     "caption": Task(
-        "COCO captions, XM3600, COCO-35L: CIDEr, BLEU-4",
         lambda source: text.read_captions(source.path, source.language),
         "caption {lang}",
         64,
@@ -156,31 +156,27 @@ TASKS: Mapping[str, Task] = {
         ("pycocoevalcap",),
     ),
     "vqa": Task(
-        "VQAv2, OK-VQA, TextVQA: VQA accuracy",
         lambda source: text.read_vqa(source.path, source.annotations),
         QUESTION,
         32,
         _scorer(metrics.vqa_accuracy),
     ),
     "gqa": Task(
-        "GQA: exact match",
         lambda source: text.read_gqa(source.path),
         QUESTION,
         32,
         _scorer(metrics.exact_match),
     ),
-    "docvqa": _document_task("DocVQA: ANLS"),
-    "infovqa": _document_task("InfographicVQA: ANLS"),
-    "stvqa": _document_task("ST-VQA: ANLS"),
+    "docvqa": _DOCUMENT_TASK,
+    "infovqa": _DOCUMENT_TASK,
+    "stvqa": _DOCUMENT_TASK,
     "chartqa": Task(
-        "ChartQA: relaxed accuracy",
         lambda source: text.read_chartqa(source.path),
         QUESTION,
         48,
         _scorer(metrics.relaxed_accuracy, metrics.exact_match),
     ),
     "ocr": Task(
-        "JSON lines with texts: exact match, character error rate",
         lambda source: text.read_lines(source.path, "ocr"),
         "{prefix}",
         256,
@@ -188,7 +184,6 @@ TASKS: Mapping[str, Task] = {
         ("rapidfuzz",),
     ),
     "detect": Task(
-        "COCO instances: average precision of boxes",
         lambda source: coco.read_detection(source.path),
         "detect {categories}",
         256,
@@ -197,7 +192,6 @@ TASKS: Mapping[str, Task] = {
         finds=True,
     ),
     "refer": Task(
-        "RefCOCO in COCO's format: mean IoU of masks, precision of boxes",
         lambda source: coco.read_referring(source.path),
         "{verb} {expression}",
         48,
@@ -205,7 +199,6 @@ TASKS: Mapping[str, Task] = {
         ("pycocotools",),
     ),
     "segment": Task(
-        "COCO instances: mean IoU of masks",
         lambda source: coco.read_segmentation(source.path),
         "segment {category}",
         256,
@@ -213,7 +206,6 @@ TASKS: Mapping[str, Task] = {
         ("pycocotools",),
     ),
     "mmvp": Task(
-        "MMVP: accuracy of pairs",
         lambda source: text.read_mmvp(source.path),
         QUESTION,
         32,
@@ -221,14 +213,12 @@ TASKS: Mapping[str, Task] = {
         group=2,
     ),
     "pope": Task(
-        "POPE: accuracy, precision, recall, F1, share of yes",
         lambda source: text.read_pope(source.path),
         QUESTION,
         32,
         _scorer(metrics.yes_no_scores),
     ),
     "jsonl": Task(
-        "JSON lines of image, prefix, suffix: exact match",
         lambda source: text.read_lines(source.path),
         "{prefix}",
         64,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,51 +22,15 @@ from . import fingerprint, parallel
 from .data import Collator, JsonLines
 from .loading import Batch, batches, micro_batch_size, share
 from .lock import exclusive
-from .recipe import Recipe
+from .recipe import Lora, Recipe
 from .state import BEST, CHECKPOINT, IMAGES, differences, run_identity
 from .trainer import suffix_loss, train
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    pass
 
 _RECORD = "finetune.json"
 """The file beside a trained model with the settings that made it (see `run_identity`)."""
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A low-rank adapter by PEFT. `targets` is a regular expression for the names of the adapted layers.
-
-    Source: Hu et al., https://arxiv.org/abs/2106.09685.
-    """
-
-    rank: int
-    alpha: int | None = None
-    """Scale of the adapter, over its rank; default: twice the rank."""
-    dropout: float = 0.0
-    targets: str = r".*language_model.*_proj"
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"lora: expected a rank of at least 1, got {self.rank}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora's dropout: expected to lie in [0, 1), got {self.dropout}")
-        try:
-            re.compile(self.targets)
-        except re.error as error:
-            raise ValueError(f"lora's targets: {self.targets!r} is no regular expression: {error}") from error
-
-    def adapt(self, model: PaliGemma) -> PeftModel:
-        """Wrap a model in a new adapter and freeze the model's own parameters. Raises ValueError if the adapter does not fit."""
-        if find_spec("peft") is None:
-            raise RuntimeError("LoRA needs the package `peft`: pip install peft")
-        from peft import LoraConfig, get_peft_model
-
-        from pg_kernels.integrations.peft import register
-
-        alpha = 2 * self.rank if self.alpha is None else self.alpha
-        config = LoraConfig(r=self.rank, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=self.targets)
-        return get_peft_model(model, register(config))
 
 
 def finetune(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from ..paligemma import PaliGemma
 
 SCHEDULES = ("cosine", "linear", "rsqrt")
 REDUCTIONS = ("example", "token")
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "muon")
 
 _RUN, _OPTIMIZATION, _SPEED = "the run", "optimization", "speed and memory"
@@ -71,7 +76,7 @@ class Recipe:
         option="--freeze",
     )
     precision: str = _option(
-        _SPEED, "float32", "of the arithmetic; the optimizer always moves fp32", choices=tuple(PRECISIONS)
+        _SPEED, "float32", "of the arithmetic; the optimizer always moves fp32", choices=PRECISIONS
     )
     micro_batch: int | None = _option(
         _SPEED, None, "examples a forward pass, when memory is short; gradients are accumulated"
@@ -124,3 +129,39 @@ def learning_rate_factor(step: int, steps: int, recipe: Recipe) -> float:
         return math.sqrt(warmup / (step + 1))
     done = (step - warmup) / max(1, steps - warmup)
     return 1 - done if recipe.schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter by PEFT. `targets` is a regular expression for the names of the adapted layers.
+
+    Source: Hu et al., https://arxiv.org/abs/2106.09685.
+    """
+
+    rank: int
+    alpha: int | None = None
+    """Scale of the adapter, over its rank; default: twice the rank."""
+    dropout: float = 0.0
+    targets: str = r".*language_model.*_proj"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora: expected a rank of at least 1, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora's dropout: expected to lie in [0, 1), got {self.dropout}")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ValueError(f"lora's targets: {self.targets!r} is no regular expression: {error}") from error
+
+    def adapt(self, model: PaliGemma) -> PeftModel:
+        """Wrap a model in a new adapter and freeze the model's own parameters. Raises ValueError if the adapter does not fit."""
+        if find_spec("peft") is None:
+            raise RuntimeError("LoRA needs the package `peft`: pip install peft")
+        from peft import LoraConfig, get_peft_model
+
+        from pg_kernels.integrations.peft import register
+
+        alpha = 2 * self.rank if self.alpha is None else self.alpha
+        config = LoraConfig(r=self.rank, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=self.targets)
+        return get_peft_model(model, register(config))

@@ -25,7 +25,7 @@ from .lock import exclusive
 from .log import Log
 from .optimization import Weights, build_optimizers, freeze
 from .progress import Progress
-from .recipe import PRECISIONS, Recipe, learning_rate_factor
+from .recipe import Recipe, learning_rate_factor
 from .state import State, run_identity
 
 # What a process may request of all processes between two steps. The largest number wins; a signal's number is added to _STOP.
@@ -129,7 +129,7 @@ def train(
             raise RuntimeError("TensorBoard's files need the package `tensorboard`")
         freeze(model, recipe.frozen)
         task = _Task(model, loss, recipe, evaluate).train()
-        dtype = PRECISIONS[recipe.precision]
+        dtype = getattr(torch, recipe.precision)
         parallel.shard_(task, layers(model), dtype, "evaluate")
         weights = Weights(model, dtype)
         optimizers = build_optimizers(model, weights, recipe)

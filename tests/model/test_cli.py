@@ -507,17 +507,42 @@ def test_interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(device_type: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.info, "explain", interrupt)
+    monkeypatch.setattr(backends, "explain", interrupt)
     done = run("info")
     assert (done.code, done.err) == (130, "pg-kernels: interrupted\n")
 
 
-MODULE = [sys.executable, "-m", "pg_kernels.model.cli"]
+MODULE = [sys.executable, "-m", "pg_kernels"]
 
 
 def test_version() -> None:
     done = subprocess.run([*MODULE, "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"pg_kernels {pg_kernels.__version__}\n", "")
+
+
+def test_help_and_usage_errors_start_without_torch() -> None:
+    """Importing torch takes more than a second."""
+    commands = [command.__name__.rpartition(".")[2] for command in cli.COMMANDS]
+    words = [
+        ["--version"],
+        ["--help"],
+        [],
+        ["nothing"],
+        *([name, "--help"] for name in commands),
+        ["run"],
+        ["finetune"],
+    ]
+    code = (
+        "import contextlib, sys\n"
+        "from pg_kernels.model.cli import main\n"
+        f"for words in {words}:\n"
+        "    with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(SystemExit):\n"
+        "        main(words)\n"
+        "print([name for name in ('torch', 'numpy', 'PIL') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    assert done.stderr.count("usage: ") == len(words) - 1  # all but --version
 
 
 def test_a_reader_that_goes_away() -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 from tiny import make_answer
 
 from pg_kernels.model import EMBEDDED_CHECKPOINT, PaliGemma, PaliGemmaConfig, Processor, TextConfig, VisionConfig, cli
+from pg_kernels.model.evaluation.catalogue import ABOUT
 from pg_kernels.model.evaluation.formats.questions import decode_masks
 from pg_kernels.model.evaluation.run import Evaluation, ask, prepare
 from pg_kernels.model.evaluation.tasks import TASKS, Answer
@@ -858,6 +859,7 @@ def test_a_missing_package_is_named_first(lines: Path, monkeypatch: pytest.Monke
 
 
 def test_every_task_is_documented() -> None:
+    assert ABOUT.keys() == TASKS.keys()
     text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
     for name, task in TASKS.items():
         assert f"`{name}`" in text and (task.prompt in text or task.prompt == "{verb} {expression}")
