@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .cache import AttentionLengths, KVCache
 from .config import PaliGemmaConfig
+from .grammar import GrammarState, TokenGrammar
 
 
 class GenerativeModel(nn.Module):
@@ -22,6 +23,10 @@ class GenerativeModel(nn.Module):
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
         """Embed tokens [B, S] to [B, S, D], image features in the places of their placeholders."""
+        raise NotImplementedError
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Encode and project images: [n, 3, H, W] to [n, N, D]."""
         raise NotImplementedError
 
     def attention_lengths(
@@ -53,6 +58,31 @@ class SamplingConfig:
     top_p: float | None
     seeded: bool
     """Whether every call brings a generator."""
+    scores: bool = False
+    """Whether to keep the log-probability of each chosen token."""
+    grammar: TokenGrammar | None = None
+    """The answers that are allowed; None allows all."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """A caller's functions of the answers so far, int64 [B, T]. They run on the host, so that a step cannot be captured."""
+
+    logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Returns the logits [B, V] to use instead of the given ones."""
+    stop: Callable[[Tensor], Tensor] | None = None
+    """Returns which answers end here, bool [B]."""
+    stream: Callable[[Tensor], None] | None = None
+    """Is called with each step's tokens [B]."""
+
+
+class GenerationOutput(NamedTuple):
+    """New tokens with their scores."""
+
+    ids: Tensor
+    """int64 [B, T]: the end token included, then the pad token."""
+    scores: Tensor
+    """fp32 [B, T]: the log-probability of each token in the distribution that it was chosen from; 0 after the end."""
 
 
 class Decoder:
@@ -112,8 +142,16 @@ class DecodingSession:
         self._eos_ids = torch.tensor(sampling.eos_ids, device=device)
         self._answers = torch.full((batch, capacity), self._pad, device=device)
         self._num_steps = torch.zeros(1, dtype=torch.int64, device=device)
+        self._scores = torch.zeros(batch, capacity if sampling.scores else 0, device=device)
+        self._grammar = (
+            None
+            if sampling.grammar is None
+            else GrammarState(sampling.grammar, sampling.eos_ids, batch, model.config.text_config.vocab_size, device)
+        )
         self._lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self._finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self._process: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._count = 0
 
     def answer(
         self,
@@ -121,22 +159,28 @@ class DecodingSession:
         prompt: Mapping[str, Tensor],
         generator: torch.Generator | None,
         max_new_tokens: int,
-        stream: Callable[[Tensor], None] | None,
-    ) -> Tensor:
-        """Continue each prompt: int64 [B, ≤ max_new_tokens]."""
+        hooks: Hooks = Hooks(),  # noqa: B008
+    ) -> GenerationOutput:
+        """Continue each prompt: T ≤ max_new_tokens. Without `sampling.scores` the scores are empty."""
         if self.generator is not None and generator is not None:
             self.generator.set_state(generator.get_state())
+        if self._grammar is not None:
+            self._grammar.start(max_new_tokens)
+        self._process, self._count = hooks.logits_processor, 0
         self.prefill(model, prompt)
-        interval = _steps_between_checks(self._finished.device, stream)
+        interval = _steps_between_checks(self._finished.device, hooks)
         for count in range(1, max_new_tokens + 1):
-            if stream is not None:
-                stream(self.decoder.tokens.clone())
+            if hooks.stop is not None:
+                self._finished |= hooks.stop(self._answers[:, :count])
+            if hooks.stream is not None:
+                hooks.stream(self.decoder.tokens.clone())
             if count == max_new_tokens or (count % interval == 0 and bool(self._finished.all())):
                 break
             self.step(model)
         if self.generator is not None and generator is not None:
             generator.set_state(self.generator.get_state())
-        return self._answers[:, : int(self._lengths.max())].clone()
+        longest = int(self._lengths.max())
+        return GenerationOutput(self._answers[:, :longest].clone(), self._scores[:, :longest].clone())
 
     def prefill(self, model: GenerativeModel, prompt: Mapping[str, Tensor]) -> None:
         """Read the prompts, the arguments of `generate` by name, and choose the first token of each answer."""
@@ -149,40 +193,82 @@ class DecodingSession:
         """Choose the next token of each answer."""
         self._append(model, self.decoder.step(model))
 
+    def _adjustment(self) -> Callable[[Tensor], Tensor] | None:
+        """Return the function that changes the logits: the caller's, then the grammar's mask. None changes nothing."""
+        process, grammar = self._process, self._grammar
+        if process is None:
+            return None if grammar is None else grammar.mask
+        answers = self._answers[:, : self._count]
+
+        def adjust(logits: Tensor) -> Tensor:
+            logits = process(answers, logits)
+            return logits if grammar is None else grammar.mask(logits)
+
+        return adjust
+
     def _append(self, model: GenerativeModel, hidden: Tensor) -> None:
         """Choose the token after each hidden state [B, D] and append it to its answer; pad after the end."""
-        token = choose_tokens(model, hidden, self.sampling, self.generator).masked_fill(self._finished, self._pad)
+        token, score = choose_tokens(model, hidden, self.sampling, self.generator, self._adjustment())
+        token = token.masked_fill(self._finished, self._pad)
         self._answers.index_copy_(1, self._num_steps, token[:, None])
+        if score is not None:
+            self._scores.index_copy_(1, self._num_steps, score.masked_fill(self._finished, 0.0)[:, None])
+        if self._grammar is not None:
+            self._grammar.advance(token)
+        self._count += 1
         self._num_steps.add_(1)
         self._lengths.add_(~self._finished)
         self._finished |= (token[:, None] == self._eos_ids).any(1)
         self.decoder.tokens.copy_(token)
 
 
-def _steps_between_checks(device: torch.device, stream: object | None) -> int:
+def _steps_between_checks(device: torch.device, hooks: Hooks) -> int:
     """Return after how many steps to check whether all answers have ended. Each check synchronises the host with the device."""
-    return 1 if device.type == "cpu" or stream is not None else 8
+    return 1 if device.type == "cpu" or hooks != Hooks() else 8
 
 
 def choose_tokens(
-    model: GenerativeModel, hidden: Tensor, sampling: SamplingConfig, generator: torch.Generator | None
-) -> Tensor:
-    """Choose the token [B] after each hidden state [B, D]."""
-    if sampling.temperature == 0:
-        return model.topk_logits(hidden, 1)[1][:, 0]
-    if sampling.top_k is None:
-        return _draw(model.logits(hidden) / sampling.temperature, sampling.top_p, generator)
-    logits, ids = model.topk_logits(hidden, min(sampling.top_k, model.config.text_config.vocab_size))
-    return ids.gather(1, _draw(logits / sampling.temperature, sampling.top_p, generator)[:, None])[:, 0]
+    model: GenerativeModel,
+    hidden: Tensor,
+    sampling: SamplingConfig,
+    generator: torch.Generator | None,
+    adjust: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Choose the token [B] after each hidden state [B, D]. Return it and, with `sampling.scores`, its log-probability [B].
+
+    `adjust` changes the logits [B, V] before the choice.
+    """
+    greedy, ids = sampling.temperature == 0, None
+    # The log-probability of the most likely token needs the sum over all logits, the choice alone does not.
+    k = sampling.top_k if not greedy else None if sampling.scores else 1
+    if adjust is None and k is not None:
+        logits, ids = model.topk_logits(hidden, min(k, model.config.text_config.vocab_size))
+    else:
+        logits = model.logits(hidden)
+        logits = logits if adjust is None else adjust(logits)
+        if k is not None:
+            logits, ids = logits.topk(min(k, logits.shape[-1]))
+    if greedy:
+        column = logits.argmax(-1)
+    else:
+        logits = _nucleus(logits / sampling.temperature, sampling.top_p)
+        column = _draw(logits, generator)
+    score = logits.log_softmax(-1).gather(1, column[:, None])[:, 0] if sampling.scores else None
+    return column if ids is None else ids.gather(1, column[:, None])[:, 0], score
 
 
-def _draw(logits: Tensor, top_p: float | None, generator: torch.Generator | None) -> Tensor:
+def _nucleus(logits: Tensor, top_p: float | None) -> Tensor:
+    """Mask all logits but those of the most likely tokens that together reach the probability `top_p`."""
+    if top_p is None:
+        return logits
+    ordered, order = logits.softmax(-1).sort(-1, descending=True)
+    # A token is kept if the tokens before it sum to less than top_p, so the most likely one is always kept.
+    beyond = ordered.cumsum(-1) - ordered >= top_p
+    return logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
+
+
+def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw a column [B] from each row of logits [B, n]."""
-    if top_p is not None:
-        ordered, order = logits.softmax(-1).sort(-1, descending=True)
-        # A token is kept if the tokens before it sum to less than top_p, so the most likely one is always kept.
-        beyond = ordered.cumsum(-1) - ordered >= top_p
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
     # torch.multinomial draws the same way, but checks the probabilities first, which synchronises with the device.
     probabilities = logits.softmax(-1)
     return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1)

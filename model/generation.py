@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +12,9 @@ from pg_kernels.nn import fuse_qkv_
 from pg_kernels.ops._common.devices import on_device_of
 
 from .arguments import check_prompt, integer, number, token_ids
-from .decoding import Decoder, DecodingSession, GenerativeModel, SamplingConfig
+from .beams import beam_search
+from .decoding import DecodingSession, GenerationOutput, GenerativeModel, Hooks, SamplingConfig
+from .grammar import TokenGrammar
 from .graphs import GraphCache, GraphedDecodingSession, capture_unsupported_reason
 
 _CAPACITY_STEP = 128
@@ -41,10 +42,15 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     num_beams: int = 1,
+    num_return_sequences: int = 1,
     generator: torch.Generator | None = None,
+    grammar: TokenGrammar | None = None,
+    logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
+    stop: Callable[[Tensor], Tensor] | None = None,
     stream: Callable[[Tensor], None] | None = None,
+    return_scores: bool = False,
     cuda_graph: bool | str = "auto",
-) -> Tensor:
+) -> Tensor | GenerationOutput:
     """Continue each prompt until it ends or has `max_new_tokens` new tokens.
 
     Args:
@@ -58,8 +64,15 @@ def generate(
         top_k: draw from the k most likely tokens only.
         top_p: draw from the most likely tokens that together reach this probability.
         num_beams: above 1, big_vision's beam search with this many live beams (no length penalty).
+        num_return_sequences: answers to each prompt, next to each other in the result: more draws, or the best ended beams.
         generator: makes draws reproducible; it must be on the model's device.
+        grammar: allow only the answers of this grammar, such as boxes; see `Processor.grammar`.
+        logits_processor: called at each step with the answers so far, int64 [B, T], and the logits fp32 [B, V]; returns the
+            logits to use. A transformers LogitsProcessor that looks at new tokens only is one.
+        stop: called after each step with the answers so far, int64 [B, T]; returns which of them end here, bool [B]. See
+            `Processor.stop_at`.
         stream: called with each step's tokens [B]; prompts that have ended get pad.
+        return_scores: also return the log-probability of each token.
         cuda_graph: replay prefill and steps as CUDA graphs. "auto" does so if possible: on a CUDA GPU, without beams, autocast,
             hooks and layers of other packages. True raises if it is not possible; False runs step by step. The model keeps the
             last few sessions, with their caches and graphs, for calls with the same batch size, sampling options and number of
@@ -67,7 +80,11 @@ def generate(
             shape captures its prefill. `model.graph_cache.clear()` frees their memory.
 
     Returns:
-        int64 [B, ≤ max_new_tokens]: the new tokens only, the end token included, then the configuration's pad.
+        int64 [B · num_return_sequences, ≤ max_new_tokens]: the new tokens only, the end token included, then the configuration's
+        pad. With `return_scores`, a named tuple of these `ids` and fp32 `scores` of the same shape. A score is the
+        log-probability of the token in the distribution that it was chosen from: after temperature, top_k, top_p,
+        logits_processor and grammar, as transformers' `compute_transition_scores(normalize_logits=True)`. With beams it is
+        that of the model's own distribution. After the end it is 0.
 
     Raises:
         TypeError: an argument of another type.
@@ -80,7 +97,10 @@ def generate(
         "token_type_ids": token_type_ids,
         "image_features": image_features,
     }
-    prompt = {"input_ids": input_ids, **{name: tensor for name, tensor in others.items() if tensor is not None}}
+    prompt: Mapping[str, Tensor] = {
+        "input_ids": input_ids,
+        **{name: tensor for name, tensor in others.items() if tensor is not None},
+    }
     check_prompt(prompt)
     max_new_tokens, num_beams = integer("max_new_tokens", max_new_tokens), integer("num_beams", num_beams)
     sampling = SamplingConfig(
@@ -89,30 +109,53 @@ def generate(
         top_k=None if top_k is None else integer("top_k", top_k),
         top_p=None if top_p is None else number("top_p", top_p),
         seeded=generator is not None,
+        scores=return_scores,
+        grammar=grammar,
     )
+    hooks = Hooks(logits_processor, stop, stream)
+    num_return_sequences = integer("num_return_sequences", num_return_sequences)
     _check_sampling(sampling)
+    _check_grammar(sampling, model)
     _check_length(model, input_ids, max_new_tokens)
-    _check_beams(num_beams, sampling, stream)
+    _check_beams(num_beams, num_return_sequences, sampling, hooks)
     _check_generator(generator, input_ids.device)
-    if stream is not None and not callable(stream):
-        raise TypeError(f"stream: expected a function or None, got {type(stream).__name__}")
-    graphed = _is_graphed(model, cuda_graph, num_beams, input_ids.device)
+    for name, hook in vars(hooks).items():
+        if hook is not None and not callable(hook):
+            raise TypeError(f"{name}: expected a function or None, got {type(hook).__name__}")
+    graphed = _is_graphed(model, cuda_graph, num_beams, hooks, input_ids.device)
     with on_device_of(input_ids):
         if num_beams > 1:
-            return _beam_search(model, prompt, max_new_tokens, sampling.eos_ids, num_beams)
-        arguments = (model, prompt, generator, max_new_tokens, stream)
-        batch, capacity = len(input_ids), input_ids.shape[1] + max_new_tokens
-        if not graphed:
-            return DecodingSession(model, batch, capacity, sampling).answer(*arguments)
-        capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
-        key = (batch, capacity, sampling)
-        session = model.graph_cache.of(model).take(key)
-        if session is None:
-            fuse_qkv_(model)
-            model.graph_cache.of(model)  # fusing moves weights, which empties the cache
-            session = GraphedDecodingSession(model, batch, capacity, sampling)
-        answer = session.answer(*arguments)
-        model.graph_cache.put(key, session)  # not after an error, which may leave the session in any state
+            output = beam_search(model, prompt, max_new_tokens, sampling, num_beams, num_return_sequences, hooks)
+        else:
+            prompt = _repeated(model, prompt, num_return_sequences)
+            output = _answer(model, prompt, max_new_tokens, sampling, generator, hooks, graphed)
+    return output if return_scores else output.ids
+
+
+def _answer(
+    model: GraphCachingModel,
+    prompt: Mapping[str, Tensor],
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    generator: torch.Generator | None,
+    hooks: Hooks,
+    graphed: bool,
+) -> GenerationOutput:
+    """Answer greedily or by draws, in a new session or in one with CUDA graphs that the model keeps."""
+    arguments = (model, prompt, generator, max_new_tokens, hooks)
+    batch, prompt_len = prompt["input_ids"].shape
+    capacity = prompt_len + max_new_tokens
+    if not graphed:
+        return DecodingSession(model, batch, capacity, sampling).answer(*arguments)
+    capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
+    key = (batch, capacity, sampling)
+    session = model.graph_cache.of(model).take(key)
+    if session is None:
+        fuse_qkv_(model)
+        model.graph_cache.of(model)  # fusing moves weights, which empties the cache
+        session = GraphedDecodingSession(model, batch, capacity, sampling)
+    answer = session.answer(*arguments)
+    model.graph_cache.put(key, session)  # not after an error, which may leave the session in any state
     return answer
 
 
@@ -138,11 +181,48 @@ def _check_length(model: GenerativeModel, input_ids: Tensor, max_new_tokens: int
         )
 
 
-def _check_beams(num_beams: int, sampling: SamplingConfig, stream: object) -> None:
+def _check_beams(num_beams: int, num_return_sequences: int, sampling: SamplingConfig, hooks: Hooks) -> None:
     if num_beams < 1:
         raise ValueError(f"num_beams: expected at least 1, got {num_beams}")
-    if num_beams > 1 and (sampling.temperature > 0 or stream is not None):
-        raise ValueError("num_beams: beam search neither draws (temperature) nor streams")
+    if num_beams > 1 and (sampling.temperature > 0 or hooks.stream is not None or hooks.stop is not None):
+        raise ValueError("num_beams: beam search neither draws (temperature), streams nor stops (stop)")
+    if num_return_sequences < 1:
+        raise ValueError(f"num_return_sequences: expected at least 1, got {num_return_sequences}")
+    if num_beams > 1 and num_return_sequences > num_beams:
+        raise ValueError(f"num_return_sequences: {num_return_sequences} are more than the {num_beams} beams")
+    if num_beams == 1 and num_return_sequences > 1 and sampling.temperature == 0:
+        raise ValueError("num_return_sequences: several answers need a temperature above 0 or beams")
+
+
+def _check_grammar(sampling: SamplingConfig, model: GenerativeModel) -> None:
+    grammar, vocabulary = sampling.grammar, model.config.text_config.vocab_size
+    if grammar is None:
+        return
+    if not isinstance(grammar, TokenGrammar):
+        raise TypeError(f"grammar: expected a TokenGrammar or None, got {type(grammar).__name__}")
+    largest = max(int(ids.max()) for ids in (grammar.location_ids, grammar.code_ids, grammar.text_ids))
+    if largest >= vocabulary:
+        raise ValueError(f"grammar: its ids go up to {largest}, but the model's vocabulary has {vocabulary} tokens")
+    if not any(0 <= eos_id < vocabulary for eos_id in sampling.eos_ids):
+        raise ValueError(f"eos_token_id: a grammar needs one in [0, {vocabulary}), got {sampling.eos_ids}")
+
+
+def _repeated(model: GenerativeModel, prompt: Mapping[str, Tensor], count: int) -> Mapping[str, Tensor]:
+    """Repeat each prompt `count` times. Its images are encoded once."""
+    if count == 1:
+        return prompt
+    repeated = dict(prompt)
+    pixels, features = repeated.pop("pixel_values", None), repeated.pop("image_features", None)
+    if pixels is not None:
+        features = model.get_image_features(pixels)
+    repeated = {name: tensor.repeat_interleave(count, 0) for name, tensor in repeated.items()}
+    if features is not None:
+        placeholders = (prompt["input_ids"] == model.config.image_token_id).sum(1)
+        images = (placeholders // features.shape[1]).tolist()
+        if sum(images) != len(features):
+            raise ValueError(f"input_ids: placeholders of {sum(images)} images, but there are {len(features)} images")
+        repeated["image_features"] = torch.cat([part for part in features.split(images) for _ in range(count)])
+    return repeated
 
 
 def _check_generator(generator: Any, device: torch.device) -> None:
@@ -154,72 +234,18 @@ def _check_generator(generator: Any, device: torch.device) -> None:
         raise ValueError(f"generator: expected one on {device.type}, as the model, got one on {generator.device.type}")
 
 
-def _is_graphed(model: GenerativeModel, cuda_graph: bool | str, num_beams: int, device: torch.device) -> bool:
+def _is_graphed(
+    model: GenerativeModel, cuda_graph: bool | str, num_beams: int, hooks: Hooks, device: torch.device
+) -> bool:
     """Return whether to replay CUDA graphs. Raises ValueError if they are asked for but not possible."""
     if not isinstance(cuda_graph, bool) and cuda_graph != "auto":
         raise ValueError(f"cuda_graph: expected 'auto', True or False, got {cuda_graph!r}")
-    reason = "beam search reorders its cache" if num_beams > 1 else capture_unsupported_reason(model, device)
+    if num_beams > 1:
+        reason: str | None = "beam search reorders its cache"
+    elif hooks.logits_processor is not None:
+        reason = "the logits_processor runs on the host"
+    else:
+        reason = capture_unsupported_reason(model, device)
     if cuda_graph is True and reason is not None:
         raise ValueError(f"cuda_graph: there can be none here: {reason}")
     return reason is None and cuda_graph is not False
-
-
-@dataclass
-class _Ended:
-    """The best ended sequence of each prompt so far: scores [B] and tokens [B, max_new_tokens]."""
-
-    scores: Tensor
-    tokens: Tensor
-
-
-def _beam_search(
-    model: GenerativeModel,
-    prompt: Mapping[str, Tensor],
-    max_new_tokens: int,
-    eos_ids: Sequence[int],
-    num_beams: int,
-) -> Tensor:
-    """Keep the `num_beams` best unfinished sequences. At every step each of them may also end; keep the best ended one.
-
-    A prompt is done once no live beam scores above its best ended sequence: more tokens only lower a score.
-    """
-    batch, prompt_len = prompt["input_ids"].shape
-    vocabulary, pad, device = model.config.text_config.vocab_size, model.config.pad_token_id, prompt["input_ids"].device
-    ends = torch.tensor([eos_id for eos_id in eos_ids if 0 <= eos_id < vocabulary], device=device)
-    if not len(ends):
-        raise ValueError(f"eos_token_id: beam search needs one in [0, {vocabulary}), got {eos_ids}")
-    decoder = Decoder(model, batch, prompt_len + max_new_tokens)
-    hidden = decoder.prefill(model, prompt)
-    decoder.select_rows(torch.arange(batch, device=device).repeat_interleave(num_beams))
-    live = torch.full((batch, num_beams), float("-inf"), device=device)
-    live[:, 0] = 0.0
-    tokens = torch.full((batch, num_beams, max_new_tokens), pad, device=device)
-    best = _Ended(torch.full((batch,), float("-inf"), device=device), tokens[:, 0].clone())
-    hidden = hidden.repeat_interleave(num_beams, 0)
-    examples = torch.arange(batch, device=device)[:, None]
-    for step in range(max_new_tokens):
-        log_probs = model.logits(hidden).log_softmax(-1)
-        scores = live[:, :, None] + log_probs.view(batch, num_beams, vocabulary)
-        _end_beams(best, scores[:, :, ends], tokens, ends, step)
-        scores[:, :, ends] = float("-inf")
-        live, flat = scores.flatten(1).topk(num_beams)
-        if step + 1 == max_new_tokens or bool((live[:, 0] <= best.scores).all()):
-            break
-        parents, chosen = flat // vocabulary, flat % vocabulary
-        tokens = tokens[examples, parents]
-        tokens[:, :, step] = chosen
-        decoder.select_rows((examples * num_beams + parents).flatten())
-        decoder.tokens.copy_(chosen.flatten())
-        hidden = decoder.step(model)
-    length = int((best.tokens != pad).sum(1).max())
-    return best.tokens[:, : max(length, 1)]
-
-
-def _end_beams(best: _Ended, scores: Tensor, tokens: Tensor, ends: Tensor, step: int) -> None:
-    """Let every live beam end now with its most likely end token; scores [B, beams, ends]."""
-    score, flat = scores.flatten(1).max(1)
-    better = score > best.scores
-    ended = tokens[torch.arange(len(flat), device=flat.device), flat // len(ends)]
-    ended[:, step] = ends[flat % len(ends)]
-    best.scores = torch.where(better, score, best.scores)
-    best.tokens = torch.where(better[:, None], ended, best.tokens)

@@ -39,11 +39,15 @@ _MASK_OPACITY = 0.45
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """One object: its label, its box x1, y1, x2, y2 in pixels, and if segmented its mask, bool [H, W]."""
+    """One object: its label, its box x1, y1, x2, y2 in pixels, and if segmented its mask, bool [H, W].
+
+    `score` is how sure a model is of the object, from 0 to 1; None if that is not known.
+    """
 
     label: str
     box: Box
     mask: np.ndarray | None = None
+    score: float | None = None
 
 
 def parse(
@@ -90,6 +94,11 @@ def parse_places(
                 mask = paste(mask_decoder.decode(np.array([codes]))[0], box, (width, height))
             label = run["label"].rstrip(f",{string.whitespace}").strip() if found.end() == run.end("tokens") else ""
             yield found.start(), Detection(label, box, mask)
+
+
+def object_score(probabilities: Iterable[float]) -> float:
+    """Return an object's score from the probabilities of its four location tokens: their product, the box's probability."""
+    return math.prod(probabilities)
 
 
 def _check_scale(scale: float) -> None:

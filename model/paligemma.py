@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from .cache import AttentionLengths, KVCache
 from .checkpoints.loading import load
 from .checkpoints.saving import save_big_vision, save_huggingface
 from .config import PaliGemmaConfig
+from .decoding import GenerationOutput
 from .gemma import GemmaModel
 from .generation import GraphCachingModel, generate
 from .graphs import GraphCache, GraphedDecodingSession
@@ -214,6 +215,19 @@ class PaliGemma(Adaptable, GraphCachingModel):
             output.loss = self._loss(hidden, labels, loss_reduction, label_smoothing)
         return output
 
+    @overload
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        return_scores: Literal[True],
+        **options: Any,
+    ) -> GenerationOutput: ...
+
+    @overload
     def generate(
         self,
         input_ids: Tensor,
@@ -221,7 +235,16 @@ class PaliGemma(Adaptable, GraphCachingModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         **options: Any,
-    ) -> Tensor:
+    ) -> Tensor: ...
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor | GenerationOutput:
         """Continue prompts and return the new tokens; see `pg_kernels.model.generation.generate` for all options."""
         return generate(self, input_ids, pixel_values, attention_mask, token_type_ids, **options)
 

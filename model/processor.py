@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .added_tokens import lone_surrogate
+from .added_tokens import LOC_TOKENS, SEG_TOKENS, lone_surrogate
 from .arguments import integer
 from .choices import RESIZE_MODES
 from .config import PaliGemmaConfig
 from .files import json_bytes, write_atomically
+from .grammar import TokenGrammar
 from .images import ImageInput, load_image, normalization_table, read_image_config, resized_pixels
 from .inputs import Inputs
-from .locations import Detection, draw, parse
-from .segmentation import MaskVQVAE
+from .locations import Detection, draw, object_score, parse, parse_places
+from .segmentation import CODES_PER_MASK, MaskVQVAE
 from .tokenizer import IMAGE_TOKEN, StreamDecoder, Tokenizer
 
 MASK_DECODER = "vae-oid.npz"
 """File name of a checkpoint folder's mask decoder."""
+
+GRAMMARS = {"detect": 0, "segment": CODES_PER_MASK}
+"""The codes of each object in an answer, by the prompt's first word."""
 
 IGNORE_INDEX = -100
 
@@ -78,6 +84,7 @@ class Processor:
         self.image_mean = tuple(image_mean)
         self.image_std = tuple(image_std)
         self.mask_decoder = mask_decoder
+        self.location_ids = {tokenizer.added_tokens[text].token_id for text in LOC_TOKENS}
         self._normalized = normalization_table(self.image_mean, self.image_std)
 
     @classmethod
@@ -270,6 +277,73 @@ class Processor:
     def parse(self, text: str, size: tuple[int, int]) -> list[Detection]:
         """Return the objects of an answer, in pixels of an image of `size` (width, height)."""
         return parse(text, size, mask_decoder=self.mask_decoder)
+
+    def parse_answer(
+        self, ids: torch.Tensor | Sequence[int], size: tuple[int, int], scores: torch.Tensor | Sequence[float]
+    ) -> list[Detection]:
+        """Return the objects of one answer with their scores.
+
+        Args:
+            ids: the answer's tokens [T].
+            size: width and height of the image in pixels.
+            scores: the tokens' log-probabilities [T], as `generate(return_scores=True)` returns them.
+
+        Returns:
+            The objects of `parse`. An object's score is `object_score` of its four locations' probabilities.
+        """
+        tokens, log_probs = [int(token_id) for token_id in ids], [float(score) for score in scores]
+        if len(tokens) != len(log_probs):
+            raise ValueError(f"scores: {len(log_probs)} for {len(tokens)} tokens; each token needs one")
+        decoder, text, starts = self.stream_decoder(), "", {}
+        for index, token_id in enumerate(tokens):
+            text += decoder.push(token_id)
+            if token_id in self.location_ids:
+                starts[len(text) - len(LOC_TOKENS[0])] = index
+        objects = []
+        for place, found in parse_places(text + decoder.finish(), size, mask_decoder=self.mask_decoder):
+            probabilities = map(math.exp, log_probs[starts[place] : starts[place] + 4])
+            objects.append(replace(found, score=object_score(probabilities)))
+        return objects
+
+    def grammar(self, kind: str) -> TokenGrammar:
+        """Return the grammar of answers to "detect …" or "segment …", for `generate(grammar=…)`.
+
+        Args:
+            kind: "detect" allows objects of a box and a label, "segment" objects of a box, a mask and a label. Both allow an
+                answer without objects.
+
+        Raises:
+            ValueError: another kind.
+        """
+        if kind not in GRAMMARS:
+            raise ValueError(f"grammar: {kind!r}; allowed are {', '.join(map(repr, GRAMMARS))}")
+        added = self.tokenizer.added_tokens
+        locations, codes = (
+            torch.tensor([added[text].token_id for text in texts]) for texts in (LOC_TOKENS, SEG_TOKENS)
+        )
+        labels = [token_id for token_id in range(self.tokenizer.largest_text_id + 1) if self._is_label(token_id)]
+        return TokenGrammar(locations, codes, torch.tensor(labels), GRAMMARS[kind])
+
+    def _is_label(self, token_id: int) -> bool:
+        """Return whether a token is text, or a byte of text, without the marks of tokens."""
+        piece = self.tokenizer.piece(token_id)
+        if isinstance(piece, bytes):
+            return piece not in (b"<", b">")
+        return piece is not None and not {"<", ">"} & set(piece)
+
+    def stop_at(self, *texts: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return a function for `generate(stop=…)` that ends an answer once it contains one of the texts.
+
+        It decodes the answers after each step, on the host.
+        """
+        if not texts or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(f"stop_at: expected texts that are not empty, got {texts}")
+
+        def stop(answers: torch.Tensor) -> torch.Tensor:
+            decoded = self.decode(answers)
+            return torch.tensor([any(text in answer for text in texts) for answer in decoded], device=answers.device)
+
+        return stop
 
     def draw(self, image: ImageInput, objects: Sequence[Detection]) -> Image.Image:
         """Return a copy of the image with the objects' outlines, labels and masks drawn on it."""

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ..added_tokens import lone_surrogate
@@ -23,7 +22,6 @@ from ..images import load_image
 from ..inputs import Inputs
 from ..paligemma import PaliGemma
 from ..processor import Processor
-from ..tokenizer import LOC_TOKENS
 from .formats.questions import Question, Region, find_images
 from .tasks import TASKS, Answer, Source, Task
 
@@ -296,40 +294,17 @@ def _answer(
     if max_new_tokens is None:
         room = model.config.text_config.max_position_embeddings - inputs["input_ids"].shape[1]
         max_new_tokens = min(task.max_new_tokens, max(room, 1))
-    ids = model.generate(**inputs, image_features=features, max_new_tokens=max_new_tokens, num_beams=num_beams)
-    texts = processor.decode(ids)
+    output = model.generate(
+        **inputs, image_features=features, max_new_tokens=max_new_tokens, num_beams=num_beams, return_scores=True
+    )
+    texts = processor.decode(output.ids)
     if not task.finds:
         return [Answer(text) for text in texts]
-    found = _location_probabilities(model, processor, inputs, features, ids)
-    return [Answer(text, probabilities) for text, probabilities in zip(texts, found, strict=True)]
-
-
-def _location_probabilities(
-    model: PaliGemma, processor: Processor, inputs: Mapping[str, Tensor], features: Tensor, ids: Tensor
-) -> Iterator[tuple[float, ...]]:
-    """Return the model's probability of each location token of each answer. The model reads prompts and answers again.
-
-    Logits are computed for one row at a time: 257,152 for each token of a whole batch would take gigabytes.
-    """
-    text = processor.tokenizer
-    locations = torch.tensor([text.added_tokens[token].token_id for token in LOC_TOKENS], device=ids.device)
-    ends = torch.tensor([text.eos_id, text.pad_id], device=ids.device)
-    for row, valid, image, tokens in zip(inputs["input_ids"], inputs["attention_mask"], features, ids, strict=True):
-        ended = torch.isin(tokens, ends)
-        tokens = tokens[: int(ended.int().argmax())] if bool(ended.any()) else tokens
-        chosen = torch.isin(tokens, locations)
-        if not bool(chosen.any()):
-            yield ()
-            continue
-        prompt = row[valid.bool()]
-        both = torch.cat((prompt, tokens))[None]
-        types = torch.cat((torch.zeros_like(prompt), torch.ones_like(tokens)))[None]
-        kept = len(tokens) + 1
-        logits = model(both, token_type_ids=types, image_features=image[None], logits_to_keep=kept).logits
-        assert logits is not None
-        logits = logits[0, :-1][chosen]
-        probabilities = logits.softmax(-1).gather(1, tokens[chosen][:, None])[:, 0]
-        yield tuple(round(p, 6) for p in probabilities.tolist())
+    is_location = torch.isin(output.ids, torch.tensor(sorted(processor.location_ids), device=device))
+    return [
+        Answer(text, tuple(round(p, 6) for p in scores[chosen].exp().tolist()))
+        for text, scores, chosen in zip(texts, output.scores, is_location, strict=True)
+    ]
 
 
 def table(scores: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -> Iterator[str]:

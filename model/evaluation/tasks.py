@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..locations import Detection, parse, parse_places
+from ..locations import Detection, object_score, parse, parse_places
 from ..processor import Processor
 from . import metrics
 from .formats import coco, text
@@ -89,11 +89,11 @@ def _score_detections(questions: Sequence[Question], answers: Sequence[Answer], 
 
 
 def _found(answer: Answer, size: tuple[int, int]) -> Iterator[tuple[Detection, float]]:
-    """Yield the objects of an answer, each with its score: the mean probability of its four location tokens."""
+    """Yield the objects of an answer, each with its score from the probabilities of its four location tokens."""
     probabilities = answer.location_probabilities or ()
     for place, thing in parse_places(answer.text, size):
         first = len(re.findall("<loc[0-9]{4}>", answer.text[:place]))
-        score = float(np.mean(probabilities[first : first + 4])) if probabilities[first : first + 4] else 0.0
+        score = object_score(probabilities[first : first + 4]) if probabilities[first : first + 4] else 0.0
         yield Detection(thing.label.lower(), thing.box), score
 
 

@@ -128,7 +128,7 @@ def test_draws_follow_the_distribution(model: PaliGemma) -> None:
         ({"top_k": None, "top_p": 0.8}, order[: int((probabilities[order].cumsum(0) < 0.8).sum()) + 1]),
     ):
         sampling, generator = SamplingConfig((), 0.7, seeded=True, **options), torch.Generator().manual_seed(1)
-        draws = choose_tokens(model, hidden, sampling, generator)
+        draws, _ = choose_tokens(model, hidden, sampling, generator)
         expected = torch.zeros(12).index_copy(0, kept, probabilities[kept] / probabilities[kept].sum())
         observed = torch.bincount(draws, minlength=12) / 20_000
         # Five standard deviations of a binomial share, at most 0.018.

@@ -25,6 +25,7 @@ from pg_kernels import quantize_
 from pg_kernels.model import PaliGemma, PaliGemmaConfig, decoding, gemma, generation, graphs, siglip
 from pg_kernels.model.config import TextConfig, VisionConfig
 from pg_kernels.model.decoding import DecodingSession, SamplingConfig
+from pg_kernels.model.grammar import TokenGrammar
 from pg_kernels.nn import attention as nn_attention
 from pg_kernels.nn import fusion as nn_fusion
 
@@ -46,6 +47,11 @@ SAMPLED: dict[str, Any] = {"temperature": 1.3, "top_k": 9, "top_p": 0.9}
 def make(**text: Any) -> PaliGemma:
     torch.manual_seed(0)
     return PaliGemma(PaliGemmaConfig(VISION, TextConfig(**{**vars(TEXT), **text}))).eval()
+
+
+def boxes() -> TokenGrammar:
+    """Return a grammar of boxes for the small vocabulary: locations are 8 to 39, codes 40 to 47, text 48 to 59."""
+    return TokenGrammar(torch.arange(8, 40), torch.arange(40, 48), torch.arange(48, 60), num_codes=0)
 
 
 @pytest.fixture
@@ -108,6 +114,19 @@ def test_replays_answer_as_eager_steps_do(model: PaliGemma, captured: list[Recor
         assert torch.equal(model.generate(**given, max_new_tokens=new, **options), expected)
     # One graph for the step, and one for each prefill shape seen twice.
     assert len(model.graph_cache) == 1 and len(captured) == 3
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_replays_score_and_follow_a_grammar_as_eager_steps_do(
+    model: PaliGemma, captured: list[Recorded], seed: int | None
+) -> None:
+    grammar, options, eager = boxes(), seeded(seed), seeded(seed)
+    for number, new in ((0, 9), (1, 4), (2, 12), (4, 1), (3, 9), (6, 20)):
+        call = {**prompts(model, seed=number), "max_new_tokens": new, "grammar": grammar, "return_scores": True}
+        expected = model.generate(**call, cuda_graph=False, **eager)
+        replayed = model.generate(**call, **options)
+        assert torch.equal(replayed.ids, expected.ids) and torch.equal(replayed.scores, expected.scores)
+    assert len(model.graph_cache) == 1 and len(captured) == 2
 
 
 def test_what_a_session_is_kept_for(model: PaliGemma, captured: list[Recorded]) -> None:
@@ -272,13 +291,14 @@ def test_answers_end_where_the_last_one_does(
     session = graphs.GraphedDecodingSession(model, 2, 128, SamplingConfig(tuple(ends), 0.0, None, None, False))
     with torch.inference_mode():
         for look in (2, 5, 8):
-            monkeypatch.setattr(decoding, "_steps_between_checks", lambda device, stream, look=look: look)
-            assert torch.equal(session.answer(model, given, None, 12, None), expected)
+            monkeypatch.setattr(decoding, "_steps_between_checks", lambda device, hooks, look=look: look)
+            assert torch.equal(session.answer(model, given, None, 12).ids, expected)
 
 
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("options", [{}, SAMPLED, {"temperature": 0.7}], ids=["greedy", "nucleus", "drawn"])
-def test_a_step_looks_at_no_number(options: dict[str, Any], quantised: bool) -> None:
+@pytest.mark.parametrize("more", [False, True], ids=["", "scores and grammar"])
+def test_a_step_looks_at_no_number(options: dict[str, Any], quantised: bool, more: bool) -> None:
     """Tensors without data raise when a value is read. On a GPU, reading a value would synchronise."""
     with FakeTensorMode(), torch.inference_mode():
         model = make(vocab_size=300)
@@ -287,15 +307,21 @@ def test_a_step_looks_at_no_number(options: dict[str, Any], quantised: bool) -> 
         with pytest.raises(DataDependentOutputException):
             model.model.language_model.norm.weight.sum().item()
         sampling = SamplingConfig(
-            (1, 2), options.get("temperature", 0.0), options.get("top_k"), options.get("top_p"), False
+            (1, 2),
+            options.get("temperature", 0.0),
+            options.get("top_k"),
+            options.get("top_p"),
+            False,
+            more,
+            boxes() if more else None,
         )
         session = DecodingSession(model, 2, 128, sampling)
-        state = {**vars(session), **vars(session.decoder), **vars(session.decoder.lengths)}
+        holders = [session, session.decoder, session.decoder.lengths, *filter(None, [session._grammar])]
+        state = [(holder, name, value) for holder in holders for name, value in vars(holder).items()]
         session.prefill(model, prompts(model))
         session.step(model)
         # All results are in the same tensors as before.
-        after = {**vars(session), **vars(session.decoder), **vars(session.decoder.lengths)}
-        assert all(after[name] is value for name, value in state.items())
+        assert all(getattr(holder, name) is value for holder, name, value in state if isinstance(value, Tensor))
         assert session._answers.shape == (2, 128) and session._answers.dtype == torch.int64
 
 
@@ -305,6 +331,8 @@ def test_where_there_can_be_no_graph(model: PaliGemma, monkeypatch: pytest.Monke
         model.generate(**given, cuda_graph=True)
     with pytest.raises(ValueError, match=r"^cuda_graph: there can be none here: beam search"):
         model.generate(**given, num_beams=2, cuda_graph=True)
+    with pytest.raises(ValueError, match=r"^cuda_graph: there can be none here: the logits_processor runs on the host"):
+        model.generate(**given, logits_processor=lambda answers, logits: logits, cuda_graph=True)
     for value in ("never", None, 2):
         with pytest.raises(ValueError, match=r"^cuda_graph: expected 'auto', True or False, got"):
             model.generate(**given, cuda_graph=value)

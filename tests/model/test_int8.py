@@ -15,7 +15,7 @@ from torch import Tensor
 from pg_kernels import backend, quantize_
 from pg_kernels.model import EMBEDDED_CHECKPOINT, PaliGemma, PaliGemmaConfig, Processor, TextConfig, VisionConfig
 from pg_kernels.model.checkpoints.conversion import convert
-from pg_kernels.model.generation import Decoder
+from pg_kernels.model.decoding import Decoder
 from pg_kernels.model.quality import compare
 from pg_kernels.nn import Int8Embedding, Int8Linear
 
