@@ -96,9 +96,21 @@ def parse_places(
             yield found.start(), Detection(label, box, mask)
 
 
+def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
+    """Return a mask, bool [H, W], as COCO's run lengths: pixels column by column, alternately outside and inside."""
+    pixels = np.concatenate(([False], mask.astype(bool).flatten(order="F"), [False]))
+    edges = np.flatnonzero(pixels[1:] != pixels[:-1])
+    counts = np.diff(np.concatenate(([0], edges, [mask.size]))).tolist()
+    return {"size": list(mask.shape), "counts": counts if counts[-1] or len(counts) == 1 else counts[:-1]}
+
+
 def object_score(probabilities: Iterable[float]) -> float:
-    """Return an object's score from the probabilities of its four location tokens: their product, the box's probability."""
-    return math.prod(probabilities)
+    """Return an object's score from the probabilities of its four location tokens: their geometric mean.
+
+    It ranks like their product, the probability of the box. It is no probability that the object is right: neighbouring
+    locations share the probability of a good box.
+    """
+    return math.prod(probabilities) ** 0.25
 
 
 def _check_scale(scale: float) -> None:

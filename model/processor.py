@@ -14,7 +14,7 @@ from PIL import Image
 
 from .added_tokens import LOC_TOKENS, SEG_TOKENS, lone_surrogate
 from .arguments import integer
-from .choices import RESIZE_MODES
+from .choices import GRAMMARS, RESIZE_MODES
 from .config import PaliGemmaConfig
 from .files import json_bytes, write_atomically
 from .grammar import TokenGrammar
@@ -26,9 +26,6 @@ from .tokenizer import IMAGE_TOKEN, StreamDecoder, Tokenizer
 
 MASK_DECODER = "vae-oid.npz"
 """File name of a checkpoint folder's mask decoder."""
-
-GRAMMARS = {"detect": 0, "segment": CODES_PER_MASK}
-"""The codes of each object in an answer, by the prompt's first word."""
 
 IGNORE_INDEX = -100
 
@@ -322,7 +319,7 @@ class Processor:
             torch.tensor([added[text].token_id for text in texts]) for texts in (LOC_TOKENS, SEG_TOKENS)
         )
         labels = [token_id for token_id in range(self.tokenizer.largest_text_id + 1) if self._is_label(token_id)]
-        return TokenGrammar(locations, codes, torch.tensor(labels), GRAMMARS[kind])
+        return TokenGrammar(locations, codes, torch.tensor(labels), CODES_PER_MASK if kind == "segment" else 0)
 
     def _is_label(self, token_id: int) -> bool:
         """Return whether a token is text, or a byte of text, without the marks of tokens."""

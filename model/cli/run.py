@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import EMBEDDED_CHECKPOINT
+from ..choices import GRAMMARS
 from .common import add_model_arguments, check_drawing, choose_device, default_device, dtype_named, note, open_processor
 
 if TYPE_CHECKING:
@@ -45,11 +46,19 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search with N beams")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    parser.add_argument(
+        "--constrain", choices=GRAMMARS, help="allow only objects: boxes and labels, with segment also masks"
+    )
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end the answer after TEXT; may be repeated")
     parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
     parser.add_argument(
         "--draw", type=Path, metavar="FILE", help="write the image with the answer's boxes and masks drawn"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object: text, objects, tokens, seconds")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object: text, objects with scores and masks, tokens, seconds",
+    )
     parser.set_defaults(command=run)
 
 
@@ -86,8 +95,11 @@ def run(options: argparse.Namespace) -> None:
         if options.stream:
             print(text, end="", flush=True)
 
-    ids = model.generate(
+    ids, scores = model.generate(
         **inputs,
+        return_scores=True,
+        grammar=None if options.constrain is None else processor.grammar(options.constrain),
+        stop=processor.stop_at(*options.stop) if options.stop else None,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
@@ -98,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
     )
     seconds = time.perf_counter() - arrivals[0]
     text = processor.decode(ids)[0]
-    objects = processor.parse(text, size=images[-1].size)
+    objects = processor.parse_answer(ids[0], images[-1].size, scores[0])
     if options.stream:
         print(decoder.finish())
     elif options.json:
@@ -119,15 +131,19 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _as_json(text: str, objects: Sequence[Detection], tokens: int, seconds: float) -> dict[str, object]:
-    found = [
+    from ..locations import run_lengths
+
+    listed = [
         {
-            "label": thing.label,
-            "box": [round(edge, 2) for edge in thing.box],
-            "mask_pixels": None if thing.mask is None else int(thing.mask.sum()),
+            "label": found.label,
+            "box": [round(edge, 2) for edge in found.box],
+            "score": None if found.score is None else round(found.score, 6),
+            "mask_pixels": None if found.mask is None else int(found.mask.sum()),
+            "mask": None if found.mask is None else run_lengths(found.mask),
         }
-        for thing in objects
+        for found in objects
     ]
-    return {"text": text, "objects": found, "tokens": tokens, "seconds": round(seconds, 4)}
+    return {"text": text, "objects": listed, "tokens": tokens, "seconds": round(seconds, 4)}
 
 
 def _speed(arrivals: Sequence[float], tokens: int, seconds: float) -> str:

@@ -216,7 +216,7 @@ def test_objects_have_the_probability_of_their_boxes(processor: Processor) -> No
     first, second = ids.index(*encode("<loc0100>")), ids.index(*encode("<loc0010>"))
     found = processor.parse_answer(torch.tensor(ids), (100, 100), scores)
     assert [thing.label for thing in found] == ["fox ж", "owl"]
-    expected = [math.exp(float(scores[start : start + 4].sum())) for start in (first, second)]
+    expected = [math.exp(float(scores[start : start + 4].mean())) for start in (first, second)]
     assert [thing.score for thing in found] == pytest.approx(expected)
     with pytest.raises(ValueError, match="^scores: 2 for "):
         processor.parse_answer(ids, (100, 100), [0.0, 0.0])

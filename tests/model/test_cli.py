@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask
 import pytest
 import torch
 from PIL import Image
@@ -159,7 +160,9 @@ def test_json(run: Run, answering: Path, picture: Path) -> None:
     content = json.loads(done.out)
     assert list(content) == ["text", "objects", "tokens", "seconds"]
     assert content["text"] == ANSWER and content["seconds"] > 0
-    assert content["objects"] == [{"label": "fox ж", "box": pytest.approx(BOX, abs=0.01), "mask_pixels": None}]
+    (thing,) = content["objects"]
+    assert 0 < thing.pop("score") <= 1
+    assert thing == {"label": "fox ж", "box": pytest.approx(BOX, abs=0.01), "mask_pixels": None, "mask": None}
     text = Tokenizer.from_pretrained(answering)
     assert content["tokens"] == len(text.encode(ANSWER)) + 1  # the end token
 
@@ -250,7 +253,9 @@ def test_masks(run: Run, tokenizer: Path, picture: Path, tmp_path: Path) -> None
     assert thing["label"] == "fox" and 0 < thing["mask_pixels"] < SIZE[0] * SIZE[1]
     assert f", mask of {thing['mask_pixels']} pixels\n" in run(*arguments, "--mask-decoder", decoder).out
     (without,) = json.loads(run(*arguments, "--json").out)["objects"]
-    assert without == thing | {"mask_pixels": None}
+    mask = pycocotools.mask.frPyObjects(thing["mask"], *thing["mask"]["size"])
+    assert thing["mask"]["size"] == [SIZE[1], SIZE[0]] and pycocotools.mask.area(mask) == thing["mask_pixels"]
+    assert without == thing | {"mask_pixels": None, "mask": None}
 
 
 def test_a_failed_drawing_leaves_the_old_one(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask
 import pytest
 from PIL import Image, ImageChops
 
-from pg_kernels.model.locations import Detection, draw, format_boxes, parse
+from pg_kernels.model.locations import Detection, draw, format_boxes, parse, run_lengths
 from pg_kernels.model.segmentation import MaskVQVAE, paste
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -200,3 +201,12 @@ def test_draw_any_size_mode_and_label(size: tuple[int, int], mode: str) -> None:
 def test_a_mask_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match=r"detections\[0\]: mask \(4, 5\), expected \(5, 4\)"):
         draw(Image.new("RGB", (4, 5)), [Detection("a", (0, 0, 1, 1), np.zeros((4, 5), bool))])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_run_lengths_are_those_of_coco(share: float) -> None:
+    for seed in range(8):
+        mask = np.random.default_rng(seed).random((5, 7)) < share
+        lengths = run_lengths(mask)
+        assert sum(lengths["counts"]) == 35 and min(lengths["counts"][1:], default=1) > 0
+        assert np.array_equal(pycocotools.mask.decode(pycocotools.mask.frPyObjects(lengths, 5, 7)), mask)
