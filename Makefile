@@ -103,7 +103,7 @@ clean:
 	$(BIN)/python -m venv $@
 	site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 	  echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$($@/bin/python -c "$$site")/shared.pth"
-	grep -v '^transformers==' constraints.txt > $@/constraints.txt
+	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $@/constraints.txt
 	$@/bin/python -m pip install -q $(PIP_ARGS) -c $@/constraints.txt transformers==$*
 	touch $@
 

@@ -17,6 +17,7 @@ from pg_kernels.ops._common.checks import values_are_free
 
 from .adapters import Adaptable, AdapterParent
 from .cache import AttentionLengths, KVCache
+from .checkpoints.hub import local_path
 from .checkpoints.loading import load
 from .checkpoints.saving import save_big_vision, save_huggingface
 from .config import PaliGemmaConfig
@@ -97,15 +98,19 @@ class PaliGemma(Adaptable, GraphCachingModel):
         quantize: str | None = None,
         config: PaliGemmaConfig | None = None,
         progress: bool = True,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> PaliGemma:
-        """Load a Hugging Face folder (safetensors) or a big_vision `.npz` file, in evaluation mode.
+        """Load a Hugging Face folder (safetensors), a repository of the hub, or a big_vision `.npz` file, in evaluation mode.
 
         Tensors are read one at a time into their dtype and device, or into int8: peak memory is the model and little more, and no
         tensor stays tied to the file. If all names begin with one prefix, such as `_orig_mod.`, they are read without it, and
         tensors beside them, which belong to another model, are left out; a warning says so.
 
         Args:
-            path: the folder or file.
+            path: the folder or file, or the repository's name, such as "google/paligemma2-3b-mix-224".
             dtype: of the parameters; default: the checkpoint's (config.json's, else the widest of its tensors; float64 becomes
                 float32).
             device: default: the CPU.
@@ -114,13 +119,23 @@ class PaliGemma(Adaptable, GraphCachingModel):
                 token (W8A8). For a checkpoint that is int8 already it only says whether activations are rounded.
             config: replaces the folder's config.json, or what is inferred from the .npz file; the tensors must fit it.
             progress: show a bar on stderr, if it is a terminal, once loading has taken a second.
+            revision, token, cache_dir, local_files_only: of a repository, see `pg_kernels.model.checkpoints.hub.local_path`.
 
         Raises:
-            FileNotFoundError: the path, config.json or a shard does not exist.
+            FileNotFoundError: the path, repository, config.json or a shard does not exist.
+            PermissionError: the repository is gated.
             ValueError: naming file and tensor: unreadable files, other architectures, missing, unexpected or wrongly shaped
                 tensors; an unknown `quantize`.
             TypeError: a dtype that is not float32, float16 or bfloat16.
         """
+        path = local_path(
+            path,
+            weights=True,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
         model = load(cls, path, dtype=dtype, device=device, config=config, quantize=quantize, progress=progress)
         if image_size is not None:
             model.set_image_size(image_size)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from .added_tokens import LOC_TOKENS, SEG_TOKENS, lone_surrogate
 from .arguments import integer
+from .checkpoints.hub import local_path
 from .choices import GRAMMARS, RESIZE_MODES
 from .config import PaliGemmaConfig
 from .files import json_bytes, write_atomically
@@ -91,18 +92,30 @@ class Processor:
         *,
         resize: str = "hf",
         mask_decoder: MaskVQVAE | str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
     ) -> Processor:
-        """Build the processor of a checkpoint folder.
+        """Build the processor of a checkpoint folder, or of a repository on the hub.
 
         Read `tokenizer.model` and `config.json`, and if they exist `tokenizer_config.json`, `added_tokens.json`,
         `preprocessor_config.json` or `processor_config.json`, and the mask decoder, `vae-oid.npz` (`mask_decoder`: another
-        one, or its path).
+        one, or its path). For `revision`, `token`, `cache_dir` and `local_files_only` see
+        `pg_kernels.model.checkpoints.hub.local_path`.
 
         Raises:
             FileNotFoundError: a required file is missing.
             ValueError: a file cannot be parsed, or two files disagree.
         """
-        folder = Path(folder)
+        folder = local_path(
+            folder,
+            weights=False,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
         config_path = folder / "config.json"

@@ -183,7 +183,15 @@ def test_a_wheel_holds_nothing_else(wheel: Wheel) -> None:
 def test_metadata(wheel: Wheel) -> None:
     metadata = wheel.metadata
     required = {line.split(";")[0].strip() for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
-    assert required == {"torch>=2.10", "numpy", "safetensors", "sentencepiece", "pillow", "tqdm"}
+    assert required == {
+        "torch>=2.10",
+        "numpy",
+        "safetensors",
+        "huggingface_hub>=0.34",
+        "sentencepiece",
+        "pillow",
+        "tqdm",
+    }
     assert metadata["Name"] == "pg_kernels" and metadata["Requires-Python"] == ">=3.10"
     (entry_points,) = (name for name in wheel.files if name.endswith("entry_points.txt"))
     assert b"pg-kernels = pg_kernels.model.cli:main" in wheel.files[entry_points]

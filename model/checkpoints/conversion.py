@@ -14,21 +14,9 @@ from ..files import temporary_sibling
 from ..paligemma import PaliGemma
 from .big_vision import write_big_vision
 from .huggingface import write_huggingface
-from .layout import TensorSpec, check_dtype
+from .layout import COMPANIONS, TensorSpec, check_dtype
 from .loading import open_checkpoint, resolve, streamed
 
-# Files of a checkpoint besides its weights and config.json that do not depend on the weights' layout.
-_COMPANIONS = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-    "vae-oid.npz",
-)
 # Files that a fine-tuned model keeps, too, and that neither the model nor the processor writes.
 _HERITAGE = re.compile(r"chat_template\.(?:json|jinja)|(?:LICENSE|NOTICE)(?:\.(?:md|txt))?")
 
@@ -81,7 +69,7 @@ def convert(
         return
     specs = [TensorSpec(name, reader.shapes[file_name], target_dtype) for file_name, name in names.items()]
     tensors = ((names[name], tensor) for name, tensor in streamed(reader, names, target_dtype, cpu, progress))
-    copied = {path.name: path for path in _files(source) if path.name in _COMPANIONS or _HERITAGE.fullmatch(path.name)}
+    copied = {path.name: path for path in _files(source) if path.name in COMPANIONS or _HERITAGE.fullmatch(path.name)}
     if tokenizer is not None:
         copied["tokenizer.model"] = Path(tokenizer)
     write_huggingface(config, specs, tensors, target, copied_files=copied)

@@ -66,7 +66,16 @@ def _weight_files(folder: Path) -> list[Path]:
                 f"{folder} is a PEFT adapter, not a model: merge it into its base model and load the result"
             )
         others = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".h5", ".msgpack"})
-        found = f"; {', '.join(others[:3])} cannot be read, convert it to safetensors" if others else ""
+        found = ""
+        if others:
+            command = (
+                "from transformers import PaliGemmaForConditionalGeneration as P; "
+                f"P.from_pretrained({str(folder)!r}).save_pretrained('OUT')"
+            )
+            found = (
+                f"; {', '.join(others[:3])} is not read, because unpickling runs code; if you trust it, convert it to "
+                f'safetensors: python -c "{command}"'
+            )
         raise FileNotFoundError(f"{folder} has neither {_SINGLE} nor {_INDEX}{found}")
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

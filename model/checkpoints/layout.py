@@ -22,6 +22,18 @@ HEAD = "lm_head.weight"
 SCALE = "_scale"
 """Suffix of an int8 weight's name: its fp32 scales."""
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+COMPANIONS = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+    "vae-oid.npz",
+)
+"""Files of a checkpoint besides its weights and config.json that do not depend on the weights' layout."""
 
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pg_kernels.modes import ACTIVATIONS
 
+from .. import EMBEDDED_CHECKPOINT
 from ..choices import DTYPES, RESIZE_MODES
 
 if TYPE_CHECKING:
@@ -22,14 +23,30 @@ if TYPE_CHECKING:
     from ..processor import Processor
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that choose a model, its dtype and device, and how images are resized."""
+def add_checkpoint_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the arguments that choose a checkpoint."""
     parser.add_argument(
         "--checkpoint",
         type=Path,
         metavar="PATH",
-        help="Hugging Face folder or big_vision .npz (default: the small model that comes with the package)",
+        help="Hugging Face folder, name on the hub such as google/paligemma2-3b-mix-224, or big_vision .npz (default: the "
+        "small model that comes with the package)",
     )
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a checkpoint on the hub")
+
+
+def find_checkpoint(options: argparse.Namespace) -> Path:
+    """Return the path of `--checkpoint`, downloaded if it is a name on the hub, or of the built-in model."""
+    if options.checkpoint is None:
+        return EMBEDDED_CHECKPOINT
+    from ..checkpoints.hub import local_path
+
+    return local_path(options.checkpoint, weights=True, revision=options.revision)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that choose a model, its dtype and device, and how images are resized."""
+    add_checkpoint_arguments(parser)
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, for a .npz checkpoint")
     parser.add_argument(
         "--mask-decoder",

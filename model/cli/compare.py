@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from pg_kernels.modes import ACTIVATIONS
 
-from .. import EMBEDDED_CHECKPOINT
 from ..choices import DTYPES
-from .common import choose_device, default_device, dtype_named
+from .common import add_checkpoint_arguments, choose_device, default_device, dtype_named, find_checkpoint
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,9 +40,7 @@ def add(commands: Any) -> None:
         "images", nargs="*", type=Path, metavar="IMAGE", help="picture to ask about; several are several prompts"
     )
     parser.add_argument("--prompt", default="caption en", help="what to ask about each IMAGE (default: %(default)s)")
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="folder of the original (default: the built-in model)"
-    )
+    add_checkpoint_arguments(parser)
     parser.add_argument(
         "--quantize", choices=ACTIVATIONS, default="int8", help="how to quantise it (default: %(default)s)"
     )
@@ -65,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("give images with --checkpoint; the built-in model, without it, gets fresh pictures")
     if options.pictures < 1:
         raise ValueError(f"--pictures: expected at least 1, got {options.pictures}")
-    device, checkpoint = choose_device(options.device or default_device()), options.checkpoint or EMBEDDED_CHECKPOINT
+    device, checkpoint = choose_device(options.device or default_device()), find_checkpoint(options)
     processor = Processor.from_pretrained(checkpoint)
     tasks, score = [(load_image(path), options.prompt) for path in options.images], None
     if not tasks:

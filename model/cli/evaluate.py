@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .. import EMBEDDED_CHECKPOINT
 from ..evaluation.catalogue import ABOUT
-from .common import add_model_arguments, choose_device, default_device, dtype_named, open_processor
+from .common import add_model_arguments, choose_device, default_device, dtype_named, find_checkpoint, open_processor
 
 
 def add(commands: Any) -> None:
@@ -40,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
         prompt=options.prompt,
         limit=options.limit,
     )
-    checkpoint = options.checkpoint or EMBEDDED_CHECKPOINT
+    checkpoint = find_checkpoint(options)
     origin = {"checkpoint": "built-in" if options.checkpoint is None else str(checkpoint.resolve())}
     origin |= {name: getattr(options, name) for name in ("quantize", "dtype", "resize", "num_beams", "max_new_tokens")}
     predictions = None

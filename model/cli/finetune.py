@@ -9,12 +9,11 @@ from typing import Any
 
 from pg_kernels.modes import ACTIVATIONS
 
-from .. import EMBEDDED_CHECKPOINT
 from ..choices import RESIZE_MODES
 from ..training.interruption import Interrupted
 from ..training.options import add_recipe_options, recipe_from
 from ..training.recipe import Lora
-from .common import choose_device, default_device, note, open_processor
+from .common import add_checkpoint_arguments, choose_device, default_device, find_checkpoint, note, open_processor
 
 
 def add(commands: Any) -> None:
@@ -42,12 +41,7 @@ def add(commands: Any) -> None:
     files.add_argument("--restart", action="store_true", help="replace what --output holds instead of going on with it")
     files.add_argument("--tensorboard", action="store_true", help="write TensorBoard's files to --output, too")
     which = parser.add_argument_group("model")
-    which.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="PATH",
-        help="Hugging Face folder or big_vision .npz (default: the small model that comes with the package)",
-    )
+    add_checkpoint_arguments(which)
     which.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model, for a .npz checkpoint")
     which.add_argument(
         "--image-size", type=int, metavar="PIXELS", help="resample the position embedding for another image size"
@@ -108,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
     lora = None
     if options.lora is not None:
         lora = Lora(options.lora, options.lora_alpha, options.lora_dropout, options.lora_targets)
-    checkpoint = options.checkpoint or EMBEDDED_CHECKPOINT
+    checkpoint = find_checkpoint(options)
     # fp32 master weights keep the checkpoint's own values.
     dtype = torch.float32 if recipe.precision == "float32" else None
 

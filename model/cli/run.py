@@ -10,9 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import EMBEDDED_CHECKPOINT
 from ..choices import GRAMMARS
-from .common import add_model_arguments, check_drawing, choose_device, default_device, dtype_named, note, open_processor
+from .common import (
+    add_model_arguments,
+    check_drawing,
+    choose_device,
+    default_device,
+    dtype_named,
+    find_checkpoint,
+    note,
+    open_processor,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
     images = [load_image(path) for path in options.images]
     device = choose_device(options.device or default_device())
     started = time.perf_counter()
-    checkpoint = options.checkpoint or EMBEDDED_CHECKPOINT
+    checkpoint = find_checkpoint(options)
     model = PaliGemma.from_pretrained(
         checkpoint, dtype=dtype_named(options.dtype), device=device, quantize=options.quantize
     )

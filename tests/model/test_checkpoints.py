@@ -326,9 +326,18 @@ def test_other_architectures_and_quantised_weights(folder: Path) -> None:
 
 
 def test_weights_in_another_format(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors .*pytorch_model\.bin cannot be read"):
+    """The error's command makes a folder that loads."""
+    model = HFPaliGemma.from_pretrained(folder)
+    expected = PaliGemma.from_pretrained(folder).state_dict()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    message = r"neither model\.safetensors .*pytorch_model\.bin is not read, because unpickling runs code"
+    with pytest.raises(FileNotFoundError, match=message) as caught:
         PaliGemma.from_pretrained(folder)
+    program = str(caught.value).partition('python -c "')[2].removesuffix('"').replace("'OUT'", repr(str(folder)))
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    loaded = PaliGemma.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_missing_shard(saved: dict[str, HFPaliGemma], tmp_path: Path) -> None:

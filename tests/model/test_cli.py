@@ -150,7 +150,7 @@ def test_the_answer_goes_to_stdout(run: Run, answering: Path, picture: Path) -> 
 def test_without_a_checkpoint_the_shipped_one_answers(
     run: Run, answering: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli.run, "EMBEDDED_CHECKPOINT", answering)
+    monkeypatch.setattr(cli.common, "EMBEDDED_CHECKPOINT", answering)
     assert run("run", picture, "detect fox").out.startswith(ANSWER)
 
 
